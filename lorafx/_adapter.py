@@ -1,0 +1,148 @@
+"""An adapter is data: a config, and at each site a pair A (rank, in), B (out, rank) with its scale s."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._errors import ConfigError
+
+
+def _gaussian(A: Tensor) -> None:
+    nn.init.normal_(A, std=0.02)
+
+
+def _kaiming(A: Tensor) -> None:
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+
+
+INITS: dict[str, Callable[[Tensor], None]] = {"gaussian": _gaussian, "kaiming": _kaiming}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """How an adapter is made; the arguments of `lorafx.inject`, validated.
+
+    A site's rank is the value of the first `rank_pattern` key that matches its name, else `rank`; its alpha likewise.
+    A key K matches a name as in PEFT: re.match(rf"(.*\\.)?({K})$", name). The scale is alpha / rank, or
+    alpha / sqrt(rank) with `rslora` (Kalajdzievski 2023, arXiv:2312.03732), or 1 where there is no alpha.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: Any = "square"
+    exclude: Any = ()
+    dropout: float = 0.0
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    trainable: Any = ()
+    init: str = "gaussian"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, field, dict(getattr(self, field) or {}))
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"rank must be an integer of at least 1, not {rank!r}.")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if alpha is not None and not (is_number(alpha) and alpha > 0):
+                raise ConfigError(f"alpha must be a finite number above 0, not {alpha!r}; leave it out for a scale of 1.")
+        if self.rslora and self.alpha is None and not self.alpha_pattern:
+            raise ConfigError("rslora divides alpha by sqrt(rank), but there is no alpha: give one, such as alpha=16.")
+        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ConfigError(f"dropout must be at least 0 and below 1, not {self.dropout!r}.")
+        if self.dropout:
+            raise ConfigError(f"dropout={self.dropout} is not supported yet: leave it at 0.")
+        if self.init not in INITS:
+            raise ConfigError(f"init must be one of {', '.join(map(repr, INITS))}, not {self.init!r}.")
+        if self.dtype is not None and self.dtype not in FLOATS:
+            raise ConfigError(f"dtype must be one of {', '.join(map(str, FLOATS))} or None, not {self.dtype!r}.")
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ConfigError(f"the pattern {key!r} is not a regular expression: {error}.") from error
+
+    def site_rank(self, name: str) -> int:
+        """The rank at the site of this name."""
+        return int(_first_match(self.rank_pattern, name, self.rank))
+
+    def site_scale(self, name: str) -> float:
+        """The scale s at the site of this name."""
+        alpha = _first_match(self.alpha_pattern, name, self.alpha)
+        if alpha is None:
+            return 1.0
+        rank = self.site_rank(name)
+        return float(alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite int or float, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def pattern_matches(key: str, name: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern applies to a site's name, by PEFT's rule."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _first_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    return next((value for key, value in patterns.items() if pattern_matches(key, name)), otherwise)
+
+
+class Pair(NamedTuple):
+    """One site of an adapter: A (rank, in), B (out, rank), and the scale of B A."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A named adapter apart from any model: its config, {site: Pair}, and base tensors trained beside it."""
+
+    name: str
+    config: LoRAConfig
+    pairs: Mapping[str, Pair]
+    trained: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Every tensor under the name it has in a file of lorafx: `<site>.lora.A`, `<site>.lora.B`, or the base's."""
+        for site, pair in self.pairs.items():
+            yield join(site, "lora.A"), pair.A
+            yield join(site, "lora.B"), pair.B
+        yield from self.trained.items()
+
+
+def validate(adapter: Adapter) -> None:
+    """Raise ConfigError unless every pair fits together and all values are finite floating-point numbers."""
+    check_name(adapter.name)
+    for site, (A, B, scale) in adapter.pairs.items():
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] < 1:
+            raise ConfigError(f"at '{site}', A {tuple(A.shape)} and B {tuple(B.shape)} are not (rank, in) and (out, rank).")
+        if not is_number(scale):
+            raise ConfigError(f"at '{site}', the scale is {scale!r}.")
+    for name, tensor in adapter.tensors():
+        if tensor.dtype not in FLOATS:
+            raise ConfigError(f"'{name}' has dtype {tensor.dtype}.")
+        if not tensor.is_meta and not tensor.isfinite().all():
+            raise ConfigError(f"'{name}' has NaN or infinite values.")
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless this can name an adapter: it becomes the name of a submodule."""
+    if not name or "." in name or name in dir(nn.Module()):
+        raise ConfigError(f"{name!r} cannot name an adapter: use a word without dots that is no attribute of nn.Module.")
+
+
+def join(prefix: str, name: str) -> str:
+    """A dotted name below a prefix, which is empty for the model itself."""
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,52 @@
+"""Refuses models whose rewrite would not be sound: wrapped, compiled, patched, lazy, or adapted by another library."""
+
+import sys
+
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from ._branch import find_injection
+from ._errors import AdapterError, UnsupportedModelError
+
+# (module, class, what it is, what to do): looked up only where that module is loaded, so nothing is imported for it.
+FOREIGN = (
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "wrapped for data-parallel training",
+     "inject into model.module and wrap the result"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "wrapped for data-parallel training",
+     "inject into model.module and wrap the result"),
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", "sharded by FSDP",
+     "inject first and shard the result"),
+    ("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule", "sharded by FSDP",
+     "inject first and shard the result"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "compiled", "inject into model._orig_mod and compile the result"),
+    ("torch.jit._script", "ScriptModule", "a TorchScript module", "inject into the Python model it came from"),
+    ("peft.peft_model", "PeftModel", "adapted by PEFT", "start from the base model, model.unload()"),
+    ("peft.tuners.tuners_utils", "BaseTuner", "adapted by PEFT", "start from the base model, model.unload()"),
+    ("peft.tuners.tuners_utils", "BaseTunerLayer", "adapted by PEFT", "start from the base model, model.unload()"),
+)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise unless the model is one that `inject` can copy and rewrite."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"A model is an nn.Module, not a {type(model).__name__}.")
+    if find_injection(model) is not None:
+        raise AdapterError(f"This {type(model).__name__} is injected already: lorafx.add gives it another adapter.")
+    foreign = [(getattr(sys.modules[where], name), what, instead) for where, name, what, instead in FOREIGN
+               if where in sys.modules]
+    for path, module in model.named_modules():
+        place = f"'{path}' ({type(module).__name__})" if path else f"This {type(module).__name__}"
+        for cls, what, instead in foreign:
+            if isinstance(module, cls):
+                raise UnsupportedModelError(f"{place} is {what}: {instead}.")
+        if find_injection(module) is not None:
+            raise UnsupportedModelError(f"{place} is injected already: lorafx.eject it first, or inject before nesting it.")
+        if "forward" in vars(module):
+            raise UnsupportedModelError(f"{place} has a forward of its own, patched in by some other tool, which a copy "
+                                        "would still run on the original's layers: inject before patching.")
+        if vars(module).get("_compiled_call_impl") is not None:
+            raise UnsupportedModelError(f"{place} is compiled: call .compile() on the injected model instead.")
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if isinstance(tensor, UninitializedTensorMixin):
+                raise UnsupportedModelError(f"{place} is lazy, its '{name}' has no shape yet: run one batch through the "
+                                            "model first.")

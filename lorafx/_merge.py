@@ -1,0 +1,129 @@
+"""Folds adapters into weights, W + s B A, and takes them out again; both give a new model of the original class."""
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from ._branch import RECORD, Branch, Own, branches, injection, trained, weights_of
+from ._errors import TiedWeightError
+from ._kernels import delta
+from ._program import read, tensors_by_site
+from ._region import Region, revert, same_kind, share
+from ._rules import Site
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def eject(model: M) -> M:
+    """The original model again, as a new model on the same weights: its class, keys and requires_grad flags.
+
+    Adapters are dropped. Nothing of the injected model changes.
+
+    Raises:
+        NotInjectedError: the model was not made by lorafx.
+
+    Example:
+        >>> import torch, lorafx
+        >>> model = torch.nn.Linear(4, 4)
+        >>> type(lorafx.eject(lorafx.inject(model))) is torch.nn.Linear
+        True
+    """
+    record = injection(model)
+    twin = share(model)
+    for _, owner, held in trained(twin):
+        held.place(owner, ())
+    for module in list(twin.modules()):
+        if isinstance(module, Region):
+            revert(module)
+        elif isinstance(module, fx.GraphModule):
+            _erase_branches(module)
+    for module in list(twin.modules()):
+        for name in [name for name, child in module._modules.items() if isinstance(child, Own)]:
+            del module._modules[name]
+    del twin.__dict__[RECORD]
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_(record.requires_grad[name])
+    return twin
+
+
+def _erase_branches(module: fx.GraphModule) -> None:
+    for node in module.graph.find_nodes(op="call_module"):
+        if isinstance(module.get_submodule(node.target), Branch):
+            node.replace_all_uses_with(node.args[1])
+            module.graph.erase_node(node)
+    module.recompile()
+
+
+def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None = None, *, untie: bool = False) -> M:
+    """A new model of the original class with adapters folded in: W + sum w s B A, for deployment.
+
+    The sum is computed in float32, or float64 where W, A or B are, and rounded once to W's dtype. Weights that no
+    adapter touches, and buffers of them, share storage with the base.
+
+    Args:
+        model: an injected model.
+        adapters: what to fold, as for `lorafx.activate`; the active adapters by default.
+        untie: give an adapted weight that something else reads (a head tied to an embedding) a tensor of its own.
+
+    Raises:
+        TiedWeightError: such a weight exists and `untie` is false, or untying cannot separate its readers.
+        AdapterError: an adapter's name is unknown.
+
+    Example:
+        >>> import torch, lorafx
+        >>> model = lorafx.inject(torch.nn.Linear(4, 4))
+        >>> x = torch.randn(2, 4)
+        >>> torch.allclose(lorafx.merge(model)(x), model(x))
+        True
+    """
+    chosen = weights_of(model, injection(model).active if adapters is None else adapters)
+    held = branches(model)
+    sites = [site for site in read(model).sites
+             if site.name in held and any(held[site.name].factors(adapter) for adapter in chosen)]
+    for site in sites:
+        _check_tie(site, untie)
+    twin = eject(model)
+    places = tensors_by_site(twin)
+    for site in sites:
+        owner, attribute = places[site.name]
+        weight = owner._parameters[attribute]
+        assert weight is not None
+        folded = same_kind(weight, _folded(weight.detach(), held[site.name], chosen))
+        for name in site.names:
+            owner, attribute = places[name]
+            owner._parameters[attribute] = folded
+    clones: dict[nn.Parameter, nn.Parameter] = {}
+    for path, _, whole in trained(model):
+        owner = twin.get_submodule(path)
+        for name, parameter in whole.chosen(chosen).items():
+            base = owner._parameters[name]
+            if parameter is not None and base is not None and parameter is not whole._parameters[name]:
+                clones.setdefault(parameter, same_kind(base, parameter.detach().clone()))
+                owner._parameters[name] = clones[parameter]
+    return twin
+
+
+def _folded(weight: Tensor, branch: Branch, chosen: Mapping[str, float]) -> Tensor:
+    """W + sum w s B A in W's dtype, rounded once. W (out, in)."""
+    factors = [(branch.factors(adapter), scale) for adapter, scale in chosen.items()]
+    present = [(found, scale) for found, scale in factors if found is not None]
+    wide = torch.float32
+    for tensor in (weight, *(found.A for found, _ in present)):
+        wide = torch.promote_types(wide, tensor.dtype)
+    total = weight.to(wide, copy=True)  # (out, in)
+    for found, scale in present:
+        total += delta(found.A.detach(), found.B.detach(), scale * found.scale, wide)
+    return total.to(weight.dtype)
+
+
+def _check_tie(site: Site, untie: bool) -> None:
+    if site.read_by:
+        raise TiedWeightError(
+            f"The weight of '{site.name}' is also read by {site.read_by[0]}, through the same module, so that folding an "
+            "adapter into it would change that too and untying cannot help. Exclude it, or keep the adapter unmerged.")
+    if site.tied_to and not untie:
+        raise TiedWeightError(
+            f"The weight of '{site.name}' is tied to '{site.tied_to[0]}', which folding an adapter into it would change "
+            f"too. lorafx.merge(model, untie=True) gives '{site.name}' a tensor of its own.")

@@ -1,0 +1,226 @@
+"""A model as a program: a graph for each module that can be traced, the sites in them, and what is left alone and why."""
+
+import dataclasses
+from collections import defaultdict
+
+from torch import fx, nn
+
+from ._adapter import FLOATS, join
+from ._branch import Own, site_name
+from ._region import Region, why_not_region
+from ._rules import LOOKUPS, Call, Site, linear_call, only_metadata
+from ._scan import ANYWHERE, weights_read
+from ._trace import Unsound, trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What `read` found. Paths are dotted names; `skipped` names matrices, `breaks` modules, each with its reason."""
+
+    graphs: dict[str, fx.Graph]
+    sites: list[Site]
+    skipped: dict[str, str]
+    breaks: dict[str, str]
+
+    @property
+    def left_alone(self) -> dict[str, str]:
+        """Why a name is not a site, for error messages."""
+        return {**self.breaks, **self.skipped}
+
+
+@dataclasses.dataclass
+class _Weight:
+    """One Parameter and all that is known of its readers."""
+
+    parameter: nn.Parameter
+    names: list[str]  # as sites, in the order of registration
+    owners: list[nn.Module]  # one for each name
+    calls: list[Call] = dataclasses.field(default_factory=list)
+    kinds: list[str] = dataclasses.field(default_factory=list)
+    through: list[nn.Module] = dataclasses.field(default_factory=list)  # the owners that linear calls go through
+    others: list[tuple[nn.Module, str]] = dataclasses.field(default_factory=list)  # other readers: owner, in words
+    blocked: str | None = None  # why a branch would miss some of its uses
+
+
+def read(model: nn.Module) -> Program:
+    """Trace every module of a model that could make a linear call, and find the sites."""
+    reader = _Reader(model)
+    for path in reader.modules:
+        reader.trace(path)
+    for path in list(reader.graphs):
+        reader.note_graph(path)
+    for path in reader.breaks:
+        reader.note_python(path)
+    reader.move_into_graph_modules()
+    return reader.program()
+
+
+class _Reader:
+    """The state of one `read`: modules under their first names, graphs, and what reads each Parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = {path: m for path, m in model.named_modules() if not isinstance(m, Own)}
+        self.paths = {m: path for path, m in self.modules.items()}
+        self.graphs: dict[str, fx.Graph] = {}
+        self.breaks: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
+        self.weights: dict[nn.Parameter, _Weight] = {}
+        self.every_path = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if m in self.paths]
+        for path, module in self.every_path:
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None:
+                    weight = self.weights.setdefault(parameter, _Weight(parameter, [], []))
+                    weight.names.append(site_name(path, attribute))
+                    weight.owners.append(module)
+        self.matrices = frozenset(attribute for m in self.paths for attribute, p in m._parameters.items()
+                                  if p is not None and p.ndim > 1)
+
+    def trace(self, path: str) -> None:
+        """Give the module at this path a graph or, with the reason, a graph break; nothing if it has no matrix."""
+        module = self.modules[path]
+        if isinstance(module, fx.GraphModule):
+            self.graphs[path] = module.graph
+        elif type(module).forward is not nn.Module.forward and any(p.ndim > 1 for p in module.parameters()):
+            try:
+                graph = trace(module)
+                reason = why_not_region(module) if any(map(linear_call, graph.nodes)) else None
+            except Unsound as unsound:
+                reason = str(unsound)
+            if reason is None:
+                self.graphs[path] = graph
+            else:
+                self.breaks[path] = f"{type(module).__name__}: {reason}"
+
+    def note_graph(self, path: str) -> None:
+        """Note every reader of a Parameter in one graph, and every linear call whose weight is not a Parameter."""
+        for node in self.graphs[path].nodes:
+            owner, _, attribute = node.target.rpartition(".") if node.op == "get_attr" else ("", "", "")
+            module = self.modules[path].get_submodule(owner)
+            weight = self.weights.get(module._parameters.get(attribute))  # type: ignore[arg-type]
+            for user in node.users if weight is not None else ():
+                call = linear_call(user)
+                if call is not None and call[1]["weight"] is node and call[1]["input"] is not node:
+                    weight.calls.append(Call(path, owner, attribute, user, call[1]["input"]))
+                    weight.kinds.append(call[0].kind)
+                    weight.through.append(module)
+                elif not only_metadata(user):
+                    reader = f"{_described(user)} in {path or 'the model'}"
+                    weight.others.append((module, reader))
+                    if user.target not in LOOKUPS:
+                        weight.blocked = f"its weight is also read by {reader}"
+            call = linear_call(node)
+            if call is not None and not self._is_parameter(path, call[1]["weight"]):
+                self.skipped[join(path, node.name)] = "its weight is computed in forward, not a Parameter"
+
+    def _is_parameter(self, path: str, weight: object) -> bool:
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            return False
+        owner, _, attribute = str(weight.target).rpartition(".")
+        return attribute in self.modules[path].get_submodule(owner)._parameters
+
+    def note_python(self, path: str) -> None:
+        """Note the Parameters that the Python of a graph break reads by itself: a branch would miss those reads."""
+        module = self.modules[path]
+        reader = f"the Python of {path or 'the model'} ({type(module).__name__})"
+        for target in weights_read(module, self.matrices):
+            owner, _, attribute = target.rpartition(".")
+            for submodule in module.modules() if owner == ANYWHERE else _child(module, owner):
+                parameter = submodule._parameters.get(attribute)
+                if parameter is not None:
+                    self.weights[parameter].others.append((submodule, reader))
+                    self.weights[parameter].blocked = f"{reader} may use its weight directly"
+
+    def move_into_graph_modules(self) -> None:
+        """Turn calls of a linear module by a caller's own GraphModule into call sites of that graph.
+
+        Only if the module does nothing else, nothing is hooked to it, and all its names are called in that graph:
+        otherwise it becomes a region, which serves every caller.
+        """
+        for path, module in self.modules.items():
+            if not isinstance(module, fx.GraphModule) or isinstance(module, Region):
+                continue
+            called: dict[nn.Module, list[fx.Node]] = defaultdict(list)
+            for node in module.graph.find_nodes(op="call_module"):
+                called[module.get_submodule(node.target)].append(node)
+            for child, nodes in called.items():
+                names = {name for name, m in self.every_path if m is child}
+                targets = {join(path, str(node.target)) for node in nodes}
+                graph = self.graphs.get(self.paths[child]) if names == targets else None
+                if graph is not None and _only_linear(graph) and not _hooked(child):
+                    self._move(path, child, nodes)
+
+    def _move(self, path: str, child: nn.Module, nodes: list[fx.Node]) -> None:
+        region = self.paths[child]
+        weight = next(w for w in self.weights.values() for call in w.calls if call.region == region)
+        old = next(call for call in weight.calls if call.region == region)
+        weight.calls.remove(old)
+        del self.graphs[region]
+        for node in nodes:
+            value = node.args[0] if node.args else node.kwargs[str(old.input.target)]
+            weight.calls.append(Call(path, str(node.target), old.attribute, node, value))  # type: ignore[arg-type]
+
+    def program(self) -> Program:
+        sites = []
+        for weight in self.weights.values():
+            reason = self._why_not_site(weight)
+            if reason is None:
+                sites.append(_site(weight))
+            elif weight.parameter.ndim > 1:
+                self.skipped[weight.names[0]] = reason
+        order = list(self.modules)
+        sites.sort(key=lambda site: order.index(site.calls[0].region))
+        return Program(self.graphs, sites, self.skipped, self.breaks)
+
+    def _why_not_site(self, weight: _Weight) -> str | None:
+        if not weight.calls:
+            owner = self.paths[weight.owners[0]]
+            if owner in self.breaks:
+                return f"its module is a graph break: {self.breaks[owner]}"
+            return f"read by {weight.others[0][1]}, no linear call" if weight.others else "no traced call reads it"
+        if weight.parameter.dtype not in FLOATS:
+            return f"its weight has dtype {weight.parameter.dtype}"
+        if weight.parameter.ndim != 2:
+            return f"its weight has {weight.parameter.ndim} dimensions"
+        return weight.blocked
+
+
+def tensors_by_site(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """{site name: (owner, attribute)} for every Parameter of the model under each of its names."""
+    return {site_name(path, attribute): (module, attribute)
+            for path, module in model.named_modules(remove_duplicate=False) if not isinstance(module, Own)
+            for attribute, parameter in module._parameters.items() if parameter is not None}
+
+
+def _site(weight: _Weight) -> Site:
+    linear = [name for name, owner in zip(weight.names, weight.owners) if owner in weight.through]
+    out_features, in_features = weight.parameter.shape
+    return Site(
+        linear[0], in_features, out_features, weight.kinds[0], tuple(weight.calls), aliases=tuple(linear[1:]),
+        tied_to=tuple(name for name in weight.names if name not in linear),
+        read_by=tuple(reader for owner, reader in weight.others if owner in weight.through))
+
+
+def _described(node: fx.Node) -> str:
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return f"`{target}`"
+
+
+def _child(module: nn.Module, path: str) -> list[nn.Module]:
+    """The submodule at a path that bytecode names, if what is there is a module."""
+    try:
+        return [module.get_submodule(path)]
+    except AttributeError:
+        return []
+
+
+def _only_linear(graph: fx.Graph) -> bool:
+    """Whether a graph is one linear call, of its only input and its own weight, and nothing more."""
+    computed = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr")]
+    inputs = graph.find_nodes(op="placeholder")
+    call = linear_call(computed[0])
+    return (len(computed) == 2 and call is not None and computed[1].args == (computed[0],)
+            and inputs == [call[1]["input"]] and call[1]["weight"].op == "get_attr")
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

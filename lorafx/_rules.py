@@ -1,0 +1,177 @@
+"""What counts as a linear call, y = x W^T + b, in a graph; and which sites a user means. Reads graphs, writes nothing."""
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ._errors import ConfigError, NoSiteError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One way of writing a linear call: a function whose parameters, in order, are named in `signature`."""
+
+    kind: str
+    target: Callable[..., Any]
+    signature: tuple[str, ...] = ("input", "weight", "bias")
+
+
+RULES: dict[Any, Rule] = {rule.target: rule for rule in (
+    Rule("linear", F.linear),
+    Rule("aten.linear", torch.ops.aten.linear.default),
+)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call site: the node that computes x W^T + b in the graph of the region at this path.
+
+    The weight is the tensor `attribute` of the module at `owner`, a path below the region.
+    """
+
+    region: str
+    owner: str
+    attribute: str
+    node: fx.Node = dataclasses.field(repr=False)
+    input: fx.Node = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.region or '(the model)'}: {self.node.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One weight matrix (out, in) used by linear calls, under the name of the module that owns it.
+
+    `aliases` are the other names of the same weight that linear calls go through and that share the branch;
+    `tied_to` names other owners of the weight, such as an embedding; `read_by` says what else reads it through the
+    site's own module.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    kind: str
+    calls: tuple[Call, ...]
+    aliases: tuple[str, ...] = ()
+    tied_to: tuple[str, ...] = ()
+    read_by: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that mean this site."""
+        return self.name, *self.aliases
+
+
+def linear_call(node: fx.Node) -> tuple[Rule, dict[str, Any]] | None:
+    """The rule that this node is an instance of and its arguments by name, or None."""
+    rule = RULES.get(node.target) if node.op == "call_function" else None
+    if rule is None:
+        return None
+    return rule, {**dict(zip(rule.signature, node.args)), **node.kwargs}
+
+
+# Reading rows of a matrix is no linear call of it, and may go on beside one: a tied embedding and head.
+LOOKUPS = frozenset({F.embedding, F.embedding_bag, torch.ops.aten.embedding.default})
+# Reading these of a tensor computes nothing with its values.
+METADATA = frozenset("""dtype device shape size ndim dim numel layout stride element_size is_contiguous requires_grad
+    is_meta is_cuda is_cpu new_zeros new_ones new_empty new_full new_tensor""".split())
+
+
+def only_metadata(node: fx.Node) -> bool:
+    """Whether this node asks its first argument for its shape, dtype or the like, and nothing more."""
+    return (node.target is getattr and node.args[1] in METADATA) or (node.op == "call_method" and node.target in METADATA)
+
+
+SELECTORS: dict[str, Callable[[Site], bool]] = {
+    "square": lambda site: site.in_features == site.out_features,
+    "linear": lambda site: True,
+}
+
+
+def select(sites: Sequence[Site], targets: Any, exclude: Any, left_alone: Mapping[str, str]) -> list[Site]:
+    """The sites that `targets` names and `exclude` does not; every pattern of both must match something.
+
+    `left_alone` says of the names that are no sites why they are not, for the error messages.
+    """
+    chosen = _matched(sites, targets, "targets", left_alone)
+    dropped = _matched(sites, exclude, "exclude", left_alone)
+    left = [site for site in sites if site in chosen and site not in dropped]
+    if not left:
+        raise NoSiteError(f"No linear call is left to adapt: targets={targets!r}, exclude={exclude!r}. {_hint(sites)}")
+    return left
+
+
+def _matched(sites: Sequence[Site], patterns: Any, argument: str, left_alone: Mapping[str, str]) -> list[Site]:
+    found: list[Site] = []
+    for pattern in as_list(patterns):
+        test = _predicate(pattern, argument)
+        matched = [site for site in sites if test(site)]
+        if not matched:
+            raise NoSiteError(f"No linear call matches {argument}={_shown(pattern)}. {_hint(sites, pattern, left_alone)}")
+        found += matched
+    return found
+
+
+def as_list(patterns: Any) -> list[Any]:
+    """One pattern or several, as a list; None is none."""
+    if patterns is None:
+        return []
+    return list(patterns) if isinstance(patterns, (list, tuple, set, frozenset)) else [patterns]
+
+
+def _predicate(pattern: Any, argument: str) -> Callable[[Site], bool]:
+    if isinstance(pattern, str):
+        return SELECTORS.get(pattern) or (lambda site: any(name_matches(pattern, name) for name in site.names))
+    if isinstance(pattern, re.Pattern):
+        return lambda site: any(pattern.fullmatch(name) for name in site.names)
+    if callable(pattern):
+        return lambda site: bool(pattern(site))
+    raise ConfigError(f"{argument} takes names, globs, compiled regular expressions or a function of a Site, "
+                      f"not {pattern!r}.")
+
+
+def name_matches(pattern: str, name: str) -> bool:
+    """Whether a pattern is this dotted name, a dotted suffix of it, or a glob that fits it."""
+    return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
+
+
+def _hint(sites: Sequence[Site], pattern: Any = None, left_alone: Mapping[str, str] = MappingProxyType({})) -> str:
+    """What the model has instead: why the name meant is no site, or the nearest sites, or what stands in their way."""
+    reasons = {name: why for name, why in left_alone.items() if isinstance(pattern, str) and name_matches(pattern, name)}
+    if not reasons and not sites:
+        reasons = dict(left_alone)
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        return f"{name!r} cannot be adapted: {reason}."
+    if not sites:
+        return "This model makes no linear call on a weight of its own."
+    names = near(pattern, [name for site in sites for name in site.names])
+    count = f"{len(sites)} site" + "s" * (len(sites) > 1)
+    return f"This model has {count}, such as {names}. lorafx.sites(model) lists them."
+
+
+def near(pattern: Any, names: Iterable[str], count: int = 3) -> str:
+    """The names most like the pattern, by their last parts too, quoted; the first ones where none is alike."""
+    names = list(dict.fromkeys(names))
+    found: list[str] = []
+    if isinstance(pattern, str):
+        last = pattern.rpartition(".")[2]
+        by_last: dict[str, str] = {}
+        for name in names:
+            by_last.setdefault(name.rpartition(".")[2], name)
+        found = difflib.get_close_matches(pattern, names, count)
+        found += [by_last[part] for part in difflib.get_close_matches(last, by_last, count) if by_last[part] not in found]
+    return ", ".join(map(repr, (found or names)[:count]))
+
+
+def _shown(pattern: Any) -> str:
+    return repr(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)

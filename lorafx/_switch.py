@@ -1,0 +1,168 @@
+"""What an injected model computes and trains: which adapters are active, with which weights, and which it holds."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from ._adapter import Adapter, LoRAConfig, Pair, join
+from ._attach import attach, check_free
+from ._branch import (branches, check_adapter, injection, refresh, set_trainable, trained, weights_of)
+from ._errors import AdapterError
+from ._program import read
+
+
+def adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters that an injected model holds, in the order in which they came.
+
+    Example:
+        >>> import torch, lorafx
+        >>> lorafx.adapters(lorafx.inject(torch.nn.Linear(4, 4), adapter="french"))
+        ['french']
+    """
+    return list(injection(model).configs)
+
+
+def activate(model: nn.Module, adapters: str | Iterable[str] | Mapping[str, float]) -> None:
+    """Choose what forward adds and what trains: one adapter, several, or weighted ones; the others are frozen.
+
+    {a: wa, b: wb} adds wa s_a B_a A_a + wb s_b B_b A_b, exactly, with no cross terms. A module that an adapter trains
+    whole is used as that adapter has it, whatever the weight. An empty list leaves the base alone.
+
+    Raises:
+        AdapterError: a name is unknown, or two of the adapters train one module whole.
+
+    Example:
+        >>> import torch, lorafx
+        >>> model = lorafx.inject(torch.nn.Linear(4, 4), adapter="a")
+        >>> lorafx.add(model, "b")
+        >>> lorafx.activate(model, {"a": 0.7, "b": 0.3})
+        >>> len(list(lorafx.parameters(model)))
+        4
+    """
+    injection(model).active = weights_of(model, adapters)
+    refresh(model)
+    set_trainable(model)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context forward is the base model's, exactly; contexts may nest.
+
+    Example:
+        >>> import torch, lorafx
+        >>> base = torch.nn.Linear(4, 4)
+        >>> model, x = lorafx.inject(base), torch.randn(2, 4)
+        >>> with lorafx.disabled(model):
+        ...     torch.equal(model(x), base(x))
+        True
+    """
+    record = injection(model)
+    record.disabled += 1
+    refresh(model)
+    try:
+        yield
+    finally:
+        record.disabled -= 1
+        refresh(model)
+
+
+def named_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name in state_dict, tensor) of the active adapters, or of one: each A and B, and the modules trained whole.
+
+    Example:
+        >>> import torch, lorafx
+        >>> [name for name, _ in lorafx.named_parameters(lorafx.inject(torch.nn.Linear(4, 4)))]
+        ['lora.default.A', 'lora.default.B']
+    """
+    if adapter is not None:
+        check_adapter(model, adapter)
+    wanted = injection(model).active if adapter is None else (adapter,)
+    holders = {id(holder) for holder in (*branches(model).values(), *(held for _, _, held in trained(model)))}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name in wanted if id(module) in holders else ():
+            for key, parameter in module._modules[name].named_parameters() if name in module._modules else ():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield join(path, f"{name}.{key}"), parameter
+
+
+def parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
+    """The tensors to give an optimizer: those of `named_parameters`.
+
+    Example:
+        >>> import torch, lorafx
+        >>> model = lorafx.inject(torch.nn.Linear(4, 4))
+        >>> optimizer = torch.optim.AdamW(lorafx.parameters(model), lr=1e-4)
+    """
+    return (parameter for _, parameter in named_parameters(model, adapter))
+
+
+def remove(model: nn.Module, adapter: str) -> None:
+    """Forget an adapter and free its tensors; if it was active, the other active ones stay so.
+
+    Example:
+        >>> import torch, lorafx
+        >>> model = lorafx.inject(torch.nn.Linear(4, 4))
+        >>> lorafx.remove(model, "default")
+        >>> lorafx.adapters(model)
+        []
+    """
+    check_adapter(model, adapter)
+    record = injection(model)
+    del record.configs[adapter]
+    record.active = {name: weight for name, weight in record.active.items() if name != adapter}
+    for holder in (*branches(model).values(), *(held for _, _, held in trained(model))):
+        holder._modules.pop(adapter, None)
+    refresh(model)
+
+
+def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> None:
+    """Make one adapter that computes exactly what these do together with these weights; inactive until `activate`.
+
+    Its A is theirs stacked, (sum of ranks, in), and its B theirs side by side, each times its weight and scale.
+
+    Raises:
+        AdapterError: a name is unknown, or the new one is taken.
+
+    Example:
+        >>> import torch, lorafx
+        >>> model = lorafx.inject(torch.nn.Linear(4, 4), rank=2, adapter="a")
+        >>> lorafx.add(model, "b", rank=3)
+        >>> lorafx.compose(model, {"a": 0.7, "b": 0.3}, adapter="c")
+        >>> model.lora.c
+        Factors(rank=5, scale=1)
+    """
+    check_free(model, adapter)
+    chosen = weights_of(model, weights)
+    if not chosen:
+        raise AdapterError("There is nothing to compose: name at least one adapter.")
+    parts = [(extract(model, name), weight) for name, weight in chosen.items()]
+    pairs = {}
+    for site in branches(model):
+        found = [(part.pairs[site], weight) for part, weight in parts if site in part.pairs]
+        if found:
+            A = torch.cat([pair.A for pair, _ in found])  # (sum of ranks, in)
+            B = torch.cat([weight * pair.scale * pair.B for pair, weight in found], dim=1)  # (out, sum of ranks)
+            pairs[site] = Pair(A, B, 1.0)
+    whole = {name: tensor.clone() for part, _ in parts for name, tensor in part.trained.items()}
+    config = LoRAConfig(rank=max(pair.A.shape[0] for pair in pairs.values()))
+    attach(model, read(model), Adapter(adapter, config, pairs, whole))
+
+
+def extract(model: nn.Module, adapter: str) -> Adapter:
+    """An adapter apart from its model; its tensors share storage with the model's."""
+    check_adapter(model, adapter)
+    pairs = {}
+    for site, branch in branches(model).items():
+        factors = branch.factors(adapter)
+        if factors is not None:
+            pairs[site] = Pair(factors.A.detach(), factors.B.detach(), factors.scale)
+    whole: dict[nn.Parameter, str] = {}
+    for path, _, held in trained(model):
+        own = held._modules.get(adapter)
+        for name, parameter in own.named_parameters() if own is not None else ():
+            whole.setdefault(parameter, join(path, name))
+    return Adapter(adapter, injection(model).configs[adapter], pairs, {name: p.detach() for p, name in whole.items()})
