@@ -53,7 +53,7 @@ class LoRAConfig:
                 raise ConfigError(f"rank must be an integer of at least 1, not {rank!r}.")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if alpha is not None and not (is_number(alpha) and alpha > 0):
-                raise ConfigError(f"alpha must be a finite number above 0, not {alpha!r}; leave it out for a scale of 1.")
+                raise ConfigError(f"alpha must be a finite number above 0, not {alpha!r}; without it the scale is 1.")
         if self.rslora and self.alpha is None and not self.alpha_pattern:
             raise ConfigError("rslora divides alpha by sqrt(rank), but there is no alpha: give one, such as alpha=16.")
         if not (is_number(self.dropout) and 0 <= self.dropout < 1):
@@ -127,7 +127,8 @@ def validate(adapter: Adapter) -> None:
     check_name(adapter.name)
     for site, (A, B, scale) in adapter.pairs.items():
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] < 1:
-            raise ConfigError(f"at '{site}', A {tuple(A.shape)} and B {tuple(B.shape)} are not (rank, in) and (out, rank).")
+            shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
+            raise ConfigError(f"at '{site}', {shapes} are not (rank, in) and (out, rank).")
         if not is_number(scale):
             raise ConfigError(f"at '{site}', the scale is {scale!r}.")
     for name, tensor in adapter.tensors():
@@ -140,7 +141,7 @@ def validate(adapter: Adapter) -> None:
 def check_name(name: str) -> None:
     """Raise ConfigError unless this can name an adapter: it becomes the name of a submodule."""
     if not name or "." in name or name in dir(nn.Module()):
-        raise ConfigError(f"{name!r} cannot name an adapter: use a word without dots that is no attribute of nn.Module.")
+        raise ConfigError(f"{name!r} cannot name an adapter: use a word without dots, no attribute of nn.Module.")
 
 
 def join(prefix: str, name: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import inspect
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -30,7 +31,7 @@ def check_free(model: nn.Module, adapter: str) -> None:
     """Raise unless this name can be given to a new adapter of an injected model."""
     check_name(adapter)
     if adapter in injection(model).configs:
-        raise AdapterError(f"This model has an adapter {adapter!r} already: choose another name, or lorafx.remove it first.")
+        raise AdapterError(f"This model has an adapter {adapter!r} already: choose another name, or lorafx.remove it.")
 
 
 def create(model: nn.Module, program: Program, name: str, config: LoRAConfig) -> Adapter:
@@ -43,8 +44,8 @@ def create(model: nn.Module, program: Program, name: str, config: LoRAConfig) ->
     chosen = select(open_sites, config.targets, config.exclude, left_alone)
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
         if not any(pattern_matches(pattern, site.name) for site in chosen):
-            raise NoSiteError(f"The pattern {pattern!r} for single sites matches none of the {len(chosen)} chosen, such as "
-                              f"{near(pattern, [site.name for site in chosen])}.")
+            names = near(pattern, [site.name for site in chosen])
+            raise NoSiteError(f"The pattern {pattern!r} matches none of the {len(chosen)} chosen sites, such as {names}.")
     pairs = {site.name: new_pair(config, site.name, weight(model, site)) for site in chosen}
     return Adapter(name, config, pairs, {key: parameter.detach().clone() for key, parameter in whole.items()})
 
@@ -57,7 +58,8 @@ def _trained_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Param
     for pattern in config.trainable:
         matched = [path for path in paths if name_matches(pattern, path)]
         if not matched:
-            raise NoSiteError(f"No module with parameters matches trainable={pattern!r}; such are {near(pattern, paths)}.")
+            names = near(pattern, sorted(paths))
+            raise NoSiteError(f"No module with parameters matches trainable={pattern!r}; this model has {names}.")
         wanted |= {id(p) for name, p in base.items() if any(name.startswith(path + ".") for path in matched)}
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, parameter in base.items():
@@ -90,9 +92,9 @@ def fit(model: nn.Module, program: Program, adapter: Adapter, source: str, made_
     for name, pair in zip(names, adapter.pairs.values()):
         if name not in sites:
             why = program.left_alone.get(name)
-            raise MismatchError(
-                f"{source} has an adapter at '{name}', " + (f"which cannot be adapted: {why}." if why else
-                f"but this model has no such site; near it: {near(name, sites)}.") + _other_base(program, made_for))
+            found = f"that cannot be adapted: {why}" if why else f"there is no such site; near it: {near(name, sites)}"
+            raise MismatchError(f"{source} has an adapter at '{name}', but in this model {found}."
+                                + _other_base(program, made_for))
         site = sites[name]
         if (pair.A.shape[1], pair.B.shape[0]) != (site.in_features, site.out_features):
             raise MismatchError(
@@ -102,8 +104,9 @@ def fit(model: nn.Module, program: Program, adapter: Adapter, source: str, made_
             raise MismatchError(f"{source} has two adapters for the weight of '{site.name}', which goes by the names "
                                 f"{', '.join(site.names)} too.")
         base = weight(model, site)
-        kind = {"dtype": factor_dtype(adapter.config, base), "device": base.device}
-        pairs[site.name] = Pair(pair.A.to(**kind, copy=True), pair.B.to(**kind, copy=True), pair.scale)
+        dtype = factor_dtype(adapter.config, base)
+        pairs[site.name] = Pair(pair.A.to(base.device, dtype, copy=True), pair.B.to(base.device, dtype, copy=True),
+                                pair.scale)
     trained = {}
     frozen = base_parameters(model)
     for name, tensor in adapter.trained.items():
@@ -128,7 +131,7 @@ def _without_wrappers(names: list[str], sites: Mapping[str, Site]) -> list[str]:
 def _other_base(program: Program, made_for: str | None) -> str:
     if made_for is None or made_for == fingerprint(program):
         return ""
-    return f" It was made for another model, whose sites and shapes have the fingerprint {made_for}, not {fingerprint(program)}."
+    return f" It was made for another model: the fingerprint of its sites is {made_for}, not {fingerprint(program)}."
 
 
 def fingerprint(program: Program) -> str:
@@ -170,14 +173,15 @@ def attach(model: nn.Module, program: Program, adapter: Adapter) -> None:
 
 
 def _check_room(model: nn.Module, sites: list[Site], adapter: Adapter) -> None:
-    needed = [(_owner(model, call)[0], branch_name(call.attribute), Branch, site.name)
-              for site in sites for call in site.calls]
+    needed: list[tuple[nn.Module, str, type[Own], str]] = [
+        (_owner(model, call)[0], branch_name(call.attribute), Branch, site.name) for site in sites for call in site.calls]
     needed += [(model.get_submodule(name.rpartition(".")[0]), "trained", Trained, name) for name in adapter.trained]
     for owner, name, kind, at in needed:
         held = owner._modules.get(name)
-        if not isinstance(held, kind) and (held is not None or hasattr(owner, name)):
-            raise UnsupportedModelError(f"The module of '{at}' has an attribute '{name}' already, which lorafx would need "
-                                        "for its own: rename it, or exclude this site.")
+        taken = name in owner._modules or inspect.getattr_static(owner, name, None) is not None
+        if not isinstance(held, kind) and (taken or name in owner._parameters or name in owner._buffers):
+            raise UnsupportedModelError(f"The module of '{at}' has an attribute '{name}' already, a name that lorafx "
+                                        "needs for its own: rename it, or exclude this site.")
 
 
 def _calls_without_branch(model: nn.Module, site: Site) -> list[Call]:
@@ -204,7 +208,8 @@ def _write(region: nn.Module, graph: fx.Graph, calls: list[Call]) -> None:
         with graph.inserting_after(call.node):
             node = graph.call_module(target, (call.input, call.node))
         node.meta = call.node.meta.copy()
-        call.node.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user is not node)
+        call.node.replace_all_uses_with(node)
+        node.update_arg(1, call.node)  # which the line above replaced too
     if isinstance(region, fx.GraphModule):
         region.recompile()
     else:

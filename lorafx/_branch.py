@@ -41,8 +41,8 @@ class Branch(Own):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x (..., in), y (..., out) -> (..., out)."""
         for name, weight in self.live:
-            factors = self._modules[name]
-            y = add_branch(y, x, factors.A, factors.B, weight * factors.scale)  # type: ignore[union-attr, arg-type, operator]
+            factors: Factors = self._modules[name]  # type: ignore[assignment]
+            y = add_branch(y, x, factors.A, factors.B, weight * factors.scale)
         return y
 
     def factors(self, adapter: str) -> Factors | None:
@@ -173,7 +173,7 @@ def set_trainable(model: nn.Module) -> None:
 
 
 def weights_of(model: nn.Module, spec: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:
-    """{adapter: weight} for one name, several, or a mapping; all must be known and finite, and train no module twice."""
+    """{adapter: weight} for one name, several or a mapping; each known and finite, and no module trained by two."""
     names = [spec] if isinstance(spec, str) else spec
     weights = dict(names) if isinstance(names, Mapping) else {name: 1.0 for name in names}
     for adapter, weight in weights.items():
@@ -183,8 +183,8 @@ def weights_of(model: nn.Module, spec: str | Iterable[str] | Mapping[str, float]
     for path, _, held in trained(model):
         rivals = [name for name in weights if name in held._modules]
         if len(rivals) > 1:
-            raise AdapterError(f"Adapters {rivals[0]!r} and {rivals[1]!r} both train '{path}' whole, and one module cannot "
-                               "use two sets of weights: activate one of them.")
+            raise AdapterError(f"Adapters {rivals[0]!r} and {rivals[1]!r} both train '{path}' whole, and one module "
+                               "cannot use two sets of weights: activate one of them.")
     return {adapter: float(weight) for adapter, weight in weights.items()}
 
 

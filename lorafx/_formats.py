@@ -78,9 +78,9 @@ def _decode_native(path: Path) -> tuple[Adapter, str | None]:
     except (safetensors.SafetensorError, OSError) as error:
         raise FormatError(f"'{path}' is damaged or no safetensors file: {error}.") from error
     if header.get("format") != "lorafx":
-        raise FormatError(f"'{path}' was not written by lorafx.save: its header names the format {header.get('format')!r}.")
+        raise FormatError(f"'{path}' was not written by lorafx.save: its header's format is {header.get('format')!r}.")
     if header.get("version") != VERSION:
-        raise FormatError(f"'{path}' has format version {header.get('version')}, and this lorafx reads {VERSION}: update it.")
+        raise FormatError(f"'{path}' has format version {header.get('version')}, not {VERSION}: update lorafx.")
     try:
         about = json.loads(header["adapter"])
         config = _config_from_json(about["config"])
@@ -102,7 +102,7 @@ def _encode_minimind(adapter: Adapter, base: str) -> bytes:
         tensors[join(site, "lora.B.weight")] = (scale * B.to(torch.float64)).half()  # its readers know no scale
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ConfigError(f"'{name}' has values beyond float16's 65504; save to a path that ends in .safetensors.")
+            raise ConfigError(f"'{name}' exceeds float16's 65504; save to a path that ends in .safetensors.")
     buffer = io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, buffer)
     return buffer.getvalue()
@@ -113,7 +113,8 @@ def _decode_minimind(path: Path) -> tuple[Adapter, str | None]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise FormatError(f"'{path}' is damaged, or holds more than tensors: {str(error).splitlines()[0]}.") from error
-    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
+    items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
         raise FormatError(f"'{path}' does not hold a dict of named tensors.")
     pairs = _pairs(tensors, "lora.A.weight", "lora.B.weight", path, defaultdict(lambda: 1.0))
     rank = max(pair.A.shape[0] for pair in pairs.values())
@@ -126,7 +127,7 @@ def _pairs(tensors: Mapping[str, Tensor], a: str, b: str, path: Path, scales: Ma
     for name, tensor in tensors.items():
         match = re.fullmatch(rf"(?:(.+)\.)?({re.escape(a)}|{re.escape(b)})", name)
         if match is None:
-            raise FormatError(f"'{path}' has a tensor '{name}', which is no adapter's: expected '<site>.{a}' or '<site>.{b}'.")
+            raise FormatError(f"'{path}' has a tensor '{name}', which is neither '<site>.{a}' nor '<site>.{b}'.")
         halves.setdefault(match[1] or "", {})[match[2]] = tensor
     for site, half in halves.items():
         if len(half) != 2:
@@ -142,7 +143,7 @@ def _config_to_json(config: LoRAConfig) -> dict[str, Any]:
 
 
 def _config_from_json(fields: dict[str, Any]) -> LoRAConfig:
-    dtypes = {None: None, **{str(dtype): dtype for dtype in FLOATS}}
+    dtypes: dict[str | None, torch.dtype | None] = {None: None, **{str(dtype): dtype for dtype in FLOATS}}
     unknown = fields.keys() - {f.name for f in dataclasses.fields(LoRAConfig)}
     if unknown:
         raise FormatError(f"The config holds '{min(unknown)}', which this lorafx does not know: update it.")

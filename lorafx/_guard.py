@@ -3,7 +3,7 @@
 import sys
 
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ._branch import find_injection
 from ._errors import AdapterError, UnsupportedModelError
@@ -40,13 +40,13 @@ def check_model(model: nn.Module) -> None:
             if isinstance(module, cls):
                 raise UnsupportedModelError(f"{place} is {what}: {instead}.")
         if find_injection(module) is not None:
-            raise UnsupportedModelError(f"{place} is injected already: lorafx.eject it first, or inject before nesting it.")
+            raise UnsupportedModelError(f"{place} is injected already: eject it, or inject only the whole.")
         if "forward" in vars(module):
-            raise UnsupportedModelError(f"{place} has a forward of its own, patched in by some other tool, which a copy "
+            raise UnsupportedModelError(f"{place} has a forward of its own, patched in by another tool, which a copy "
                                         "would still run on the original's layers: inject before patching.")
         if vars(module).get("_compiled_call_impl") is not None:
             raise UnsupportedModelError(f"{place} is compiled: call .compile() on the injected model instead.")
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if isinstance(tensor, UninitializedTensorMixin):
-                raise UnsupportedModelError(f"{place} is lazy, its '{name}' has no shape yet: run one batch through the "
-                                            "model first.")
+            if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+                raise UnsupportedModelError(f"{place} is lazy, its '{name}' has no shape yet: run one batch through "
+                                            "the model first.")

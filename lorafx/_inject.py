@@ -194,8 +194,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = N
     if adapter is None:
         active = list(injection(model).active)
         if len(active) != 1:
-            raise AdapterError(f"save writes one adapter, but {len(active)} are active: name it with adapter=..., one of "
-                               f"{', '.join(map(repr, injection(model).configs))}.")
+            raise AdapterError(f"save writes one adapter, but {len(active)} are active: name one with adapter=..., of "
+                               f"{', '.join(map(repr, injection(model).configs)) or 'none'}.")
         adapter = active[0]
     _formats.write(extract(model, adapter), path, fingerprint(read(model)))
 
@@ -228,7 +228,9 @@ class MergeLoRA(PassBase):
         True
     """
 
-    def __init__(self, adapters: str | Iterable[str] | Mapping[str, float] | None = None, *, untie: bool = False) -> None:
+    def __init__(
+        self, adapters: str | Iterable[str] | Mapping[str, float] | None = None, *, untie: bool = False
+    ) -> None:
         self.adapters = adapters
         self.untie = untie
 

@@ -121,9 +121,9 @@ def _folded(weight: Tensor, branch: Branch, chosen: Mapping[str, float]) -> Tens
 def _check_tie(site: Site, untie: bool) -> None:
     if site.read_by:
         raise TiedWeightError(
-            f"The weight of '{site.name}' is also read by {site.read_by[0]}, through the same module, so that folding an "
-            "adapter into it would change that too and untying cannot help. Exclude it, or keep the adapter unmerged.")
+            f"The weight of '{site.name}' is also read by {site.read_by[0]}, through the same module: folding an "
+            "adapter into it would change that too, and untying cannot help. Exclude it, or stay unmerged.")
     if site.tied_to and not untie:
         raise TiedWeightError(
-            f"The weight of '{site.name}' is tied to '{site.tied_to[0]}', which folding an adapter into it would change "
-            f"too. lorafx.merge(model, untie=True) gives '{site.name}' a tensor of its own.")
+            f"The weight of '{site.name}' is tied to '{site.tied_to[0]}', so that folding an adapter into it would "
+            f"change that too. lorafx.merge(model, untie=True) gives '{site.name}' a tensor of its own.")

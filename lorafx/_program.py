@@ -1,4 +1,4 @@
-"""A model as a program: a graph for each module that can be traced, the sites in them, and what is left alone and why."""
+"""A model as a program: a graph for each module that can be traced, the sites in them, and what is left alone."""
 
 import dataclasses
 from collections import defaultdict
@@ -10,7 +10,8 @@ from ._branch import Own, site_name
 from ._region import Region, why_not_region
 from ._rules import LOOKUPS, Call, Site, linear_call, only_metadata
 from ._scan import ANYWHERE, weights_read
-from ._trace import Unsound, trace
+from ._trace import trace
+from ._watch import Unsound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,9 @@ class _Reader:
         for node in self.graphs[path].nodes:
             owner, _, attribute = node.target.rpartition(".") if node.op == "get_attr" else ("", "", "")
             module = self.modules[path].get_submodule(owner)
-            weight = self.weights.get(module._parameters.get(attribute))  # type: ignore[arg-type]
-            for user in node.users if weight is not None else ():
+            parameter = module._parameters.get(attribute)
+            for user in node.users if parameter is not None else ():
+                weight = self.weights[parameter]  # type: ignore[index]
                 call = linear_call(user)
                 if call is not None and call[1]["weight"] is node and call[1]["input"] is not node:
                     weight.calls.append(Call(path, owner, attribute, user, call[1]["input"]))
@@ -223,4 +225,4 @@ def _only_linear(graph: fx.Graph) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))

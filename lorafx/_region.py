@@ -1,4 +1,4 @@
-"""The region class, an `fx.GraphModule` that keeps its user's class, and the copy of a model that shares its weights."""
+"""The region class, an `fx.GraphModule` that keeps its user's class, and the copy of a model that shares weights."""
 
 import copy
 import functools
@@ -6,13 +6,15 @@ import itertools
 import linecache
 import types
 import weakref
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ._errors import UnsupportedModelError
+
+M = TypeVar("M", bound=nn.Module)
 
 # What `fx.GraphModule` keeps on an instance beside the module's own attributes.
 _STATE: dict[str, Any] = {
@@ -41,7 +43,7 @@ class Region(fx.GraphModule):
         return code
 
     __str__ = nn.Module.__repr__
-    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel  # type: ignore[assignment]
+    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
 
     def __copy__(self) -> "Region":
         twin = object.__new__(type(self))
@@ -87,7 +89,7 @@ def why_not_region(module: nn.Module) -> str | None:
     taken = sorted(_RESERVED & (vars(module).keys() | module._modules.keys() | module._parameters.keys()))
     if taken:
         return f"its attribute '{taken[0]}' is one that a graph module needs"
-    return _why_not_class(type(module))
+    return _why_not_class(type(module))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=None)
@@ -107,7 +109,8 @@ def _why_not_class(user_class: type[nn.Module]) -> str | None:
 def _make_class(user_class: type[nn.Module], namespace: dict[str, Any]) -> type[Region]:
     namespace |= {"__module__": user_class.__module__, "__qualname__": user_class.__qualname__,
                   "__doc__": user_class.__doc__, "_user_class": user_class}
-    made: type[Region] = types.new_class(user_class.__name__, (user_class, Region), exec_body=lambda n: n.update(namespace))
+    made: type[Region] = types.new_class(user_class.__name__, (user_class, Region),
+                                         exec_body=lambda n: n.update(namespace))
     return made
 
 
@@ -131,7 +134,7 @@ def _region_class(user_class: type[nn.Module], code: fx.graph.PythonCode) -> typ
     return _CLASSES[key]
 
 
-def share(model: nn.Module) -> nn.Module:
+def share(model: M) -> M:
     """A copy of the model's structure on the same weights: new Parameters on the old storage, other tensors cloned."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""What counts as a linear call, y = x W^T + b, in a graph; and which sites a user means. Reads graphs, writes nothing."""
+"""What counts as a linear call, y = x W^T + b, in a graph; and which sites a user means. Reads graphs, writes none."""
 
 import dataclasses
 import difflib
@@ -88,7 +88,7 @@ METADATA = frozenset("""dtype device shape size ndim dim numel layout stride ele
 
 def only_metadata(node: fx.Node) -> bool:
     """Whether this node asks its first argument for its shape, dtype or the like, and nothing more."""
-    return (node.target is getattr and node.args[1] in METADATA) or (node.op == "call_method" and node.target in METADATA)
+    return node.args[1] in METADATA if node.target is getattr else node.op == "call_method" and node.target in METADATA
 
 
 SELECTORS: dict[str, Callable[[Site], bool]] = {
@@ -116,7 +116,8 @@ def _matched(sites: Sequence[Site], patterns: Any, argument: str, left_alone: Ma
         test = _predicate(pattern, argument)
         matched = [site for site in sites if test(site)]
         if not matched:
-            raise NoSiteError(f"No linear call matches {argument}={_shown(pattern)}. {_hint(sites, pattern, left_alone)}")
+            why = _hint(sites, pattern, left_alone)
+            raise NoSiteError(f"No linear call matches {argument}={_shown(pattern)}. {why}")
         found += matched
     return found
 
@@ -146,7 +147,8 @@ def name_matches(pattern: str, name: str) -> bool:
 
 def _hint(sites: Sequence[Site], pattern: Any = None, left_alone: Mapping[str, str] = MappingProxyType({})) -> str:
     """What the model has instead: why the name meant is no site, or the nearest sites, or what stands in their way."""
-    reasons = {name: why for name, why in left_alone.items() if isinstance(pattern, str) and name_matches(pattern, name)}
+    named = isinstance(pattern, str)
+    reasons = {name: why for name, why in left_alone.items() if named and name_matches(pattern, name)}
     if not reasons and not sites:
         reasons = dict(left_alone)
     if reasons:
@@ -169,7 +171,8 @@ def near(pattern: Any, names: Iterable[str], count: int = 3) -> str:
         for name in names:
             by_last.setdefault(name.rpartition(".")[2], name)
         found = difflib.get_close_matches(pattern, names, count)
-        found += [by_last[part] for part in difflib.get_close_matches(last, by_last, count) if by_last[part] not in found]
+        found += [by_last[part] for part in difflib.get_close_matches(last, by_last, count)]
+        found = list(dict.fromkeys(found))
     return ", ".join(map(repr, (found or names)[:count]))
 
 

@@ -27,7 +27,7 @@ def weights_read(module: nn.Module, attributes: frozenset[str]) -> frozenset[str
 
     Only attributes of these names are looked for.
     """
-    return _reads_of_class(type(module), attributes)
+    return _reads_of_class(type(module), attributes)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=None)
@@ -60,14 +60,18 @@ def _code(function: object) -> types.CodeType | None:
         function = function.fget
     while isinstance(function, (staticmethod, classmethod)):
         function = function.__func__
-    while isinstance(function, types.FunctionType) and isinstance(vars(function).get("__wrapped__"), types.FunctionType):
-        function = vars(function)["__wrapped__"]
+    function = _unwrapped(function)
     return function.__code__ if isinstance(function, types.FunctionType) else None
 
 
-def _globals(function: object) -> dict[str, object]:
-    while isinstance(function, types.FunctionType) and isinstance(vars(function).get("__wrapped__"), types.FunctionType):
+def _unwrapped(function: object) -> object:
+    while isinstance(function, types.FunctionType) and "__wrapped__" in vars(function):
         function = vars(function)["__wrapped__"]
+    return function
+
+
+def _globals(function: object) -> dict[str, object]:
+    function = _unwrapped(function)
     return function.__globals__ if isinstance(function, types.FunctionType) else {}
 
 

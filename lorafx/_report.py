@@ -1,0 +1,107 @@
+"""`summary`: what was adapted, what trains, what was left alone and why."""
+
+import dataclasses
+import html
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from ._branch import branches, injection
+from ._program import read
+from ._region import Region
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteRow:
+    """One adapted site: its weight is (out, in); `ranks` and `scales` have an entry for each adapter at the site."""
+
+    name: str
+    in_features: int
+    out_features: int
+    calls: int
+    ranks: Mapping[str, int]
+    scales: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `lorafx.summary` returns; str() is a table, and notebooks show it as one.
+
+    `trainable` and `total` count parameters, `skipped` says of each matrix that is not adapted why, `breaks` of each
+    module that stays Python why, and `code` is the generated forward of each distinct region, once.
+    """
+
+    sites: Sequence[SiteRow]
+    active: Mapping[str, float]
+    trainable: int
+    total: int
+    skipped: Mapping[str, str]
+    breaks: Mapping[str, str]
+    code: str
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """The table's cells: site, out x in, ranks, scales."""
+        return [(site.name or "(the model)", f"{site.out_features} x {site.in_features}",
+                 ", ".join(f"{name} {rank}" for name, rank in site.ranks.items()),
+                 ", ".join(f"{scale:g}" for scale in site.scales.values())) for site in self.sites]
+
+    def headline(self) -> str:
+        """One line of totals."""
+        active = ", ".join(f"{name} x {weight:g}" for name, weight in self.active.items()) or "none"
+        share = 100 * self.trainable / max(self.total, 1)
+        return (f"{len(self.sites)} sites adapted, active: {active}; {self.trainable:,} of {self.total:,} parameters "
+                f"train ({share:.2f} %)")
+
+    def __str__(self) -> str:
+        table = [_HEADER, *self.rows()]
+        widths = [max(len(row[column]) for row in table) for column in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+        for title, reasons in (("skipped", self.skipped), ("graph breaks", self.breaks)):
+            if reasons:
+                lines += ["", f"{title}:", *(f"  {name or '(the model)'}: {why}" for name, why in reasons.items())]
+        return "\n".join([self.headline(), "", *lines])
+
+    def _repr_html_(self) -> str:
+        def cells(row: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+
+        body = "".join(cells(row, "td") for row in self.rows())
+        return f"<p>{html.escape(self.headline())}</p><table>{cells(_HEADER, 'th')}{body}</table>"
+
+
+_HEADER = ("site", "out x in", "rank", "scale")
+
+
+def summary(model: nn.Module) -> Summary:
+    """What an injected model is: its sites, its parameters, what was left alone and why.
+
+    Example:
+        >>> import torch, lorafx
+        >>> model = lorafx.inject(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Conv1d(4, 4, 1)), rank=2)
+        >>> print(lorafx.summary(model))
+        1 sites adapted, active: default x 1; 16 of 56 parameters train (28.57 %)
+        <BLANKLINE>
+        site  out x in  rank       scale
+        0     4 x 4     default 2  1
+        <BLANKLINE>
+        skipped:
+          1: its module is a graph break: Conv1d: it calls `Conv1d._conv_forward`: ...
+        <BLANKLINE>
+        graph breaks:
+          (the model): Sequential: forward uses GET_ITER ...
+          1: Conv1d: it calls `Conv1d._conv_forward`: _conv_forward branches or loops ...
+    """
+    record = injection(model)
+    found = {site.name: site for site in read(model).sites}
+    rows = []
+    for name, branch in branches(model).items():
+        present = {adapter: branch.factors(adapter) for adapter in record.configs}
+        factors = {adapter: f for adapter, f in present.items() if f is not None}
+        rows.append(SiteRow(name, found[name].in_features, found[name].out_features, len(found[name].calls),
+                            {adapter: f.A.shape[0] for adapter, f in factors.items()},
+                            {adapter: f.scale for adapter, f in factors.items()}))
+    regions = [module for module in model.modules() if isinstance(module, Region)]
+    code = {type(module): f"# {type(module).__name__}\n{module.code}" for module in regions}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return Summary(rows, dict(record.active), trainable, total, record.skipped, record.breaks, "\n".join(code.values()))

@@ -1,0 +1,165 @@
+"""Straight-line code: what it may consist of, and a profile function that sees to it while forward is traced."""
+
+import builtins
+import dis
+import functools
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import fx
+from torch.overrides import handle_torch_function
+
+# The instructions of straight-line code, over the bytecodes of Python 3.11 and later.
+STRAIGHT = frozenset("""
+    RESUME NOP CACHE EXTENDED_ARG PUSH_NULL PRECALL KW_NAMES COPY_FREE_VARS POP_TOP COPY SWAP NOT_TAKEN
+    LOAD_CONST LOAD_SMALL_INT LOAD_FAST LOAD_FAST_CHECK LOAD_FAST_BORROW LOAD_FAST_LOAD_FAST STORE_FAST
+    LOAD_FAST_BORROW_LOAD_FAST_BORROW STORE_FAST_STORE_FAST STORE_FAST_LOAD_FAST DELETE_FAST
+    LOAD_GLOBAL LOAD_DEREF LOAD_CLASSDEREF LOAD_ATTR LOAD_METHOD LOAD_SUPER_ATTR
+    CALL CALL_KW CALL_FUNCTION_EX BINARY_OP BINARY_SUBSCR BINARY_SLICE COMPARE_OP UNARY_NEGATIVE UNARY_INVERT
+    BUILD_TUPLE BUILD_LIST BUILD_MAP BUILD_CONST_KEY_MAP BUILD_SLICE LIST_EXTEND LIST_TO_TUPLE
+    CALL_INTRINSIC_1 DICT_MERGE UNPACK_SEQUENCE RETURN_VALUE RETURN_CONST
+""".split())
+PRIMITIVES = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+# Types that straight-line code may call: they build a value from values and consult nothing.
+BUILDERS = (super, slice, tuple, list, dict)
+# What a global name may stand for: something to call, or a namespace to find it in.
+CALLABLES = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+_CONSTANT_GLOBALS = (*CALLABLES, torch.dtype, torch.layout, torch.memory_format)
+# Attributes of the symbolic value itself, which would hide those of the value it stands for.
+HIDDEN = frozenset({"node", "tracer"})
+
+
+class Unsound(BaseException):
+    """The forward decides something in Python. A BaseException, so that no user code catches it by accident."""
+
+
+class Watch:
+    """A profile function that checks each call made by traced code; the previous one is back on exit.
+
+    `user` holds the frames whose code was checked and which are ours to follow. `asked` holds the calls that have yet
+    to reach a symbolic value: {calling or called frame: why it could not be followed}; an entry goes when they do.
+    """
+
+    def __init__(self, symbolic: tuple[type, ...], machinery: tuple[str, ...]) -> None:
+        self.symbolic = symbolic
+        self.machinery = (*machinery, __file__)
+
+    def __enter__(self) -> None:
+        self.user: set[types.FrameType] = set()
+        self.asked: dict[types.FrameType, str] = {}
+        self.root = sys._getframe(1)
+        self.previous = sys.getprofile()
+        sys.setprofile(self._event)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self.previous)
+        self.user.clear()
+        self.asked.clear()
+
+    def _event(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call":
+            self._called(frame)
+        elif event in ("c_call", "c_return") and arg in _ASKS:
+            return
+        elif event == "c_call" and (frame in self.user or frame in self.asked):
+            reason = f"it calls `{arg.__name__}`, which does not become a node"
+            if (arg.__module__ or "torch").partition(".")[0] != "torch":
+                raise Unsound(reason)  # before it runs: only torch's C functions know symbolic values
+            self._expect(frame, reason)
+        elif event in ("return", "c_return") and frame in self.asked:
+            raise Unsound(self.asked[frame])
+        elif event == "return":
+            self.user.discard(frame)
+
+    def _called(self, frame: types.FrameType) -> None:
+        parent, code = frame.f_back, frame.f_code
+        if parent is None:
+            return
+        if code in _DISPATCH:
+            self.asked.pop(parent, None)
+        elif parent in self.asked:
+            raise Unsound(self.asked[parent])
+        elif parent is self.root and code.co_filename not in self.machinery or parent in self.user:
+            if code.co_filename in self.machinery:
+                return
+            reason = _decides(code) or _reads_globals(code, frame.f_globals) or self._holds(frame)
+            if reason is None:
+                self.user.add(frame)
+            elif parent is self.root:
+                raise Unsound(reason)
+            else:
+                self._expect(frame, f"it calls `{code.co_qualname}`: {reason}")
+
+    def _holds(self, frame: types.FrameType) -> str | None:
+        """Why an argument, default or closure of this call is not symbolic or constant, or None if all are."""
+        for name, value in frame.f_locals.items():
+            if name != "__class__" and not self._constant(value):
+                return f"{frame.f_code.co_name} is given `{name}`, a {type(value).__name__}"
+        return None
+
+    def _constant(self, value: Any) -> bool:
+        if type(value) is tuple:
+            return all(map(self._constant, value))
+        return isinstance(value, (*self.symbolic, *PRIMITIVES, *CALLABLES, types.MethodType))
+
+    def _expect(self, frame: types.FrameType, reason: str) -> None:
+        if frame in self.asked:
+            raise Unsound(self.asked[frame])
+        self.asked[frame] = reason
+
+
+# How a call reaches a symbolic value: these Python functions do it, these C functions only ask whether it must.
+_DISPATCH = frozenset({handle_torch_function.__code__, vars(fx.Proxy)["__torch_function__"].__func__.__code__})
+_ASKS = frozenset({torch.overrides.has_torch_function, torch.overrides.has_torch_function_unary,
+                   torch.overrides.has_torch_function_variadic})
+_DECISIONS = {"JUMP": "branches or loops", "FOR_ITER": "loops", "SEND": "awaits", "IS_OP": "compares identities",
+              "CONTAINS_OP": "tests membership", "STORE_ATTR": "stores an attribute", "STORE_SUBSCR": "stores an item",
+              "STORE_GLOBAL": "stores a global", "IMPORT": "imports", "FORMAT": "formats text",
+              "RAISE": "raises", "YIELD": "yields", "DELETE": "deletes", "MAKE_FUNCTION": "defines a function"}
+
+
+@functools.lru_cache(maxsize=4096)
+def _decides(code: types.CodeType) -> str | None:
+    """Why this code is not straight-line, in words, or None if it is."""
+    if code.co_exceptiontable:
+        return f"{code.co_name} has a `try` or `with` block"
+    for step in dis.get_instructions(code):
+        name = step.opname
+        if name not in STRAIGHT:
+            what = next((words for part, words in _DECISIONS.items() if part in name), f"uses {name}")
+            line = step.positions.lineno if step.positions else None
+            return f"{code.co_name} {what} (line {line})"
+        if name in ("LOAD_ATTR", "LOAD_METHOD") and (step.argval in HIDDEN or step.argval[:2] == "__"):
+            return f"{code.co_name} reads `{step.argval}`"
+    return None
+
+
+def _reads_globals(code: types.CodeType, names: dict[str, Any]) -> str | None:
+    """Why a global that this code reads is not constant, or None: functions and tensor types are, values are not."""
+    steps = list(dis.get_instructions(code))
+    for i, step in enumerate(steps):
+        if step.opname != "LOAD_GLOBAL":
+            continue
+        path = step.argval
+        value = names.get(path, vars(builtins).get(path))
+        for follower in steps[i + 1:]:
+            if follower.opname not in ("LOAD_ATTR", "LOAD_METHOD") or not isinstance(value, (types.ModuleType, type)):
+                break
+            path, value = f"{path}.{follower.argval}", getattr(value, follower.argval, None)
+        if not any(value is builder for builder in BUILDERS) and not isinstance(value, _CONSTANT_GLOBALS):
+            return f"{code.co_name} reads the global `{path}`"
+    return None
+
+
+def instruction(frame: types.FrameType) -> tuple[str, int]:
+    """The instruction that this frame is executing, and its argument."""
+    code, at = frame.f_code.co_code, frame.f_lasti
+    return dis.opname[code[at]], code[at + 1]
+
+
+def loads_method(frame: types.FrameType) -> bool:
+    """Whether the attribute that this frame is reading is called right away, as in `x.view(...)`."""
+    name, argument = instruction(frame)
+    return name == "LOAD_METHOD" or (name == "LOAD_ATTR" and sys.version_info >= (3, 12) and bool(argument & 1))
