@@ -13,7 +13,7 @@ from ._branch import (RECORD, Branch, Factors, Injection, Own, Trained, branch_n
                       refresh, set_trainable)
 from ._errors import AdapterError, MismatchError, NoSiteError, UnsupportedModelError
 from ._program import Program
-from ._region import convert, same_kind
+from ._region import Region, convert, keep_attributes, same_kind
 from ._rules import Call, Site, name_matches, near, select
 
 # What data-parallel and compile wrappers put before every name when a wrapped model is saved.
@@ -25,6 +25,8 @@ def start(model: nn.Module, program: Program) -> None:
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     model.__dict__[RECORD] = Injection(flags, program.skipped, program.breaks)
+    if isinstance(model, fx.GraphModule) and not isinstance(model, Region):
+        keep_attributes(model)
 
 
 def check_free(model: nn.Module, adapter: str) -> None:
@@ -45,7 +47,7 @@ def create(model: nn.Module, program: Program, name: str, config: LoRAConfig) ->
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
         if not any(pattern_matches(pattern, site.name) for site in chosen):
             names = near(pattern, [site.name for site in chosen])
-            raise NoSiteError(f"The pattern {pattern!r} matches none of the {len(chosen)} chosen sites, such as {names}.")
+            raise NoSiteError(f"The pattern {pattern!r} matches none of the {len(chosen)} sites chosen: {names}.")
     pairs = {site.name: new_pair(config, site.name, weight(model, site)) for site in chosen}
     return Adapter(name, config, pairs, {key: parameter.detach().clone() for key, parameter in whole.items()})
 
@@ -174,7 +176,8 @@ def attach(model: nn.Module, program: Program, adapter: Adapter) -> None:
 
 def _check_room(model: nn.Module, sites: list[Site], adapter: Adapter) -> None:
     needed: list[tuple[nn.Module, str, type[Own], str]] = [
-        (_owner(model, call)[0], branch_name(call.attribute), Branch, site.name) for site in sites for call in site.calls]
+        (_owner(model, call)[0], branch_name(call.attribute), Branch, site.name)
+        for site in sites for call in site.calls]
     needed += [(model.get_submodule(name.rpartition(".")[0]), "trained", Trained, name) for name in adapter.trained]
     for owner, name, kind, at in needed:
         held = owner._modules.get(name)

@@ -94,8 +94,9 @@ def _decode_native(path: Path) -> tuple[Adapter, str | None]:
 
 def _encode_minimind(adapter: Adapter, base: str) -> bytes:
     if adapter.trained:
-        raise ConfigError(f"a MiniMind file holds no base weights, such as the trained '{next(iter(adapter.trained))}'; "
-                          "save to a path that ends in .safetensors.")
+        name = next(iter(adapter.trained))
+        raise ConfigError(f"a MiniMind file holds no base weights, such as the trained '{name}'; save to a path that ends "
+                          "in .safetensors.")
     tensors = {}
     for site, (A, B, scale) in adapter.pairs.items():
         tensors[join(site, "lora.A.weight")] = A.half()
@@ -112,7 +113,8 @@ def _decode_minimind(path: Path) -> tuple[Adapter, str | None]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise FormatError(f"'{path}' is damaged, or holds more than tensors: {str(error).splitlines()[0]}.") from error
+        reason = str(error).partition("\n")[0]
+        raise FormatError(f"'{path}' is damaged or holds more than tensors: {reason}.") from error
     items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
         raise FormatError(f"'{path}' does not hold a dict of named tensors.")

@@ -41,7 +41,7 @@ def check_model(model: nn.Module) -> None:
                 raise UnsupportedModelError(f"{place} is {what}: {instead}.")
         if find_injection(module) is not None:
             raise UnsupportedModelError(f"{place} is injected already: eject it, or inject only the whole.")
-        if "forward" in vars(module):
+        if "forward" in vars(module) and any(True for _ in module.parameters()):
             raise UnsupportedModelError(f"{place} has a forward of its own, patched in by another tool, which a copy "
                                         "would still run on the original's layers: inject before patching.")
         if vars(module).get("_compiled_call_impl") is not None:

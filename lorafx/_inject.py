@@ -25,20 +25,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def inject(
-    model: M,
-    rank: int = 8,
-    *,
-    alpha: float | None = None,
-    targets: Any = "square",
-    exclude: Any = (),
-    dropout: float = 0.0,
-    rslora: bool = False,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    trainable: Any = (),
-    init: str = "gaussian",
-    dtype: torch.dtype | None = None,
-    adapter: str = "default",
+    model: M, rank: int = 8, *, alpha: float | None = None, targets: Any = "square", exclude: Any = (),
+    dropout: float = 0.0, rslora: bool = False, rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None, trainable: Any = (), init: str = "gaussian",
+    dtype: torch.dtype | None = None, adapter: str = "default",
 ) -> M:
     """A new model in which each chosen linear call y = x W^T + b also adds s (x A^T) B^T; all but A and B is frozen.
 

@@ -26,7 +26,9 @@ class Program:
     @property
     def left_alone(self) -> dict[str, str]:
         """Why a name is not a site, for error messages."""
-        return {**self.breaks, **self.skipped}
+        tied = {name: f"it makes no linear call and shares its weight with '{site.name}', which can be adapted"
+                for site in self.sites for name in site.tied_to}
+        return {**self.breaks, **self.skipped, **tied}
 
 
 @dataclasses.dataclass
@@ -66,6 +68,7 @@ class _Reader:
         self.breaks: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
         self.weights: dict[nn.Parameter, _Weight] = {}
+        self.names: list[str] = []  # of all Parameters, as sites, in the order of registration
         self.every_path = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if m in self.paths]
         for path, module in self.every_path:
             for attribute, parameter in module._parameters.items():
@@ -73,6 +76,7 @@ class _Reader:
                     weight = self.weights.setdefault(parameter, _Weight(parameter, [], []))
                     weight.names.append(site_name(path, attribute))
                     weight.owners.append(module)
+                    self.names.append(weight.names[-1])
         self.matrices = frozenset(attribute for m in self.paths for attribute, p in m._parameters.items()
                                   if p is not None and p.ndim > 1)
 
@@ -99,10 +103,10 @@ class _Reader:
             module = self.modules[path].get_submodule(owner)
             parameter = module._parameters.get(attribute)
             for user in node.users if parameter is not None else ():
-                weight = self.weights[parameter]  # type: ignore[index]
+                weight = self.weights[parameter]
                 call = linear_call(user)
                 if call is not None and call[1]["weight"] is node and call[1]["input"] is not node:
-                    weight.calls.append(Call(path, owner, attribute, user, call[1]["input"]))
+                    weight.calls.append(Call(path, owner, attribute, user))
                     weight.kinds.append(call[0].kind)
                     weight.through.append(module)
                 elif not only_metadata(user):
@@ -157,9 +161,7 @@ class _Reader:
         old = next(call for call in weight.calls if call.region == region)
         weight.calls.remove(old)
         del self.graphs[region]
-        for node in nodes:
-            value = node.args[0] if node.args else node.kwargs[str(old.input.target)]
-            weight.calls.append(Call(path, str(node.target), old.attribute, node, value))  # type: ignore[arg-type]
+        weight.calls += [Call(path, str(node.target), old.attribute, node) for node in nodes]
 
     def program(self) -> Program:
         sites = []
@@ -169,8 +171,8 @@ class _Reader:
                 sites.append(_site(weight))
             elif weight.parameter.ndim > 1:
                 self.skipped[weight.names[0]] = reason
-        order = list(self.modules)
-        sites.sort(key=lambda site: order.index(site.calls[0].region))
+        order = {name: position for position, name in enumerate(self.names)}
+        sites.sort(key=lambda site: order[site.name])
         return Program(self.graphs, sites, self.skipped, self.breaks)
 
     def _why_not_site(self, weight: _Weight) -> str | None:

@@ -6,6 +6,7 @@ import itertools
 import linecache
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 import torch
@@ -132,6 +133,35 @@ def _region_class(user_class: type[nn.Module], code: fx.graph.PythonCode) -> typ
         _CLASSES[key] = made
         return made
     return _CLASSES[key]
+
+
+def keep_attributes(module: fx.GraphModule) -> None:
+    """Let copies and pickles of a caller's GraphModule keep the attributes that its graph does not read.
+
+    Its class is its own, made by fx for this one instance.
+    """
+    cls: Any = type(module)
+    cls.__deepcopy__ = _deepcopy_graph_module
+    cls.__reduce__ = _reduce_graph_module
+
+
+def _deepcopy_graph_module(module: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
+    twin = type(module).__new__(type(module))
+    memo[id(module)] = twin
+    _copy_attributes(module, twin, memo)
+    twin.recompile()
+    keep_attributes(twin)
+    return twin
+
+
+def _reduce_graph_module(module: fx.GraphModule) -> tuple[Any, ...]:
+    return _rebuilt, fx.GraphModule.__reduce__(module)
+
+
+def _rebuilt(rebuild: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) -> fx.GraphModule:
+    module = rebuild(*arguments)
+    keep_attributes(module)
+    return module
 
 
 def share(model: M) -> M:

@@ -34,14 +34,22 @@ RULES: dict[Any, Rule] = {rule.target: rule for rule in (
 class Call:
     """A call site: the node that computes x W^T + b in the graph of the region at this path.
 
-    The weight is the tensor `attribute` of the module at `owner`, a path below the region.
+    The weight is the tensor `attribute` of the module at `owner`, a path below the region. In a caller's GraphModule
+    the node may be a `call_module` of a module whose forward is one linear call of its only input.
     """
 
     region: str
     owner: str
     attribute: str
     node: fx.Node = dataclasses.field(repr=False)
-    input: fx.Node = dataclasses.field(repr=False)
+
+    @property
+    def input(self) -> fx.Node:
+        """The node of x, as the graph stands now."""
+        call = linear_call(self.node)
+        value = call[1]["input"] if call is not None else (*self.node.args, *self.node.kwargs.values())[0]
+        assert isinstance(value, fx.Node)
+        return value
 
     def __str__(self) -> str:
         return f"{self.region or '(the model)'}: {self.node.name}"

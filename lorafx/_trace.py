@@ -48,7 +48,8 @@ def trace(module: nn.Module) -> RegionGraph:
 
 def _placeholder(tracer: "_Tracer", parameter: inspect.Parameter) -> "Value":
     if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-        raise Unsound(f"its forward takes {parameter}, a variable or keyword-only argument")
+        name = parameter.replace(annotation=parameter.empty, default=parameter.empty)
+        raise Unsound(f"its forward takes {name}, {parameter.kind.description}")
     if parameter.default is parameter.empty:
         return tracer.create_proxy("placeholder", parameter.name, (), {})
     if not isinstance(parameter.default, PRIMITIVES):

@@ -18,7 +18,7 @@ STRAIGHT = frozenset("""
     LOAD_FAST_BORROW_LOAD_FAST_BORROW STORE_FAST_STORE_FAST STORE_FAST_LOAD_FAST DELETE_FAST
     LOAD_GLOBAL LOAD_DEREF LOAD_CLASSDEREF LOAD_ATTR LOAD_METHOD LOAD_SUPER_ATTR
     CALL CALL_KW CALL_FUNCTION_EX BINARY_OP BINARY_SUBSCR BINARY_SLICE COMPARE_OP UNARY_NEGATIVE UNARY_INVERT
-    BUILD_TUPLE BUILD_LIST BUILD_MAP BUILD_CONST_KEY_MAP BUILD_SLICE LIST_EXTEND LIST_TO_TUPLE
+    BUILD_TUPLE BUILD_LIST BUILD_MAP BUILD_CONST_KEY_MAP BUILD_SLICE LIST_APPEND LIST_EXTEND LIST_TO_TUPLE
     CALL_INTRINSIC_1 DICT_MERGE UNPACK_SEQUENCE RETURN_VALUE RETURN_CONST
 """.split())
 PRIMITIVES = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -114,10 +114,11 @@ class Watch:
 _DISPATCH = frozenset({handle_torch_function.__code__, vars(fx.Proxy)["__torch_function__"].__func__.__code__})
 _ASKS = frozenset({torch.overrides.has_torch_function, torch.overrides.has_torch_function_unary,
                    torch.overrides.has_torch_function_variadic})
-_DECISIONS = {"JUMP": "branches or loops", "FOR_ITER": "loops", "SEND": "awaits", "IS_OP": "compares identities",
+_DECISIONS = {"JUMP": "branches or loops", "_ITER": "loops", "SEND": "awaits", "IS_OP": "compares identities",
               "CONTAINS_OP": "tests membership", "STORE_ATTR": "stores an attribute", "STORE_SUBSCR": "stores an item",
               "STORE_GLOBAL": "stores a global", "IMPORT": "imports", "FORMAT": "formats text",
-              "RAISE": "raises", "YIELD": "yields", "DELETE": "deletes", "MAKE_FUNCTION": "defines a function"}
+              "RAISE": "raises", "YIELD": "yields", "DELETE": "deletes", "MAKE_": "defines a function",
+              "SET": "builds a set", "UNPACK_EX": "unpacks with a star"}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -129,7 +130,7 @@ def _decides(code: types.CodeType) -> str | None:
         name = step.opname
         if name not in STRAIGHT:
             what = next((words for part, words in _DECISIONS.items() if part in name), f"uses {name}")
-            line = step.positions.lineno if step.positions else None
+            line = (step.positions and step.positions.lineno) or code.co_firstlineno
             return f"{code.co_name} {what} (line {line})"
         if name in ("LOAD_ATTR", "LOAD_METHOD") and (step.argval in HIDDEN or step.argval[:2] == "__"):
             return f"{code.co_name} reads `{step.argval}`"

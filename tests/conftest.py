@@ -1,0 +1,14 @@
+"""Hypothesis repeats the same examples in every run; `--hypothesis-profile=search` looks for new ones, and longer."""
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40, database=None)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=1000, database=None)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

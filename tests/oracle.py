@@ -1,0 +1,69 @@
+"""What an injected model must compute, worked out without lorafx: the base called with W + sum w s B A in W's place."""
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import lorafx
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every A and B of an injected model random values: a zero B would hide most errors."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for adapter in lorafx.adapters(model):
+            for parameter in lorafx.parameters(model, adapter):
+                value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(value / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def oracle(base: nn.Module, sites: list[Any], factors: dict[str, list[tuple[Tensor, Tensor, float]]],
+           *args: Any) -> Any:
+    """base(*args) with the delta of {site: [(A, B, scale)]} added to each weight, under every name of it."""
+    tensors = dict(base.named_parameters(remove_duplicate=False))
+    replaced = {}
+    for site in sites:
+        for name in site.names:
+            key = name if name in tensors else f"{name}.weight".lstrip(".")
+            replaced[key] = tensors[key] + sum(scale * B @ A for A, B, scale in factors[site.name])
+    return functional_call(base, replaced, args, tie_weights=False)
+
+
+def factors_of(model: nn.Module, weights: dict[str, float]) -> dict[str, list[tuple[Tensor, Tensor, float]]]:
+    """{site: [(A, B, weight * scale)]}, read from the state_dict's names and the modules' scales."""
+    found: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
+    for path, module in model.named_modules():
+        owner, _, adapter = path.rpartition(".")
+        if isinstance(getattr(module, "A", None), nn.Parameter) and adapter in weights:
+            parent, _, name = owner.rpartition(".")
+            site = parent if name == "lora" else ".".join(filter(None, (parent, name.removeprefix("lora_"))))
+            found.setdefault(site, []).append((module.A, module.B, weights[adapter] * module.scale))
+    return found
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer under every name."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def fingerprint(model: nn.Module) -> Any:
+    """All that must not change in the caller's model: bits, flags, identities, keys, classes, modes, attributes."""
+    def digest(tensor: Tensor) -> str:
+        return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+    tensors = [(name, digest(t), id(t), t.requires_grad, t.dtype, t.grad is None) for name, t in tensors_of(model)]
+    modules = [(path, type(m), m.training, sorted(vars(m)), list(m._modules), len(m._forward_hooks))
+               for path, m in model.named_modules(remove_duplicate=False)]
+    return tensors, modules, list(model.state_dict())
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """A deep copy that requires no grad: what an injected model is compared with (ATen picks kernels by the flag)."""
+    return copy.deepcopy(model).requires_grad_(False)

@@ -1,0 +1,68 @@
+"""The layering: a file of lorafx imports only files of strictly lower levels, and `import lorafx` stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import lorafx
+
+LEVELS = {
+    "_errors": 0,
+    "_kernels": 1, "_adapter": 1, "_rules": 1, "_graph": 1, "_watch": 1,
+    "_trace": 2, "_scan": 2, "_region": 2, "_branch": 2,
+    "_program": 3, "_formats": 3, "_guard": 3,
+    "_merge": 4, "_attach": 4,
+    "_switch": 5, "_report": 5,
+    "_inject": 6,
+    "__init__": 7,
+}
+FOLDER = Path(lorafx.__file__).parent
+
+
+def imported(path: Path) -> set[str]:
+    """The files of lorafx that a file names in its import statements."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found |= {node.module} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not any(name.split(".")[0] == "lorafx" for name in names), f"{path}: import relatively"
+    return found
+
+
+def test_every_file_has_a_level_and_imports_only_lower_ones():
+    files = {path.stem: path for path in FOLDER.glob("*.py")}
+    assert files.keys() == LEVELS.keys()
+    for name, path in files.items():
+        for other in imported(path):
+            assert LEVELS[other] < LEVELS[name], f"{name} (level {LEVELS[name]}) imports {other} ({LEVELS[other]})"
+
+
+def test_an_import_brings_in_no_heavy_package():
+    code = "import sys, lorafx; print([n for n in ('transformers', 'peft', 'matplotlib') if n in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_public_surface():
+    assert sorted(name for name in vars(lorafx) if not name.startswith("_")) == [
+        "AdapterError", "ConfigError", "FormatError", "InjectLoRA", "LorafxError", "MergeLoRA", "MismatchError",
+        "NoSiteError", "NotInjectedError", "TiedWeightError", "UnsupportedModelError", "activate", "adapters", "add",
+        "compose", "disabled", "eject", "inject", "load", "merge", "named_parameters", "parameters", "remove", "save",
+        "sites", "summary"]
+
+
+def test_every_public_name_has_an_example():
+    for name, value in vars(lorafx).items():
+        if not name.startswith("_") and not (isinstance(value, type) and issubclass(value, Exception)):
+            assert ">>>" in (value.__doc__ or ""), name
+
+
+def test_functions_fit_a_screen():
+    for path in (*FOLDER.glob("*.py"), *FOLDER.parent.glob("benchmarks/*.py"), *FOLDER.parent.glob("tests/*.py")):
+        text = path.read_text()
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 61, f"{path}: {node.name}"

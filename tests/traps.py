@@ -1,0 +1,389 @@
+"""Forwards in which Python decides something, at least one of each kind, and forwards in which it decides nothing.
+
+Each makes a linear call of its own, so that a tracer that accepted it would write a branch into it, and comes with
+argument lists to call it with, chosen to change what Python decides.
+"""
+
+import contextlib
+import copy
+import enum
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TRAPS: list[Any] = []
+SCALE = 2.0
+TABLE = {"a": 1.0}
+
+
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+class Settings:
+    scale = 3.0
+
+
+class Pair(typing.NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return -gradient
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, 3, dtype=dtype, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def trap(reason: str, *calls: Any, change: Callable[[nn.Module], Any] | None = None) -> Callable[[Any], Any]:
+    """Register a forward with the reason for which it must be refused, and argument lists to call it with."""
+    def register(forward: Any) -> Any:
+        TRAPS.append(pytest.param(forward, reason, calls or [(rows(2),), (rows(4, 2),)], change, id=forward.__name__))
+        return forward
+    return register
+
+
+def build(forward: Any) -> nn.Module:
+    model = type("Trap", (nn.Module,), {"forward": forward, "__module__": __name__})()
+    model.fc = nn.Linear(3, 3)
+    model.w = nn.Parameter(torch.randn(3, 3))
+    model.register_buffer("counter", torch.zeros(()))
+    model.settings, model.scale, model.calls, model.aux = Settings(), 2.0, [], None
+    return model.double()
+
+
+@trap("branches")
+def reads_the_mode(self, x):
+    return F.linear(x, self.w) if self.training else self.fc(x)
+
+
+@trap("branches", (rows(2),), (rows(2), rows(2)))
+def optional_input(self, x, mask=None):
+    x = F.linear(x, self.w)
+    return x if mask is None else x * mask
+
+
+@trap("identities", (rows(2),), (rows(2), rows(2)))
+def identity_as_a_value(self, x, mask=None):
+    return F.linear(x, self.w) * (mask is None)
+
+
+@trap("loops", (rows(2), 1), (rows(2), 3))
+def loops_over_an_input(self, x, n):
+    for _ in range(n):
+        x = F.linear(x, self.w)
+    return x
+
+
+@trap("branches", (rows(2),), ((rows(2), rows(2)),))
+def type_of_an_input(self, x):
+    return F.linear(x[0] if isinstance(x, tuple) else x, self.w)
+
+
+@trap("isinstance", (rows(2), 1.0), (rows(2), 1))
+def isinstance_as_a_value(self, x, n):
+    return F.linear(x, self.w) * isinstance(n, int)
+
+
+@trap("global `type`", (rows(2), 1.0), (rows(2), 1))
+def type_as_a_value(self, x, n):
+    return F.linear(x, self.w) * (type(n) == int)  # noqa: E721
+
+
+@trap("hasattr", (rows(2), 1.0), (rows(2), 1))
+def hasattr_as_a_value(self, x, n):
+    return F.linear(x, self.w) * hasattr(n, "numerator") * hasattr(n, "hex")
+
+
+@trap("__class__", (rows(2), 1.0), (rows(2), 1))
+def class_attribute_as_a_value(self, x, n):
+    return F.linear(x, self.w) * (n.__class__ == int)
+
+
+@trap("builds a set")
+def dtype_in_a_set(self, x):
+    return F.linear(x, self.w) * (x.dtype in {torch.float32, torch.float16})
+
+
+@trap("global `str`")
+def text_of_the_device(self, x):
+    return F.linear(x, self.w) * (str(x.device) == "cpu")
+
+
+@trap("formats text")
+def formats_a_value(self, x):
+    return F.linear(x, self.w) * (f"{x.device}" == "cpu")
+
+
+@trap("stores an attribute")
+def stores_state(self, x):
+    self.aux = x.sum()
+    return F.linear(x, self.w)
+
+
+@trap("stores an item")
+def stores_an_item(self, x):
+    y = F.linear(x, self.w)
+    y[..., 0] = 0
+    return y
+
+
+@trap("iterates")
+def rank_of_the_input(self, x):
+    return F.linear(x, self.w).reshape(*x.shape, 1)
+
+
+@trap("arange")
+def constant_tensor(self, x):
+    return F.linear(x, self.w) + torch.arange(3)
+
+
+@trap("rand")
+def random_call(self, x):
+    return F.linear(x, self.w) + torch.rand(3)
+
+
+@trap("is_grad_enabled")
+def ambient_state(self, x):
+    return F.linear(x, self.w) * torch.is_grad_enabled()
+
+
+@trap("with")
+def no_grad_block(self, x):
+    with torch.no_grad():
+        y = F.linear(x, self.w)
+    return self.fc(y)
+
+
+@trap("variadic")
+@torch.no_grad()
+def no_grad_decorator(self, x):
+    return F.linear(x, self.w)
+
+
+@trap("with")
+def autocast_block(self, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return F.linear(x.float(), self.w.float())
+
+
+@trap("global `Reverse.apply`")
+def autograd_function(self, x):
+    return Reverse.apply(F.linear(x, self.w))
+
+
+@trap("try")
+def catches(self, x):
+    try:
+        return F.linear(x.view(4, 2, 3), self.w)
+    except RuntimeError:
+        return F.linear(x, self.w) * 2
+
+
+@trap("global `TABLE`", change=lambda model: TABLE.update(a=5.0))
+def global_table(self, x):
+    return F.linear(x, self.w) * TABLE["a"]
+
+
+@trap("global `SCALE`")
+def global_number(self, x):
+    return F.linear(x, self.w) * SCALE
+
+
+@trap("global `Settings.scale`")
+def global_class_attribute(self, x):
+    return F.linear(x, self.w) * Settings.scale
+
+
+@trap("truth, text, length or hash", (rows(2), "a"), (rows(2), "b"))
+def lookup_by_a_value(self, x, key):
+    return F.linear(x, self.w) * {"a": 1.0, "b": 2.0}[key]
+
+
+@trap("place", (rows(2),))
+def augmented_assignment(self, x):
+    y = F.linear(x, self.w)
+    y += x
+    return y
+
+
+@trap("place", (rows(2), 4), (rows(2), 5))
+def augmented_number(self, x, n):
+    m = n
+    m += 1
+    return F.linear(x, self.w) * m * n
+
+
+@trap("global `Pair`")
+def named_tuple_output(self, x):
+    return Pair(F.linear(x, self.w), x)
+
+
+@trap("len")
+def length(self, x):
+    return F.linear(x, self.w) * len(x)
+
+
+@trap("global `float`")
+def item_as_a_number(self, x):
+    return F.linear(x, self.w) * float(self.counter.item())
+
+
+@trap("variadic", (rows(2),), (rows(2), 2.0))
+def variadic(self, x, *scales):
+    return F.linear(x, self.w) * sum(scales, 1.0)
+
+
+@trap("keyword-only")
+def keyword_only(self, x, *, scale=2.0):
+    return F.linear(x, self.w) * scale
+
+
+@trap("default")
+def default_object(self, x, colour=Colour.RED):
+    return F.linear(x, self.w) * colour.value
+
+
+@trap("imports")
+def imports(self, x):
+    import math
+    return F.linear(x, self.w) * math.pi
+
+
+@trap("defines a function")
+def closure(self, x):
+    scale = 2.0
+    return F.linear(x, self.w) * (lambda: scale)()
+
+
+@trap("UNARY_NOT")
+def negates(self, x):
+    return F.linear(x, self.w) * (not self.training)
+
+
+@trap("unpacks with a star")
+def unpacks_with_a_star(self, x):
+    _, *rest = x.shape
+    return F.linear(x, self.w).reshape(-1, *rest)
+
+
+@trap("computed by Python")
+def property_of_the_module(self, x):
+    return F.linear(x, self.w) * self.computed
+
+
+@trap("`with` block")
+def suppresses(self, x):
+    with contextlib.suppress(RuntimeError):
+        return F.linear(x, self.w)
+
+
+@trap("`with` block")
+def warns(self, x):
+    import warnings
+    with warnings.catch_warnings(action="ignore"):
+        warnings.warn("called", stacklevel=1)
+    return F.linear(x, self.w)
+
+
+@trap("calls `copy`")
+def deep_copies(self, x):
+    return copy.copy(F.linear(x, self.w))
+
+
+@trap("returns a generator")
+def generates(self, x):
+    yield F.linear(x, self.w)
+
+
+SOUND: list[Any] = []
+
+
+def sound(*calls: Any, change: Callable[[nn.Module], Any] | None = None) -> Callable[[Any], Any]:
+    """Register a forward that has nothing to decide and must become a region."""
+    def register(forward: Any) -> Any:
+        SOUND.append(pytest.param(forward, calls or [(rows(2),), (rows(4, 2),)], change, id=forward.__name__))
+        return forward
+    return register
+
+
+@sound()
+def mode_as_an_argument(self, x):
+    return F.dropout(F.linear(x, self.w), 0.5, self.training) + F.dropout(x, training=self.training)
+
+
+@sound(change=lambda model: setattr(model, "scale", 7.0))
+def attribute_read_live(self, x):
+    return F.linear(x, self.w) * self.scale
+
+
+@sound(change=lambda model: setattr(model.settings, "scale", 7.0))
+def object_read_live(self, x):
+    return F.linear(x, self.w) * self.settings.scale
+
+
+@sound()
+def list_appended_to(self, x):
+    self.calls.append(x.sum())
+    return F.linear(x, self.w) * self.calls[-1]
+
+
+@sound()
+def buffer_counted(self, x):
+    self.counter.add_(1)
+    return F.linear(x, self.w) * self.counter
+
+
+@sound((rows(2, 3),), (rows(1, 3),))
+def sizes(self, x):
+    b, t, c = x.shape
+    return F.linear(x.view(b * t, c), self.w).view(b, t, -1) * x.size(0)
+
+
+@sound((rows(2),))
+def shape_read_before_it_changes(self, x):
+    y = F.linear(x, self.w)
+    shape = y.shape
+    y.unsqueeze_(0)
+    return y.view(shape)
+
+
+@sound((rows(2),))
+def in_place_method(self, x):
+    y = F.linear(x, self.w)
+    y.mul_(2)
+    return {"y": y, "list": [y + 1, (x, None, 2.0)]}
+
+
+def helper(x, factor=2.0):
+    return torch.relu(x) * factor
+
+
+@sound()
+def calls_a_helper(self, x, scale=1.5):
+    return helper(F.linear(x, self.w), factor=3.0) * scale + helper(self.fc(x))
+
+
+@sound()
+def random_like(self, x):
+    return F.linear(x, self.w) + torch.rand_like(x)
+
+
+@sound((torch.randn(2, 3, 3, dtype=torch.float64),))
+def unpacks_a_tensor(self, x):
+    first, second = F.linear(x, self.w)
+    return first - second
