@@ -95,8 +95,8 @@ def _decode_native(path: Path) -> tuple[Adapter, str | None]:
 def _encode_minimind(adapter: Adapter, base: str) -> bytes:
     if adapter.trained:
         name = next(iter(adapter.trained))
-        raise ConfigError(f"a MiniMind file holds no base weights, such as the trained '{name}'; save to a path that ends "
-                          "in .safetensors.")
+        raise ConfigError(f"a MiniMind file holds no base weights, such as the trained '{name}'; save to a path that "
+                          "ends in .safetensors.")
     tensors = {}
     for site, (A, B, scale) in adapter.pairs.items():
         tensors[join(site, "lora.A.weight")] = A.half()

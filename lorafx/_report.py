@@ -49,8 +49,9 @@ class Summary:
         """One line of totals."""
         active = ", ".join(f"{name} x {weight:g}" for name, weight in self.active.items()) or "none"
         share = 100 * self.trainable / max(self.total, 1)
-        return (f"{len(self.sites)} sites adapted, active: {active}; {self.trainable:,} of {self.total:,} parameters "
-                f"train ({share:.2f} %)")
+        count = f"{len(self.sites)} site" + "s" * (len(self.sites) != 1)
+        return (f"{count} adapted, active: {active}; {self.trainable:,} of {self.total:,} parameters train "
+                f"({share:.2f} %)")
 
     def __str__(self) -> str:
         table = [_HEADER, *self.rows()]
@@ -79,7 +80,7 @@ def summary(model: nn.Module) -> Summary:
         >>> import torch, lorafx
         >>> model = lorafx.inject(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Conv1d(4, 4, 1)), rank=2)
         >>> print(lorafx.summary(model))
-        1 sites adapted, active: default x 1; 16 of 56 parameters train (28.57 %)
+        1 site adapted, active: default x 1; 16 of 56 parameters train (28.57 %)
         <BLANKLINE>
         site  out x in  rank       scale
         0     4 x 4     default 2  1
@@ -88,7 +89,7 @@ def summary(model: nn.Module) -> Summary:
           1: its module is a graph break: Conv1d: it calls `Conv1d._conv_forward`: ...
         <BLANKLINE>
         graph breaks:
-          (the model): Sequential: forward uses GET_ITER ...
+          (the model): Sequential: forward loops ...
           1: Conv1d: it calls `Conv1d._conv_forward`: _conv_forward branches or loops ...
     """
     record = injection(model)
