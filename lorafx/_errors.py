@@ -4,6 +4,11 @@
 class LorafxError(Exception):
     """The root of all errors raised by lorafx."""
 
+    __module__ = "lorafx"  # where users import it from, and so what a traceback shows
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "lorafx"
+
 
 class ConfigError(LorafxError, ValueError):
     """A setting (rank, alpha, dtype, an adapter's name, ...) is out of its range."""
