@@ -39,8 +39,8 @@ def check_free(model: nn.Module, adapter: str) -> None:
 def create(model: nn.Module, program: Program, name: str, config: LoRAConfig) -> Adapter:
     """A new adapter for the sites and modules that the config names: A drawn, B zero, trained tensors copied."""
     whole = _trained_tensors(model, config)
-    theirs = {id(parameter) for parameter in whole.values()}
-    open_sites = [site for site in program.sites if id(weight(model, site)) not in theirs]
+    base, theirs = base_parameters(model), {id(parameter) for parameter in whole.values()}
+    open_sites = [site for site in program.sites if id(base[weight_name(site)]) not in theirs]
     left_alone = program.left_alone | {site.name: "it is trained whole (trainable)" for site in program.sites
                                        if site not in open_sites}
     chosen = select(open_sites, config.targets, config.exclude, left_alone)
@@ -48,7 +48,7 @@ def create(model: nn.Module, program: Program, name: str, config: LoRAConfig) ->
         if not any(pattern_matches(pattern, site.name) for site in chosen):
             names = near(pattern, [site.name for site in chosen])
             raise NoSiteError(f"The pattern {pattern!r} matches none of the {len(chosen)} sites chosen: {names}.")
-    pairs = {site.name: new_pair(config, site.name, weight(model, site)) for site in chosen}
+    pairs = {site.name: new_pair(config, site.name, base[weight_name(site)]) for site in chosen}
     return Adapter(name, config, pairs, {key: parameter.detach().clone() for key, parameter in whole.items()})
 
 
@@ -89,6 +89,7 @@ def fit(model: nn.Module, program: Program, adapter: Adapter, source: str, made_
     `made_for` is the fingerprint of the model that it was made for, if known.
     """
     sites = {name: site for site in program.sites for name in site.names}
+    frozen = base_parameters(model)
     pairs: dict[str, Pair] = {}
     names = _without_wrappers(list(adapter.pairs), sites)
     for name, pair in zip(names, adapter.pairs.values()):
@@ -105,12 +106,10 @@ def fit(model: nn.Module, program: Program, adapter: Adapter, source: str, made_
         if site.name in pairs:
             raise MismatchError(f"{source} has two adapters for the weight of '{site.name}', which goes by the names "
                                 f"{', '.join(site.names)} too.")
-        base = weight(model, site)
-        dtype = factor_dtype(adapter.config, base)
-        pairs[site.name] = Pair(pair.A.to(base.device, dtype, copy=True), pair.B.to(base.device, dtype, copy=True),
-                                pair.scale)
+        weight = frozen[weight_name(site)]
+        to = weight.device, factor_dtype(adapter.config, weight)
+        pairs[site.name] = Pair(pair.A.to(*to, copy=True), pair.B.to(*to, copy=True), pair.scale)
     trained = {}
-    frozen = base_parameters(model)
     for name, tensor in adapter.trained.items():
         if name not in frozen or frozen[name].shape != tensor.shape:
             has = f"has it as {tuple(frozen[name].shape)}" if name in frozen else f"has {near(name, frozen)}"
@@ -142,16 +141,17 @@ def fingerprint(program: Program) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def weight(model: nn.Module, site: Site) -> nn.Parameter:
-    """The weight (out, in) of a site."""
-    owner, attribute = _owner(model, site.calls[0])
-    found = owner._parameters[attribute]
-    assert found is not None
-    return found
+def weight_name(site: Site) -> str:
+    """A name in the model of a site's weight (out, in)."""
+    return join(_owner_path(site.calls[0]), site.calls[0].attribute)
+
+
+def _owner_path(call: Call) -> str:
+    return join(call.region, call.owner) if call.owner else call.region
 
 
 def _owner(model: nn.Module, call: Call) -> tuple[nn.Module, str]:
-    return model.get_submodule(join(call.region, call.owner) if call.owner else call.region), call.attribute
+    return model.get_submodule(_owner_path(call)), call.attribute
 
 
 def attach(model: nn.Module, program: Program, adapter: Adapter) -> None:

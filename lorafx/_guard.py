@@ -5,7 +5,7 @@ import sys
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ._branch import find_injection
+from ._branch import Own, find_injection
 from ._errors import AdapterError, UnsupportedModelError
 
 # (module, class, what it is, what to do): looked up only where that module is loaded, so nothing is imported for it.
@@ -39,8 +39,8 @@ def check_model(model: nn.Module) -> None:
         for cls, what, instead in foreign:
             if isinstance(module, cls):
                 raise UnsupportedModelError(f"{place} is {what}: {instead}.")
-        if find_injection(module) is not None:
-            raise UnsupportedModelError(f"{place} is injected already: eject it, or inject only the whole.")
+        if find_injection(module) is not None or isinstance(module, Own):
+            raise UnsupportedModelError(f"{place} is part of an injected model: eject that, or inject only the whole.")
         if "forward" in vars(module) and any(True for _ in module.parameters()):
             raise UnsupportedModelError(f"{place} has a forward of its own, patched in by another tool, which a copy "
                                         "would still run on the original's layers: inject before patching.")

@@ -85,6 +85,14 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
     for site in sites:
         _check_tie(site, untie)
     twin = eject(model)
+    clones: dict[nn.Parameter, nn.Parameter] = {}
+    for path, _, whole in trained(model):
+        owner = twin.get_submodule(path)
+        for name, parameter in whole.chosen(chosen).items():
+            base = owner._parameters[name]
+            if parameter is not None and base is not None and parameter is not whole._parameters[name]:
+                clones.setdefault(parameter, same_kind(base, parameter.detach().clone()))
+                owner._parameters[name] = clones[parameter]
     places = tensors_by_site(twin)
     for site in sites:
         owner, attribute = places[site.name]
@@ -94,14 +102,6 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
         for name in site.names:
             owner, attribute = places[name]
             owner._parameters[attribute] = folded
-    clones: dict[nn.Parameter, nn.Parameter] = {}
-    for path, _, whole in trained(model):
-        owner = twin.get_submodule(path)
-        for name, parameter in whole.chosen(chosen).items():
-            base = owner._parameters[name]
-            if parameter is not None and base is not None and parameter is not whole._parameters[name]:
-                clones.setdefault(parameter, same_kind(base, parameter.detach().clone()))
-                owner._parameters[name] = clones[parameter]
     return twin
 
 

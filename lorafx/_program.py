@@ -98,31 +98,30 @@ class _Reader:
 
     def note_graph(self, path: str) -> None:
         """Note every reader of a Parameter in one graph, and every linear call whose weight is not a Parameter."""
-        for node in self.graphs[path].nodes:
-            owner, _, attribute = node.target.rpartition(".") if node.op == "get_attr" else ("", "", "")
+        found = set()
+        for node in self.graphs[path].find_nodes(op="get_attr"):
+            owner, _, attribute = node.target.rpartition(".")
             module = self.modules[path].get_submodule(owner)
             parameter = module._parameters.get(attribute)
             for user in node.users if parameter is not None else ():
-                weight = self.weights[parameter]
                 call = linear_call(user)
                 if call is not None and call[1]["weight"] is node and call[1]["input"] is not node:
-                    weight.calls.append(Call(path, owner, attribute, user))
-                    weight.kinds.append(call[0].kind)
-                    weight.through.append(module)
-                elif not only_metadata(user):
-                    reader = f"{_described(user)} in {path or 'the model'}"
-                    weight.others.append((module, reader))
-                    if user.target not in LOOKUPS:
-                        weight.blocked = f"its weight is also read by {reader}"
-            call = linear_call(node)
-            if call is not None and not self._is_parameter(path, call[1]["weight"]):
-                self.skipped[join(path, node.name)] = "its weight is computed in forward, not a Parameter"
+                    self.weights[parameter].calls.append(Call(path, owner, attribute, user))
+                    self.weights[parameter].kinds.append(call[0].kind)
+                    self.weights[parameter].through.append(module)
+                    found.add(user)
+                else:
+                    self._note_other(self.weights[parameter], module, user, path)
+        for node in self.graphs[path].nodes:
+            if node not in found and linear_call(node) is not None:
+                self.skipped[join(path, node.name)] = "its weight is computed in forward or given to it"
 
-    def _is_parameter(self, path: str, weight: object) -> bool:
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-            return False
-        owner, _, attribute = str(weight.target).rpartition(".")
-        return attribute in self.modules[path].get_submodule(owner)._parameters
+    def _note_other(self, weight: _Weight, owner: nn.Module, user: fx.Node, path: str) -> None:
+        if not only_metadata(user):
+            reader = f"{_described(user)} in {path or 'the model'}"
+            weight.others.append((owner, reader))
+            if user.target not in LOOKUPS:
+                weight.blocked = f"its weight is also read by {reader}"
 
     def note_python(self, path: str) -> None:
         """Note the Parameters that the Python of a graph break reads by itself: a branch would miss those reads."""

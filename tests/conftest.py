@@ -3,6 +3,8 @@
 import hypothesis
 import pytest
 import torch
+from models import Block
+from torch import nn
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40, database=None)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=1000, database=None)
@@ -12,3 +14,9 @@ hypothesis.settings.load_profile("default")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def block() -> nn.Module:
+    """A small model in float64, in eval."""
+    return Block().double().eval()

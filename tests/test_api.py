@@ -1,57 +1,15 @@
 """Each public function on hand-made models: what it changes, what it returns, what it leaves."""
 
 import copy
-import io
-import pickle
 import re
 
 import pytest
 import torch
-import torch.nn.functional as F
+from models import TOKENS, Tied
 from oracle import factors_of, fingerprint, frozen, oracle, randomise
-from torch import fx, nn
-from torch.fx.passes.infra.pass_manager import PassManager
+from torch import nn
 
 import lorafx
-
-
-class Block(nn.Module):
-    """A square and two other layers, a tied head, batch norm's buffers, dropout, and a hook's counter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 5)
-        self.square = nn.Linear(5, 5)
-        self.down = nn.Linear(5, 3)
-        self.up = nn.Linear(3, 5)
-        self.norm = nn.BatchNorm1d(5)
-        self.drop = nn.Dropout(0.3)
-        self.head = nn.Linear(5, 11, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(tokens)
-        x = self.drop(self.norm(x + self.square(x)))
-        return self.head(self.up(torch.tanh(self.down(x))))
-
-
-class Tied(nn.Module):
-    """One matrix for an embedding and a functional head, in one forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 5)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.embedding(tokens), self.embedding.weight)
-
-
-TOKENS = torch.tensor([1, 4, 9, 2])
-
-
-@pytest.fixture
-def block() -> nn.Module:
-    return Block().double().eval()
 
 
 def names(model: nn.Module) -> list[str]:
@@ -171,6 +129,20 @@ class TestTrainable:
         merged = lorafx.merge(model)
         assert merged.head.weight is merged.embedding.weight
 
+    def test_one_adapter_trains_what_another_adapts(self, block):
+        model = lorafx.inject(block, adapter="a", targets="square", trainable="down")
+        with torch.no_grad():
+            model.down.weight.add_(1.0)
+        lorafx.add(model, "b", targets="down")
+        with pytest.raises(lorafx.NoSiteError, match="'down' cannot be adapted: it is trained whole"):
+            lorafx.add(model, "c", targets="down", trainable="down")
+        randomise(model)
+        lorafx.activate(model, ["a", "b"])
+        torch.testing.assert_close(lorafx.merge(model)(TOKENS), model(TOKENS), rtol=1e-10, atol=1e-10)
+        only_b = lorafx.merge(model, "b")
+        lorafx.activate(model, "b")
+        torch.testing.assert_close(only_b(TOKENS), model(TOKENS), rtol=1e-10, atol=1e-10)
+
     def test_two_adapters_that_train_one_module(self, block):
         model = lorafx.inject(block, trainable="down")
         lorafx.add(model, "other", trainable=["down"])
@@ -275,119 +247,3 @@ class TestMerge:
         torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=1e-10, atol=1e-10)
         assert not any("lora" in key for key in merged.state_dict()) and "_lorafx" not in vars(merged)
         assert all(p.requires_grad for p in merged.parameters())
-
-
-class TestGraphs:
-    def test_a_region_is_a_graph_module_of_its_class(self):
-        model = lorafx.inject(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False), nn.Linear(3, 4)))
-        assert isinstance(model[0], nn.Linear) and isinstance(model[0], fx.GraphModule)
-        assert "lora = self.lora(input_1, linear)" in model[0].code and "self.lora" in model[0].print_readable(False)
-        assert type(model[0]) is type(model[1]) and type(model[2]) is nn.Linear
-        assert repr(model[1]).startswith("Linear(") and model[0].in_features == 3
-        model[1].graph.lint()
-        assert lorafx.summary(model).code.count("def forward") == 1
-
-    def test_the_original_bias_may_come_later(self):
-        base = nn.Linear(3, 3, bias=False)
-        model = lorafx.inject(base)
-        model.bias = nn.Parameter(torch.ones(3))
-        x = torch.randn(2, 3)
-        torch.testing.assert_close(model(x), base(x) + 1)
-
-    @pytest.mark.parametrize("model", [Block(), nn.Linear(4, 4), fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4)))],
-                             ids=["break", "region", "graph module"])
-    def test_copies(self, model):
-        x = TOKENS if isinstance(model, Block) else torch.randn(3, 4)
-        model = randomise(lorafx.inject(model.eval()))
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
-            assert torch.equal(twin(x), model(x))
-            lorafx.add(twin, "b")
-            torch.testing.assert_close(lorafx.merge(twin, "default")(x), model(x))
-            assert torch.equal(lorafx.eject(twin)(x), lorafx.eject(model)(x))
-
-    def test_state_dict_round_trip(self, block):
-        model, other = randomise(lorafx.inject(block)), lorafx.inject(Block().double().eval())
-        other.load_state_dict(model.state_dict())
-        assert torch.equal(other(TOKENS), model(TOKENS))
-
-    def test_a_graph_module_keeps_its_hooked_or_shared_layers_as_regions(self):
-        class Outer(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.a, self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
-                self.leaf = nn.TransformerDecoder(nn.Identity(), 1)
-                self.leaf.extra = self.c
-
-            def forward(self, x):
-                return self.c(self.b(self.a(x)))
-
-        outer = Outer()
-        outer.b.register_forward_hook(lambda module, args, output: output * 2)
-        graph = fx.GraphModule(outer, fx.symbolic_trace(outer).graph)
-        graph.leaf = outer.leaf
-        model = lorafx.inject(graph)
-        assert "self.a.lora(" in model.code and "self.b.lora" not in model.code and "self.c.lora" not in model.code
-        assert isinstance(model.b, fx.GraphModule) and isinstance(model.c, fx.GraphModule)
-        randomise(model)
-        x = torch.randn(2, 3)
-        torch.testing.assert_close(lorafx.merge(model)(x), model(x), rtol=1e-4, atol=1e-4)
-
-    def test_an_exported_program(self):
-        base = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3, bias=False))
-        x = torch.randn(2, 3)
-        graph = torch.export.export(base, (x,)).module()
-        assert [site.kind for site in lorafx.sites(graph)] == ["aten.linear", "aten.linear"]
-        model = lorafx.inject(graph)
-        assert torch.equal(model(x), base(x))
-        randomise(model)
-        factors = factors_of(model, {"default": 1.0})
-        torch.testing.assert_close(model(x), oracle(frozen(base), lorafx.sites(base), factors, x))
-
-    def test_passes_run_in_torchs_pass_manager(self):
-        base = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-        graph, x = fx.symbolic_trace(base), torch.randn(2, 3)
-        result = PassManager([lorafx.InjectLoRA(rank=2)], run_checks_after_each_pass=True)(graph)
-        assert result.modified and "lora" in result.graph_module.code and "lora" not in graph.code
-        randomise(result.graph_module)
-        merged = PassManager([lorafx.MergeLoRA()])(result.graph_module).graph_module
-        assert merged.code == graph.code
-        torch.testing.assert_close(merged(x), result.graph_module(x))
-
-    def test_compile_and_export(self, block):
-        model = randomise(lorafx.inject(block, targets="linear"))
-        expected = model(TOKENS)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert torch.equal(compiled(TOKENS), expected)
-        program = torch.export.export(model, (TOKENS,))
-        torch.testing.assert_close(program.module()(TOKENS), expected)
-
-    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own looking
-    def test_layers_compiled_one_by_one_share_a_graph(self):
-        torch._dynamo.reset()
-        model = lorafx.inject(nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))))
-        counter = torch._dynamo.testing.CompileCounter()
-        for layer in model:
-            layer.compile(backend=counter)
-        model(torch.randn(2, 4))
-        assert counter.frame_count <= 2
-
-
-def test_summary(block):
-    model = lorafx.inject(block, rank=2, targets=["square", "up"])
-    found = lorafx.summary(model)
-    assert found.trainable == 2 * (5 + 5) + 2 * (3 + 5) == sum(p.numel() for p in lorafx.parameters(model))
-    assert found.total == sum(p.numel() for p in model.parameters())
-    assert [site.name for site in found.sites] == ["square", "up"] and found.sites[1].ranks == {"default": 2}
-    assert str(found).splitlines()[0].startswith("2 sites adapted, active: default x 1; 36 of ")
-    assert "<td>square</td>" in found._repr_html_()
-
-
-def test_breaks_and_skipped_are_named():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Conv1d(3, 3, 1), nn.LSTM(3, 3), nn.MultiheadAttention(4, 2))
-    found = lorafx.summary(lorafx.inject(model))
-    assert {"1", "2.weight_ih_l0", "2.weight_hh_l0", "3.in_proj_weight", "3.out_proj"} == set(found.skipped)
-    assert "Sequential: forward loops" in found.breaks[""] and "graph break: LSTM" in found.skipped["2.weight_ih_l0"]
-    assert "the Python of 3 (MultiheadAttention) may use its weight directly" == found.skipped["3.out_proj"]
