@@ -10,11 +10,12 @@ import pytest
 import torch
 from oracle import frozen
 from torch import nn
-from traps import SOUND, TRAPS, build, reads_the_mode, rows, sizes
+from traps import SOUND, TRAPS, build, prints, reads_the_mode, rows, sizes
 
 import lorafx
+from lorafx._graph import RegionGraph
 from lorafx._program import read
-from lorafx._trace import trace
+from lorafx._trace import _Tracer, trace
 from lorafx._watch import Unsound
 
 
@@ -41,6 +42,17 @@ class TestTraps:
             if change is not None:
                 change(model)
         assert "" in lorafx.summary(injected).breaks
+
+    def test_nothing_runs_that_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(Unsound, match="print"):
+            trace(build(prints))
+        assert capsys.readouterr().out == ""
+
+    @pytest.mark.parametrize("question", [bool, hash, str, repr, len, format, list, range, float])
+    def test_a_symbolic_value_answers_no_question(self, question: Any) -> None:
+        tracer = _Tracer(RegionGraph())
+        with pytest.raises((Unsound, TypeError)):
+            question(tracer.create_proxy("placeholder", "x", (), {}))
 
     def test_at_least_forty(self) -> None:
         assert len(TRAPS) >= 40
