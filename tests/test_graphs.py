@@ -135,3 +135,29 @@ def test_breaks_and_skipped_are_named():
     assert {"1", "2.weight_ih_l0", "2.weight_hh_l0", "3.in_proj_weight", "3.out_proj"} == set(found.skipped)
     assert "Sequential: forward loops" in found.breaks[""] and "graph break: LSTM" in found.skipped["2.weight_ih_l0"]
     assert "the Python of 3 (MultiheadAttention) may use its weight directly" == found.skipped["3.out_proj"]
+
+
+class Partly(nn.Module):
+    """One weight read by a linear call and by something else in one graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.other = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.other(self.layer(x)) + self.layer.weight.norm() * self.layer.weight.shape[0]
+
+
+def test_a_weight_that_something_else_reads_is_left_alone():
+    assert [site.name for site in lorafx.sites(Partly())] == ["other"]
+    with pytest.raises(lorafx.NoSiteError, match="cannot be adapted: its weight is also read by `norm` in the model"):
+        lorafx.inject(Partly(), targets="layer")
+
+
+def test_lint_finds_what_is_not_there():
+    model = lorafx.inject(nn.Linear(3, 3, bias=False))
+    model.graph.lint()
+    del model.lora
+    with pytest.raises(AttributeError, match="lora"):
+        model.graph.lint()
