@@ -48,7 +48,7 @@ def create(model: nn.Module, program: Program, name: str, config: LoRAConfig) ->
         if not any(pattern_matches(pattern, site.name) for site in chosen):
             names = near(pattern, [site.name for site in chosen])
             raise NoSiteError(f"The pattern {pattern!r} matches none of the {len(chosen)} sites chosen: {names}.")
-    pairs = {site.name: new_pair(config, site.name, base[weight_name(site)]) for site in chosen}
+    pairs = {site.name: new_pair(config, site, base[weight_name(site)]) for site in chosen}
     return Adapter(name, config, pairs, {key: parameter.detach().clone() for key, parameter in whole.items()})
 
 
@@ -158,10 +158,10 @@ def attach(model: nn.Module, program: Program, adapter: Adapter) -> None:
     """Put an adapter that fits into a started model, inactive; everything that can fail is checked before a change."""
     sites = [site for site in program.sites if site.name in adapter.pairs]
     _check_room(model, sites, adapter)
-    edits: dict[str, list[Call]] = defaultdict(list)
+    edits: dict[str, list[tuple[Call, bool]]] = defaultdict(list)
     for site in sites:
         for call in _calls_without_branch(model, site):
-            edits[call.region].append(call)
+            edits[call.region].append((call, call.transposed != site.transposed))
         held = _branch(model, site)
         A, B, scale = adapter.pairs[site.name]
         held._modules[adapter.name] = Factors(A, B, scale).train(held.training)
@@ -204,12 +204,15 @@ def _branch(model: nn.Module, site: Site) -> Branch:
     return branch
 
 
-def _write(region: nn.Module, graph: fx.Graph, calls: list[Call]) -> None:
-    """Write y -> branch(x, y) after each linear call, and let everything that used y use the branch's output."""
-    for call in calls:
+def _write(region: nn.Module, graph: fx.Graph, calls: list[tuple[Call, bool]]) -> None:
+    """Write y -> branch(x, y) after each linear call, and let everything that used y use the branch's output.
+
+    The bool says whether the call is the reverse of its site's.
+    """
+    for call, reverse in calls:
         target = join(call.owner, branch_name(call.attribute))
         with graph.inserting_after(call.node):
-            node = graph.call_module(target, (call.input, call.node))
+            node = graph.call_module(target, (call.input, call.node, *[True] * reverse))
         node.meta = call.node.meta.copy()
         call.node.replace_all_uses_with(node)
         node.update_arg(1, call.node)  # which the line above replaced too

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ._adapter import INITS, LoRAConfig, Pair, is_number, join
 from ._errors import AdapterError, NotInjectedError
 from ._kernels import add_branch
+from ._rules import Site
 
 
 class Own(nn.Module):
@@ -32,17 +33,19 @@ class Branch(Own):
     """All adapters at one site. Called with the linear call's input and output: y + sum w s (x A^T) B^T.
 
     The sum runs over the active adapters, w being the weight that `activate` gave each; with none it returns y itself.
+    A call of the transposed weight, as a decoder makes that shares its encoder's, is `reverse`: y + sum w s (x B) A.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live: tuple[tuple[str, float], ...] = ()
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x (..., in), y (..., out) -> (..., out)."""
+    def forward(self, x: Tensor, y: Tensor, reverse: bool = False) -> Tensor:
+        """x (..., in), y (..., out) -> (..., out); in and out the other way round for `reverse`."""
         for name, weight in self.live:
             factors: Factors = self._modules[name]  # type: ignore[assignment]
-            y = add_branch(y, x, factors.A, factors.B, weight * factors.scale)
+            A, B = (factors.B.mT, factors.A.mT) if reverse else (factors.A, factors.B)
+            y = add_branch(y, x, A, B, weight * factors.scale)
         return y
 
     def factors(self, adapter: str) -> Factors | None:
@@ -146,12 +149,13 @@ def factor_dtype(config: LoRAConfig, weight: Tensor) -> torch.dtype:
     return config.dtype or torch.promote_types(weight.dtype, torch.float32)
 
 
-def new_pair(config: LoRAConfig, site: str, weight: Tensor) -> Pair:
-    """Fresh A (rank, in), drawn from torch's default generator, and B (out, rank), zero, for one weight (out, in)."""
-    rank, dtype = config.site_rank(site), factor_dtype(config, weight)
-    A = torch.empty(rank, weight.shape[1], dtype=dtype, device=weight.device)
+def new_pair(config: LoRAConfig, site: Site, weight: Tensor) -> Pair:
+    """Fresh A (rank, in), drawn from torch's default generator, and B (out, rank), zero, for one site's weight."""
+    rank, dtype = config.site_rank(site.name), factor_dtype(config, weight)
+    A = torch.empty(rank, site.in_features, dtype=dtype, device=weight.device)
+    B = torch.zeros(site.out_features, rank, dtype=dtype, device=weight.device)
     INITS[config.init](A)
-    return Pair(A, torch.zeros(weight.shape[0], rank, dtype=dtype, device=weight.device), config.site_scale(site))
+    return Pair(A, B, config.site_scale(site.name))
 
 
 def refresh(model: nn.Module) -> None:

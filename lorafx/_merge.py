@@ -98,7 +98,9 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
         owner, attribute = places[site.name]
         weight = owner._parameters[attribute]
         assert weight is not None
-        folded = same_kind(weight, _folded(weight.detach(), held[site.name], chosen))
+        stored = weight.detach()
+        matrix = _folded(stored.mT if site.transposed else stored, held[site.name], chosen)  # (out, in)
+        folded = same_kind(weight, (matrix.mT if site.transposed else matrix).contiguous())
         for name in site.names:
             owner, attribute = places[name]
             owner._parameters[attribute] = folded

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Iterator
 
 from torch import fx, nn
 
 from ._adapter import FLOATS, join
 from ._branch import Own, site_name
 from ._region import Region, why_not_region
-from ._rules import LOOKUPS, Call, Site, linear_call, only_metadata
+from ._rules import LOOKUPS, Call, Site, is_transpose, linear_call, only_metadata
 from ._scan import ANYWHERE, weights_read
 from ._trace import trace
 from ._watch import Unsound
@@ -103,17 +104,18 @@ class _Reader:
             owner, _, attribute = node.target.rpartition(".")
             module = self.modules[path].get_submodule(owner)
             parameter = module._parameters.get(attribute)
-            for user in node.users if parameter is not None else ():
+            for user in _users(node) if parameter is not None else ():
                 call = linear_call(user)
-                if call is not None and call[1]["weight"] is node and call[1]["input"] is not node:
-                    self.weights[parameter].calls.append(Call(path, owner, attribute, user))
-                    self.weights[parameter].kinds.append(call[0].kind)
+                if call is not None and call.weight is node and call.input is not node:
+                    self.weights[parameter].calls.append(Call(path, owner, attribute, user, call.transposed))
+                    self.weights[parameter].kinds.append(call.rule.kind)
                     self.weights[parameter].through.append(module)
                     found.add(user)
                 else:
                     self._note_other(self.weights[parameter], module, user, path)
         for node in self.graphs[path].nodes:
-            if node not in found and linear_call(node) is not None:
+            call = linear_call(node) if node not in found else None
+            if call is not None and not call.rule.transposed:  # a product of activations is no linear call
                 self.skipped[join(path, node.name)] = "its weight is computed in forward or given to it"
 
     def _note_other(self, weight: _Weight, owner: nn.Module, user: fx.Node, path: str) -> None:
@@ -160,7 +162,7 @@ class _Reader:
         old = next(call for call in weight.calls if call.region == region)
         weight.calls.remove(old)
         del self.graphs[region]
-        weight.calls += [Call(path, str(node.target), old.attribute, node) for node in nodes]
+        weight.calls += [Call(path, str(node.target), old.attribute, node, old.transposed) for node in nodes]
 
     def program(self) -> Program:
         sites = []
@@ -196,11 +198,21 @@ def tensors_by_site(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 def _site(weight: _Weight) -> Site:
     linear = [name for name, owner in zip(weight.names, weight.owners) if owner in weight.through]
-    out_features, in_features = weight.parameter.shape
+    transposed = all(call.transposed for call in weight.calls)
+    out_features, in_features = reversed(weight.parameter.shape) if transposed else weight.parameter.shape
     return Site(
-        linear[0], in_features, out_features, weight.kinds[0], tuple(weight.calls), aliases=tuple(linear[1:]),
+        linear[0], in_features, out_features, weight.kinds[0], tuple(weight.calls), transposed, tuple(linear[1:]),
         tied_to=tuple(name for name in weight.names if name not in linear),
         read_by=tuple(reader for owner, reader in weight.others if owner in weight.through))
+
+
+def _users(node: fx.Node) -> Iterator[fx.Node]:
+    """What uses a matrix, through any transposes of it."""
+    for user in node.users:
+        if is_transpose(user):
+            yield from _users(user)
+        else:
+            yield user
 
 
 def _described(node: fx.Node) -> str:
@@ -222,7 +234,7 @@ def _only_linear(graph: fx.Graph) -> bool:
     inputs = graph.find_nodes(op="placeholder")
     call = linear_call(computed[0])
     return (len(computed) == 2 and call is not None and computed[1].args == (computed[0],)
-            and inputs == [call[1]["input"]] and call[1]["weight"].op == "get_attr")
+            and inputs == [call.input] and call.weight.op == "get_attr")
 
 
 def _hooked(module: nn.Module) -> bool:

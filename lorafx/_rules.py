@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -17,17 +18,42 @@ from ._errors import ConfigError, NoSiteError
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One way of writing a linear call: a function whose parameters, in order, are named in `signature`."""
+    """One way of writing a linear call: a function or method whose arguments, in order, are named in `signature`.
+
+    `transposed` means that the weight argument is (in, out), y = x W, and not (out, in), y = x W^T.
+    """
 
     kind: str
-    target: Callable[..., Any]
-    signature: tuple[str, ...] = ("input", "weight", "bias")
+    target: Callable[..., Any] | str
+    signature: tuple[str, ...]
+    transposed: bool = False
 
 
+_LINEAR = ("input", "weight", "bias")
+_PRODUCT = ("input", "weight")
 RULES: dict[Any, Rule] = {rule.target: rule for rule in (
-    Rule("linear", F.linear),
-    Rule("aten.linear", torch.ops.aten.linear.default),
+    Rule("linear", F.linear, _LINEAR),
+    Rule("addmm", torch.addmm, ("bias", "input", "weight"), transposed=True),
+    Rule("matmul", torch.matmul, _PRODUCT, transposed=True),
+    Rule("matmul", operator.matmul, _PRODUCT, transposed=True),
+    Rule("matmul", "matmul", _PRODUCT, transposed=True),
+    Rule("mm", torch.mm, _PRODUCT, transposed=True),
+    Rule("mm", "mm", _PRODUCT, transposed=True),
+    Rule("aten.linear", torch.ops.aten.linear.default, _LINEAR),
+    Rule("aten.addmm", torch.ops.aten.addmm.default, ("bias", "input", "weight"), transposed=True),
+    Rule("aten.matmul", torch.ops.aten.matmul.default, _PRODUCT, transposed=True),
+    Rule("aten.mm", torch.ops.aten.mm.default, _PRODUCT, transposed=True),
 )}
+# The names that torch gives some of these arguments.
+_SPELLINGS = {"mat1": "input", "mat2": "weight", "other": "weight"}
+
+# Ways of transposing a matrix: {target: the other arguments with which it does, as a set of alternatives}.
+_SWAPS = ((0, 1), (1, 0), (-1, -2), (-2, -1))
+TRANSPOSES: dict[Any, tuple[tuple[Any, ...], ...]] = {
+    getattr: (("T",), ("mT",)), "t": ((),), torch.t: ((),), torch.ops.aten.t.default: ((),),
+    "transpose": _SWAPS, torch.transpose: _SWAPS, torch.ops.aten.transpose.int: _SWAPS,
+    "permute": ((1, 0), ((1, 0),)), torch.permute: (((1, 0),),), torch.ops.aten.permute.default: (([1, 0],),),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +68,13 @@ class Call:
     owner: str
     attribute: str
     node: fx.Node = dataclasses.field(repr=False)
+    transposed: bool = False  # whether the weight is (in, out) here, y = x W
 
     @property
     def input(self) -> fx.Node:
         """The node of x, as the graph stands now."""
         call = linear_call(self.node)
-        value = call[1]["input"] if call is not None else (*self.node.args, *self.node.kwargs.values())[0]
+        value = call.input if call is not None else (*self.node.args, *self.node.kwargs.values())[0]
         assert isinstance(value, fx.Node)
         return value
 
@@ -57,8 +84,9 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One weight matrix (out, in) used by linear calls, under the name of the module that owns it.
+    """One weight matrix used by linear calls, under the name of the module that owns it.
 
+    The weight is stored as (out, in), or as (in, out) if `transposed`, which is when all of its calls compute x W.
     `aliases` are the other names of the same weight that linear calls go through and that share the branch;
     `tied_to` names other owners of the weight, such as an embedding; `read_by` says what else reads it through the
     site's own module.
@@ -69,6 +97,7 @@ class Site:
     out_features: int
     kind: str
     calls: tuple[Call, ...]
+    transposed: bool = False
     aliases: tuple[str, ...] = ()
     tied_to: tuple[str, ...] = ()
     read_by: tuple[str, ...] = ()
@@ -79,12 +108,43 @@ class Site:
         return self.name, *self.aliases
 
 
-def linear_call(node: fx.Node) -> tuple[Rule, dict[str, Any]] | None:
-    """The rule that this node is an instance of and its arguments by name, or None."""
-    rule = RULES.get(node.target) if node.op == "call_function" else None
-    if rule is None:
+@dataclasses.dataclass(frozen=True)
+class LinearCall:
+    """The parts of a node that computes x W^T + b, or x W + b if `transposed`; `weight` is the node of W itself."""
+
+    rule: Rule
+    input: fx.Node
+    weight: fx.Node
+    transposed: bool
+
+
+def linear_call(node: fx.Node) -> LinearCall | None:
+    """The linear call that this node makes, or None."""
+    rule = RULES.get(node.target) if node.op in ("call_function", "call_method") else None
+    if rule is None or isinstance(rule.target, str) != (node.op == "call_method"):
         return None
-    return rule, {**dict(zip(rule.signature, node.args)), **node.kwargs}
+    arguments = dict(zip(rule.signature, node.args))
+    arguments |= {_SPELLINGS.get(name, name): value for name, value in node.kwargs.items()}
+    x, weight = arguments.get("input"), arguments.get("weight")
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or not arguments.keys() <= set(rule.signature):
+        return None
+    if rule.transposed and _untransposed(x)[0].op == "get_attr":
+        return None  # a product of two tensors of the module makes a weight; it is no call on an input
+    matrix, swapped = _untransposed(weight)
+    return LinearCall(rule, x, matrix, rule.transposed != swapped)
+
+
+def _untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
+    """The node of the matrix that this one is a transpose of, if it is, and whether it is."""
+    swapped = False
+    while is_transpose(node):
+        node, swapped = node.all_input_nodes[0], not swapped
+    return node, swapped
+
+
+def is_transpose(node: fx.Node) -> bool:
+    """Whether this node is the transpose of its first argument, taken as a matrix."""
+    return node.args[1:] in TRANSPOSES.get(node.target, ()) and not node.kwargs
 
 
 # Reading rows of a matrix is no linear call of it, and may go on beside one: a tied embedding and head.
