@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -47,9 +48,9 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         for field in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, field, dict(getattr(self, field) or {}))
+            object.__setattr__(self, field, _checked_patterns(field, getattr(self, field)))
         for rank in (self.rank, *self.rank_pattern.values()):
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
                 raise ConfigError(f"rank must be an integer of at least 1, not {rank!r}.")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if alpha is not None and not (is_number(alpha) and alpha > 0):
@@ -60,15 +61,10 @@ class LoRAConfig:
             raise ConfigError(f"dropout must be at least 0 and below 1, not {self.dropout!r}.")
         if self.dropout:
             raise ConfigError(f"dropout={self.dropout} is not supported yet: leave it at 0.")
-        if self.init not in INITS:
+        if not isinstance(self.init, str) or self.init not in INITS:
             raise ConfigError(f"init must be one of {', '.join(map(repr, INITS))}, not {self.init!r}.")
         if self.dtype is not None and self.dtype not in FLOATS:
             raise ConfigError(f"dtype must be one of {', '.join(map(str, FLOATS))} or None, not {self.dtype!r}.")
-        for key in (*self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ConfigError(f"the pattern {key!r} is not a regular expression: {error}.") from error
 
     def site_rank(self, name: str) -> int:
         """The rank at the site of this name."""
@@ -84,8 +80,19 @@ class LoRAConfig:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite int or float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite real number, and no bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _checked_patterns(field: str, patterns: Any) -> dict[str, Any]:
+    if not isinstance(patterns, Mapping):
+        raise ConfigError(f"{field} must be a dict of regular expressions to numbers, not {patterns!r}.")
+    for key in patterns:
+        try:
+            re.compile(key)
+        except (re.error, TypeError) as error:
+            raise ConfigError(f"the pattern {key!r} is not a regular expression: {error}.") from error
+    return dict(patterns)
 
 
 def pattern_matches(key: str, name: str) -> bool:
@@ -125,6 +132,9 @@ class Adapter:
 def validate(adapter: Adapter) -> None:
     """Raise ConfigError unless every pair fits together and all values are finite floating-point numbers."""
     check_name(adapter.name)
+    for name, tensor in adapter.tensors():
+        if tensor.is_nested:
+            raise ConfigError(f"'{name}' is a nested tensor.")
     for site, (A, B, scale) in adapter.pairs.items():
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] < 1:
             shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
@@ -132,16 +142,19 @@ def validate(adapter: Adapter) -> None:
         if not is_number(scale):
             raise ConfigError(f"at '{site}', the scale is {scale!r}.")
     for name, tensor in adapter.tensors():
-        if tensor.dtype not in FLOATS:
-            raise ConfigError(f"'{name}' has dtype {tensor.dtype}.")
-        if not tensor.is_meta and not tensor.isfinite().all():
+        if tensor.is_meta:
+            raise ConfigError(f"'{name}' is on the meta device and has no values.")
+        if tensor.layout != torch.strided or tensor.dtype not in FLOATS:
+            raise ConfigError(f"'{name}' has dtype {tensor.dtype} and layout {tensor.layout}.")
+        if not tensor.isfinite().all():
             raise ConfigError(f"'{name}' has NaN or infinite values.")
 
 
 def check_name(name: str) -> None:
     """Raise ConfigError unless this can name an adapter: it becomes the name of a submodule."""
-    if not name or "." in name or name in dir(nn.Module()):
-        raise ConfigError(f"{name!r} cannot name an adapter: use a word without dots, no attribute of nn.Module.")
+    if not isinstance(name, str) or not name or name[0] == "_" or "." in name or name in dir(nn.Module()):
+        raise ConfigError(f"{name!r} cannot name an adapter: use a word without dots that is no attribute of nn.Module "
+                          "and does not begin with an underscore.")
 
 
 def join(prefix: str, name: str) -> str:

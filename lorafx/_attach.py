@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, check_name, join, pattern_matches
-from ._branch import (RECORD, Branch, Factors, Injection, Own, Trained, branch_name, factor_dtype, injection, new_pair,
-                      refresh, set_trainable)
-from ._errors import AdapterError, MismatchError, NoSiteError, UnsupportedModelError
-from ._program import Program
+from ._branch import (FROZEN, RECORD, Branch, Factors, Injection, Own, Trained, branch_name, factor_dtype, injection,
+                      new_pair, refresh, set_trainable, sets_of, submodule)
+from ._errors import AdapterError, ConfigError, MismatchError, NoSiteError, UnsupportedModelError
+from ._program import Program, tensors_by_site
 from ._region import Region, convert, keep_attributes, same_kind
 from ._rules import Call, Site, name_matches, near, select
 
@@ -58,6 +58,8 @@ def _trained_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Param
     paths = {name.rsplit(".", depth)[0] for name in base for depth in range(1, name.count(".") + 1)}
     wanted: set[int] = set()
     for pattern in config.trainable:
+        if not isinstance(pattern, str):
+            raise ConfigError(f"trainable takes names and globs of modules, not {pattern!r}.")
         matched = [path for path in paths if name_matches(pattern, path)]
         if not matched:
             names = near(pattern, sorted(paths))
@@ -75,7 +77,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found = {}
     for path, module in model.named_modules(remove_duplicate=False):
         held = module._modules.get("trained")
-        frozen = held._parameters if isinstance(held, Trained) else {}
+        frozen = sets_of(held)[FROZEN] if isinstance(held, Trained) else {}
         for name, parameter in module._parameters.items() if not isinstance(module, Own) else ():
             parameter = frozen.get(name, parameter)
             if parameter is not None:
@@ -151,22 +153,23 @@ def _owner_path(call: Call) -> str:
 
 
 def _owner(model: nn.Module, call: Call) -> tuple[nn.Module, str]:
-    return model.get_submodule(_owner_path(call)), call.attribute
+    return submodule(model, _owner_path(call)), call.attribute
 
 
 def attach(model: nn.Module, program: Program, adapter: Adapter) -> None:
     """Put an adapter that fits into a started model, inactive; everything that can fail is checked before a change."""
     sites = [site for site in program.sites if site.name in adapter.pairs]
     _check_room(model, sites, adapter)
+    places = tensors_by_site(model)
     edits: dict[str, list[tuple[Call, bool]]] = defaultdict(list)
     for site in sites:
         for call in _calls_without_branch(model, site):
             edits[call.region].append((call, call.transposed != site.transposed))
-        held = _branch(model, site)
+        held = _branch(places, site)
         A, B, scale = adapter.pairs[site.name]
         held._modules[adapter.name] = Factors(A, B, scale).train(held.training)
     for region, calls in edits.items():
-        _write(model.get_submodule(region), program.graphs[region], calls)
+        _write(submodule(model, region), program.graphs[region], calls)
     _hold_trained(model, adapter)
     record = injection(model)
     record.configs[adapter.name] = dataclasses.replace(adapter.config, targets=list(adapter.pairs), exclude=[])
@@ -178,7 +181,7 @@ def _check_room(model: nn.Module, sites: list[Site], adapter: Adapter) -> None:
     needed: list[tuple[nn.Module, str, type[Own], str]] = [
         (_owner(model, call)[0], branch_name(call.attribute), Branch, site.name)
         for site in sites for call in site.calls]
-    needed += [(model.get_submodule(name.rpartition(".")[0]), "trained", Trained, name) for name in adapter.trained]
+    needed += [(submodule(model, name.rpartition(".")[0]), "trained", Trained, name) for name in adapter.trained]
     for owner, name, kind, at in needed:
         held = owner._modules.get(name)
         taken = name in owner._modules or inspect.getattr_static(owner, name, None) is not None
@@ -193,13 +196,12 @@ def _calls_without_branch(model: nn.Module, site: Site) -> list[Call]:
     return [] if branch_name(attribute) in owner._modules else list(site.calls)
 
 
-def _branch(model: nn.Module, site: Site) -> Branch:
-    """The branch at a site, registered with every owner of its weight that linear calls go through."""
-    owners = [_owner(model, call) for call in site.calls]
-    first, attribute = owners[0]
+def _branch(places: Mapping[str, tuple[nn.Module, str]], site: Site) -> Branch:
+    """The branch at a site, registered under all of its names with the owners of its weight."""
+    first, attribute = places[site.name]
     held = first._modules.get(branch_name(attribute))
     branch = held if isinstance(held, Branch) else Branch().train(first.training)
-    for owner, name in owners:
+    for owner, name in (places[name] for name in site.names):
         owner._modules[branch_name(name)] = branch
     return branch
 
@@ -228,13 +230,13 @@ def _hold_trained(model: nn.Module, adapter: Adapter) -> None:
     new = {id(base[name]): same_kind(base[name], tensor) for name, tensor in adapter.trained.items()}
     for module in [m for m in model.modules() if not isinstance(m, Own)]:
         held = module._modules.get("trained")
-        frozen = held if isinstance(held, Trained) else Trained({})
-        sets = {}
+        whole = held if isinstance(held, Trained) else Trained()
+        frozen, own = sets_of(whole)[FROZEN], Own()
         for name, parameter in module._parameters.items():
-            parameter = frozen._parameters.get(name, parameter)
+            parameter = frozen.get(name, parameter)
             if parameter is not None and id(parameter) in new:
-                frozen.register_parameter(name, parameter)
-                sets[name] = new[id(parameter)]
-        if sets:
-            module._modules["trained"] = frozen
-            frozen.put(adapter.name, sets)
+                frozen[name] = parameter
+                own._parameters[name] = new[id(parameter)]
+        if own._parameters:
+            module._modules["trained"] = whole
+            whole._modules[adapter.name] = own

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ._adapter import INITS, LoRAConfig, Pair, is_number, join
-from ._errors import AdapterError, NotInjectedError
+from ._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from ._kernels import add_branch
 from ._rules import Site
 
@@ -38,46 +38,46 @@ class Branch(Own):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live: tuple[tuple[str, float], ...] = ()
+        self._live: tuple[tuple[str, float], ...] = ()
 
     def forward(self, x: Tensor, y: Tensor, reverse: bool = False) -> Tensor:
         """x (..., in), y (..., out) -> (..., out); in and out the other way round for `reverse`."""
-        for name, weight in self.live:
+        for name, weight in self._live:
             factors: Factors = self._modules[name]  # type: ignore[assignment]
             A, B = (factors.B.mT, factors.A.mT) if reverse else (factors.A, factors.B)
             y = add_branch(y, x, A, B, weight * factors.scale)
         return y
 
-    def factors(self, adapter: str) -> Factors | None:
-        """One adapter's factors at this site, or None if it is not here."""
-        found = self._modules.get(adapter)
-        return found if isinstance(found, Factors) else None
-
 
 class Trained(Own):
-    """The parameters of one base module that an adapter trains whole: the frozen ones as its own, a set an adapter.
+    """The parameters of one base module that adapters train whole: a set for each of them, and the frozen set.
 
     The module itself holds, under the usual names, the set of the active adapter, or else the frozen one.
     """
 
-    def __init__(self, frozen: dict[str, nn.Parameter]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        for name, parameter in frozen.items():
-            self.register_parameter(name, parameter)
+        self._modules[FROZEN] = Own()
 
-    def put(self, adapter: str, parameters: dict[str, nn.Parameter]) -> None:
-        """Keep an adapter's own set."""
-        self._modules[adapter] = held = Own()
-        for name, parameter in parameters.items():
-            held.register_parameter(name, parameter)
 
-    def place(self, owner: nn.Module, live: Iterable[str]) -> None:
-        """Let the owner use the set of the adapter among these that has one, or the frozen set."""
-        owner._parameters.update(self.chosen(live))
+FROZEN = "_frozen"  # no adapter's name begins like this
 
-    def chosen(self, live: Iterable[str]) -> dict[str, nn.Parameter | None]:
-        """The set of the adapter among these that has one, or the frozen set."""
-        return next((m._parameters for name in live if (m := self._modules.get(name)) is not None), self._parameters)
+
+def sets_of(held: Trained) -> dict[str, dict[str, nn.Parameter]]:
+    """{adapter or FROZEN: {name: Parameter}}."""
+    return {name: module._parameters for name, module in held._modules.items()}  # type: ignore[union-attr, misc]
+
+
+def chosen_set(held: Trained, live: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The set of the adapter among these that has one, or the frozen set."""
+    sets = sets_of(held)
+    return next((sets[name] for name in live if name in sets), sets[FROZEN])
+
+
+def factors_at(branch: Branch, adapter: str) -> Factors | None:
+    """One adapter's factors at a site, or None if it is not there."""
+    found = branch._modules.get(adapter)
+    return found if isinstance(found, Factors) else None
 
 
 @dataclasses.dataclass
@@ -112,8 +112,19 @@ def injection(model: nn.Module) -> Injection:
 
 def find_injection(model: nn.Module) -> Injection | None:
     """The record of an injected model, or None for any other."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"A model is an nn.Module, not a {type(model).__name__}.")
     found = vars(model).get(RECORD)
     return found if isinstance(found, Injection) else None
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """The module registered at a path, whatever a property of the same name may say."""
+    for name in path.split(".") if path else ():
+        found = model._modules[name]
+        assert found is not None
+        model = found
+    return model
 
 
 def branch_name(attribute: str) -> str:
@@ -154,7 +165,8 @@ def new_pair(config: LoRAConfig, site: Site, weight: Tensor) -> Pair:
     rank, dtype = config.site_rank(site.name), factor_dtype(config, weight)
     A = torch.empty(rank, site.in_features, dtype=dtype, device=weight.device)
     B = torch.zeros(site.out_features, rank, dtype=dtype, device=weight.device)
-    INITS[config.init](A)
+    if A.numel():
+        INITS[config.init](A)
     return Pair(A, B, config.site_scale(site.name))
 
 
@@ -162,9 +174,9 @@ def refresh(model: nn.Module) -> None:
     """Make every branch and every trained module follow the record."""
     live = injection(model).live
     for branch in branches(model).values():
-        branch.live = tuple((name, weight) for name, weight in live.items() if branch.factors(name) is not None)
+        branch._live = tuple((name, weight) for name, weight in live.items() if name in branch._modules)
     for _, owner, held in trained(model):
-        held.place(owner, live)
+        owner._parameters.update(chosen_set(held, live))
 
 
 def set_trainable(model: nn.Module) -> None:
@@ -178,6 +190,8 @@ def set_trainable(model: nn.Module) -> None:
 
 def weights_of(model: nn.Module, spec: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:
     """{adapter: weight} for one name, several or a mapping; each known and finite, and no module trained by two."""
+    if not isinstance(spec, (str, Iterable)):
+        raise AdapterError(f"Adapters are given as a name, several names, or {{name: weight}}, not as {spec!r}.")
     names = [spec] if isinstance(spec, str) else spec
     weights = dict(names) if isinstance(names, Mapping) else {name: 1.0 for name in names}
     for adapter, weight in weights.items():

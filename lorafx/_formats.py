@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import os
-import pickle
 import re
 import uuid
 from collections import defaultdict
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._adapter import FLOATS, Adapter, LoRAConfig, Pair, join, validate
-from ._errors import ConfigError, FormatError
+from ._errors import ConfigError, FormatError, LorafxError
 
 VERSION = "1"
 
@@ -87,8 +86,13 @@ def _decode_native(path: Path) -> tuple[Adapter, str | None]:
         scales, names, base = dict(about["scales"]), set(about["trained"]), str(about["base"])
         pairs = _pairs({n: t for n, t in tensors.items() if n not in names}, "lora.A", "lora.B", path, scales)
         trained = {name: tensors[name] for name in sorted(names)}
-        return Adapter(str(about["name"]), config, pairs, trained), base
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        if scales.keys() != pairs.keys():
+            site = min(scales.keys() ^ pairs.keys())
+            raise FormatError(f"'{path}' has '{site}' in only one of its header and its tensors.")
+        return Adapter(about["name"], config, pairs, trained), base
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        if isinstance(error, LorafxError):
+            raise
         raise FormatError(f"The header of '{path}' is damaged: {type(error).__name__}: {error}.") from error
 
 
@@ -112,7 +116,7 @@ def _encode_minimind(adapter: Adapter, base: str) -> bytes:
 def _decode_minimind(path: Path) -> tuple[Adapter, str | None]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged bytes make torch's unpickler raise anything
         reason = str(error).partition("\n")[0]
         raise FormatError(f"'{path}' is damaged or holds more than tensors: {reason}.") from error
     items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
@@ -170,7 +174,7 @@ FORMATS = (
 
 def _row(path: Path) -> Format:
     for row in FORMATS:
-        if path.suffix in row.endings:
+        if path.suffix.lower() in row.endings:
             return row
     known = ", ".join(f"{'/'.join(row.endings)} ({row.name})" for row in FORMATS)
     raise FormatError(f"The path '{path}' names no known format by its ending: use {known}.")

@@ -1,6 +1,9 @@
 """Refuses models whose rewrite would not be sound: wrapped, compiled, patched, lazy, or adapted by another library."""
 
+import contextlib
 import sys
+import types
+from collections.abc import Iterator
 
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -28,12 +31,11 @@ FOREIGN = (
 
 def check_model(model: nn.Module) -> None:
     """Raise unless the model is one that `inject` can copy and rewrite."""
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"A model is an nn.Module, not a {type(model).__name__}.")
     if find_injection(model) is not None:
         raise AdapterError(f"This {type(model).__name__} is injected already: lorafx.add gives it another adapter.")
     foreign = [(getattr(sys.modules[where], name), what, instead) for where, name, what, instead in FOREIGN
                if where in sys.modules]
+    members = set(model.modules())
     for path, module in model.named_modules():
         place = f"'{path}' ({type(module).__name__})" if path else f"This {type(module).__name__}"
         for cls, what, instead in foreign:
@@ -41,6 +43,10 @@ def check_model(model: nn.Module) -> None:
                 raise UnsupportedModelError(f"{place} is {what}: {instead}.")
         if find_injection(module) is not None or isinstance(module, Own):
             raise UnsupportedModelError(f"{place} is part of an injected model: eject that, or inject only the whole.")
+        for name, held in _closures(module):
+            if held in members:
+                raise UnsupportedModelError(f"{place} holds a function, {name}, that closes over a module of the "
+                                            "model, which a copy would still use: set it on the injected model.")
         if "forward" in vars(module) and any(True for _ in module.parameters()):
             raise UnsupportedModelError(f"{place} has a forward of its own, patched in by another tool, which a copy "
                                         "would still run on the original's layers: inject before patching.")
@@ -50,3 +56,18 @@ def check_model(model: nn.Module) -> None:
             if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
                 raise UnsupportedModelError(f"{place} is lazy, its '{name}' has no shape yet: run one batch through "
                                             "the model first.")
+            if tensor is not None and tensor.is_inference():
+                raise UnsupportedModelError(f"{place} was made in inference mode, so that autograd cannot use its "
+                                            f"'{name}': load the model outside of torch.inference_mode().")
+
+
+def _closures(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) for each module that a function in an attribute or a hook of this one closes over."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    functions = {**{f"'{name}'": value for name, value in vars(module).items()},
+                 **{f"hook {key}": hook for table in hooks for key, hook in table.items()}}
+    for name, function in functions.items():
+        for cell in (function.__closure__ or ()) if isinstance(function, types.FunctionType) else ():
+            with contextlib.suppress(ValueError):  # a cell that is empty yet
+                if isinstance(cell.cell_contents, nn.Module):
+                    yield name, cell.cell_contents

@@ -24,6 +24,7 @@ from ._switch import activate, extract
 M = TypeVar("M", bound=nn.Module)
 
 
+@torch.inference_mode(False)
 def inject(
     model: M, rank: int = 8, *, alpha: float | None = None, targets: Any = "square", exclude: Any = (),
     dropout: float = 0.0, rslora: bool = False, rank_pattern: Mapping[str, int] | None = None,
@@ -97,6 +98,7 @@ def sites(model: nn.Module, targets: Any = "linear") -> list[Site]:
     return select(program.sites, targets, (), program.left_alone)
 
 
+@torch.inference_mode(False)
 def add(model: nn.Module, adapter: str, rank: int = 8, *, targets: Any = None, **config: Any) -> None:
     """Give an injected model another adapter, inactive until `activate`: on the sites it has, or on its own targets.
 
@@ -123,6 +125,7 @@ def add(model: nn.Module, adapter: str, rank: int = 8, *, targets: Any = None, *
     attach(model, program, create(model, program, adapter, settings))
 
 
+@torch.inference_mode(False)
 def load(model: M, path: str | os.PathLike[str], adapter: str | None = None) -> M:
     """The model with the adapter in a file; the format is known by the path's ending.
 

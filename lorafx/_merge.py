@@ -6,7 +6,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from ._branch import RECORD, Branch, Own, branches, injection, trained, weights_of
+from ._branch import (FROZEN, RECORD, Branch, Own, branches, chosen_set, factors_at, injection, sets_of, submodule,
+                      trained, weights_of)
 from ._errors import TiedWeightError
 from ._kernels import delta
 from ._program import read, tensors_by_site
@@ -16,6 +17,7 @@ from ._rules import Site
 M = TypeVar("M", bound=nn.Module)
 
 
+@torch.inference_mode(False)
 def eject(model: M) -> M:
     """The original model again, as a new model on the same weights: its class, keys and requires_grad flags.
 
@@ -33,7 +35,7 @@ def eject(model: M) -> M:
     record = injection(model)
     twin = share(model)
     for _, owner, held in trained(twin):
-        held.place(owner, ())
+        owner._parameters.update(sets_of(held)[FROZEN])
     for module in list(twin.modules()):
         if isinstance(module, Region):
             revert(module)
@@ -56,6 +58,7 @@ def _erase_branches(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+@torch.inference_mode(False)
 def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None = None, *, untie: bool = False) -> M:
     """A new model of the original class with adapters folded in: W + sum w s B A, for deployment.
 
@@ -81,18 +84,18 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
     held = branches(model)
     sites = [site for site in read(model).sites
-             if site.name in held and any(held[site.name].factors(adapter) for adapter in chosen)]
+             if site.name in held and any(factors_at(held[site.name], adapter) for adapter in chosen)]
     for site in sites:
         _check_tie(site, untie)
     twin = eject(model)
     clones: dict[nn.Parameter, nn.Parameter] = {}
     for path, _, whole in trained(model):
-        owner = twin.get_submodule(path)
-        for name, parameter in whole.chosen(chosen).items():
-            base = owner._parameters[name]
-            if parameter is not None and base is not None and parameter is not whole._parameters[name]:
-                clones.setdefault(parameter, same_kind(base, parameter.detach().clone()))
-                owner._parameters[name] = clones[parameter]
+        own = chosen_set(whole, chosen)
+        for name, parameter in own.items() if own is not sets_of(whole)[FROZEN] else ():
+            base = submodule(twin, path)._parameters[name]
+            assert base is not None
+            clones.setdefault(parameter, same_kind(base, parameter.detach().clone()))
+            submodule(twin, path)._parameters[name] = clones[parameter]
     places = tensors_by_site(twin)
     for site in sites:
         owner, attribute = places[site.name]
@@ -109,7 +112,7 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
 
 def _folded(weight: Tensor, branch: Branch, chosen: Mapping[str, float]) -> Tensor:
     """W + sum w s B A in W's dtype, rounded once. W (out, in)."""
-    factors = [(branch.factors(adapter), scale) for adapter, scale in chosen.items()]
+    factors = [(factors_at(branch, adapter), scale) for adapter, scale in chosen.items()]
     present = [(found, scale) for found, scale in factors if found is not None]
     wide = torch.float32
     for tensor in (weight, *(found.A for found, _ in present)):

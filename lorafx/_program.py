@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from ._adapter import FLOATS, join
-from ._branch import Own, site_name
+from ._branch import Own, site_name, submodule
 from ._region import Region, why_not_region
 from ._rules import LOOKUPS, Call, Site, is_transpose, linear_call, only_metadata
-from ._scan import ANYWHERE, weights_read
-from ._trace import trace
+from ._scan import weights_kept, weights_used
+from ._trace import Tracing, tracing
 from ._watch import Unsound
 
 
@@ -29,7 +29,10 @@ class Program:
         """Why a name is not a site, for error messages."""
         tied = {name: f"it makes no linear call and shares its weight with '{site.name}', which can be adapted"
                 for site in self.sites for name in site.tied_to}
-        return {**self.breaks, **self.skipped, **tied}
+        return {**self.skipped, **tied, **{name: why for name, why in self.breaks.items() if name not in self.skipped}}
+
+
+Place = tuple[nn.Module, str]  # a module and the attribute under which it has a Parameter
 
 
 @dataclasses.dataclass
@@ -37,23 +40,29 @@ class _Weight:
     """One Parameter and all that is known of its readers."""
 
     parameter: nn.Parameter
-    names: list[str]  # as sites, in the order of registration
-    owners: list[nn.Module]  # one for each name
+    places: dict[str, Place] = dataclasses.field(default_factory=dict)  # under each name, in the order of registration
     calls: list[Call] = dataclasses.field(default_factory=list)
     kinds: list[str] = dataclasses.field(default_factory=list)
-    through: list[nn.Module] = dataclasses.field(default_factory=list)  # the owners that linear calls go through
-    others: list[tuple[nn.Module, str]] = dataclasses.field(default_factory=list)  # other readers: owner, in words
+    through: list[Place] = dataclasses.field(default_factory=list)  # where linear calls read it
+    others: list[tuple[Place, str]] = dataclasses.field(default_factory=list)  # other readers: where, and in words
     blocked: str | None = None  # why a branch would miss some of its uses
+
+    def add_call(self, call: Call, kind: str, owner: nn.Module) -> None:
+        """Note a call site."""
+        self.calls.append(call)
+        self.kinds.append(kind)
+        self.through.append((owner, call.attribute))
 
 
 def read(model: nn.Module) -> Program:
     """Trace every module of a model that could make a linear call, and find the sites."""
     reader = _Reader(model)
-    for path in reader.modules:
-        reader.trace(path)
+    with tracing() as trace:
+        for path in reader.modules:
+            reader.trace(path, trace)
     for path in list(reader.graphs):
         reader.note_graph(path)
-    for path in reader.breaks:
+    for path in reader.modules:
         reader.note_python(path)
     reader.move_into_graph_modules()
     return reader.program()
@@ -74,14 +83,13 @@ class _Reader:
         for path, module in self.every_path:
             for attribute, parameter in module._parameters.items():
                 if parameter is not None:
-                    weight = self.weights.setdefault(parameter, _Weight(parameter, [], []))
-                    weight.names.append(site_name(path, attribute))
-                    weight.owners.append(module)
-                    self.names.append(weight.names[-1])
+                    name = site_name(path, attribute)
+                    self.weights.setdefault(parameter, _Weight(parameter)).places[name] = module, attribute
+                    self.names.append(name)
         self.matrices = frozenset(attribute for m in self.paths for attribute, p in m._parameters.items()
                                   if p is not None and p.ndim > 1)
 
-    def trace(self, path: str) -> None:
+    def trace(self, path: str, trace: Tracing) -> None:
         """Give the module at this path a graph or, with the reason, a graph break; nothing if it has no matrix."""
         module = self.modules[path]
         if isinstance(module, fx.GraphModule):
@@ -102,40 +110,41 @@ class _Reader:
         found = set()
         for node in self.graphs[path].find_nodes(op="get_attr"):
             owner, _, attribute = node.target.rpartition(".")
-            module = self.modules[path].get_submodule(owner)
+            module = submodule(self.modules[path], owner)
             parameter = module._parameters.get(attribute)
-            for user in _users(node) if parameter is not None else ():
+            if parameter is None:
+                continue
+            weight = self.weights[parameter]
+            for user in _users(node):
                 call = linear_call(user)
                 if call is not None and call.weight is node and call.input is not node:
-                    self.weights[parameter].calls.append(Call(path, owner, attribute, user, call.transposed))
-                    self.weights[parameter].kinds.append(call.rule.kind)
-                    self.weights[parameter].through.append(module)
                     found.add(user)
+                    if user.users:  # else its result is lost, and an adapter there would have no effect
+                        weight.add_call(Call(path, owner, attribute, user, call.transposed), call.rule.kind, module)
                 else:
-                    self._note_other(self.weights[parameter], module, user, path)
+                    self._note_other(weight, (module, attribute), user, path)
         for node in self.graphs[path].nodes:
             call = linear_call(node) if node not in found else None
             if call is not None and not call.rule.transposed:  # a product of activations is no linear call
                 self.skipped[join(path, node.name)] = "its weight is computed in forward or given to it"
 
-    def _note_other(self, weight: _Weight, owner: nn.Module, user: fx.Node, path: str) -> None:
+    def _note_other(self, weight: _Weight, place: Place, user: fx.Node, path: str) -> None:
         if not only_metadata(user):
             reader = f"{_described(user)} in {path or 'the model'}"
-            weight.others.append((owner, reader))
+            weight.others.append((place, reader))
             if user.target not in LOOKUPS:
                 weight.blocked = f"its weight is also read by {reader}"
 
     def note_python(self, path: str) -> None:
-        """Note the Parameters that the Python of a graph break reads by itself: a branch would miss those reads."""
+        """Note the Parameters that Python uses or keeps outside of the graphs: a branch would miss those uses."""
         module = self.modules[path]
         reader = f"the Python of {path or 'the model'} ({type(module).__name__})"
-        for target in weights_read(module, self.matrices):
-            owner, _, attribute = target.rpartition(".")
-            for submodule in module.modules() if owner == ANYWHERE else _child(module, owner):
-                parameter = submodule._parameters.get(attribute)
-                if parameter is not None:
-                    self.weights[parameter].others.append((submodule, reader))
-                    self.weights[parameter].blocked = f"{reader} may use its weight directly"
+        used = weights_used(module, self.matrices) if path in self.breaks else set()
+        for owner, attribute in {*used, *weights_kept(module, self.matrices)}:
+            parameter = owner._parameters[attribute]
+            if parameter in self.weights:
+                self.weights[parameter].others.append(((owner, attribute), reader))
+                self.weights[parameter].blocked = f"{reader} may use its weight directly"
 
     def move_into_graph_modules(self) -> None:
         """Turn calls of a linear module by a caller's own GraphModule into call sites of that graph.
@@ -148,7 +157,7 @@ class _Reader:
                 continue
             called: dict[nn.Module, list[fx.Node]] = defaultdict(list)
             for node in module.graph.find_nodes(op="call_module"):
-                called[module.get_submodule(node.target)].append(node)
+                called[submodule(module, node.target)].append(node)
             for child, nodes in called.items():
                 names = {name for name, m in self.every_path if m is child}
                 targets = {join(path, str(node.target)) for node in nodes}
@@ -162,7 +171,8 @@ class _Reader:
         old = next(call for call in weight.calls if call.region == region)
         weight.calls.remove(old)
         del self.graphs[region]
-        weight.calls += [Call(path, str(node.target), old.attribute, node, old.transposed) for node in nodes]
+        weight.calls += [Call(path, str(node.target), old.attribute, node, old.transposed)
+                         for node in nodes if node.users]
 
     def program(self) -> Program:
         sites = []
@@ -171,14 +181,14 @@ class _Reader:
             if reason is None:
                 sites.append(_site(weight))
             elif weight.parameter.ndim > 1:
-                self.skipped[weight.names[0]] = reason
+                self.skipped[next(iter(weight.places))] = reason
         order = {name: position for position, name in enumerate(self.names)}
         sites.sort(key=lambda site: order[site.name])
         return Program(self.graphs, sites, self.skipped, self.breaks)
 
     def _why_not_site(self, weight: _Weight) -> str | None:
         if not weight.calls:
-            owner = self.paths[weight.owners[0]]
+            owner = self.paths[next(iter(weight.places.values()))[0]]
             if owner in self.breaks:
                 return f"its module is a graph break: {self.breaks[owner]}"
             return f"read by {weight.others[0][1]}, no linear call" if weight.others else "no traced call reads it"
@@ -197,13 +207,13 @@ def tensors_by_site(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _site(weight: _Weight) -> Site:
-    linear = [name for name, owner in zip(weight.names, weight.owners) if owner in weight.through]
+    linear = [name for name, place in weight.places.items() if place in weight.through]
     transposed = all(call.transposed for call in weight.calls)
     out_features, in_features = reversed(weight.parameter.shape) if transposed else weight.parameter.shape
     return Site(
         linear[0], in_features, out_features, weight.kinds[0], tuple(weight.calls), transposed, tuple(linear[1:]),
-        tied_to=tuple(name for name in weight.names if name not in linear),
-        read_by=tuple(reader for owner, reader in weight.others if owner in weight.through))
+        tied_to=tuple(name for name in weight.places if name not in linear),
+        read_by=tuple(reader for place, reader in weight.others if place in weight.through))
 
 
 def _users(node: fx.Node) -> Iterator[fx.Node]:
@@ -218,14 +228,6 @@ def _users(node: fx.Node) -> Iterator[fx.Node]:
 def _described(node: fx.Node) -> str:
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     return f"`{target}`"
-
-
-def _child(module: nn.Module, path: str) -> list[nn.Module]:
-    """The submodule at a path that bytecode names, if what is there is a module."""
-    try:
-        return [module.get_submodule(path)]
-    except AttributeError:
-        return []
 
 
 def _only_linear(graph: fx.Graph) -> bool:

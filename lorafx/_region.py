@@ -7,7 +7,7 @@ import linecache
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 _STATE: dict[str, Any] = {
     "meta": dict, "_replace_hooks": list, "_create_node_hooks": list, "_erase_node_hooks": list,
     "_deepcopy_hooks": list, "_tracer_extras": dict, "_tracer_cls": lambda: None, "shape_env": lambda: None}
-_RESERVED = frozenset({*_STATE, "graph", "_graph", "code", "_code"})
+_RESERVED = frozenset({*_STATE, "graph", "_graph", "code", "_code", "recompile", "_user_class"})
 _COPYING = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__")
 
 
@@ -34,8 +34,9 @@ class Region(fx.GraphModule):
 
     _user_class: type[nn.Module]
 
-    def __new__(cls, *_: Any, **__: Any) -> Self:
-        return object.__new__(cls)
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Calling the class makes what it always made: a plain instance of the user's class."""
+        return cls._user_class(*args, **kwargs)
 
     def recompile(self) -> fx.graph.PythonCode:
         """Swap in the class that holds the forward generated from the graph as it is now."""
@@ -95,7 +96,7 @@ def why_not_region(module: nn.Module) -> str | None:
 
 @functools.lru_cache(maxsize=None)
 def _why_not_class(user_class: type[nn.Module]) -> str | None:
-    for name in (*sorted(_RESERVED), *_COPYING, "__getattribute__"):
+    for name in (*sorted(_RESERVED), *_COPYING, "__getattribute__", "__init_subclass__"):
         definers = [c for c in user_class.__mro__ if name in vars(c) and c not in (nn.Module, object)]
         if definers:
             return f"{definers[0].__name__} defines '{name}' itself"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from ._branch import branches, injection
+from ._branch import branches, factors_at, injection
 from ._program import read
 from ._region import Region
 
@@ -96,7 +96,7 @@ def summary(model: nn.Module) -> Summary:
     found = {site.name: site for site in read(model).sites}
     rows = []
     for name, branch in branches(model).items():
-        present = {adapter: branch.factors(adapter) for adapter in record.configs}
+        present = {adapter: factors_at(branch, adapter) for adapter in record.configs}
         factors = {adapter: f for adapter, f in present.items() if f is not None}
         rows.append(SiteRow(name, found[name].in_features, found[name].out_features, len(found[name].calls),
                             {adapter: f.A.shape[0] for adapter, f in factors.items()},

@@ -202,7 +202,7 @@ def _predicate(pattern: Any, argument: str) -> Callable[[Site], bool]:
         return SELECTORS.get(pattern) or (lambda site: any(name_matches(pattern, name) for name in site.names))
     if isinstance(pattern, re.Pattern):
         return lambda site: any(pattern.fullmatch(name) for name in site.names)
-    if callable(pattern):
+    if callable(pattern) and not isinstance(pattern, type):
         return lambda site: bool(pattern(site))
     raise ConfigError(f"{argument} takes names, globs, compiled regular expressions or a function of a Site, "
                       f"not {pattern!r}.")

@@ -1,94 +1,191 @@
-"""Which weights the Python of a graph break reads by itself, past the modules that own them.
+"""Which weights the Python of a graph break may use by itself, past the modules that own them.
 
 A branch lives in the graph of the module that makes the linear call. Where Python does `F.linear(x, self.proj.weight)`
 in a module that cannot be traced, no branch would be in the way, so such weights must be found and left alone. The
-bytecode of `forward`, and of the methods and same-file functions that it reaches, is searched for attribute reads.
+bytecode of `forward`, and of the methods and same-file functions that it reaches, is searched for weights that it
+reads, layers that it hands on as values, and methods of its children other than forward.
+What is not found: weights fetched through `self.parameters()`, which is how most code asks for a device.
 """
 
 import dis
 import functools
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ._rules import METADATA
 
-_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
-# Asking these of a weight computes nothing with it.
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 _QUESTIONS = frozenset({"isinstance", "type", "hasattr", "id"})
+# Methods of nn.Module that give its weights away.
+_FETCHES = frozenset({"state_dict", "get_parameter", "named_parameters", "parameters"})
+
+Weight = tuple[nn.Module, str]  # owner, attribute
 
 
-ANYWHERE = "*"  # the owner of a weight that is read off something other than an attribute of self
+class Chain(NamedTuple):
+    """`self.a.b` in bytecode: the names, and whether it is "called", "asked" something, or used as a "value"."""
+
+    names: tuple[str, ...]
+    use: str
 
 
-def weights_read(module: nn.Module, attributes: frozenset[str]) -> frozenset[str]:
-    """Dotted paths below the module (`proj.weight`, `*.weight`) of the tensors that its own Python uses.
+def weights_used(module: nn.Module, attributes: frozenset[str]) -> set[Weight]:
+    """The weights, under one of these attribute names, that the module's own Python may use by itself."""
+    return set(_used_by(module, "forward", attributes))
 
-    Only attributes of these names are looked for.
-    """
-    return _reads_of_class(type(module), attributes)  # type: ignore[arg-type]
+
+def _used_by(module: nn.Module, method: str, attributes: frozenset[str]) -> Iterator[Weight]:
+    cls: Any = type(module)
+    chains, elsewhere = _facts(cls, method, attributes)
+    for below in module.modules() if elsewhere else ():
+        yield from ((below, name) for name in below._parameters if name in elsewhere)
+    for chain in chains:
+        yield from _resolved(module, chain, attributes)
+
+
+def _resolved(start: nn.Module, chain: Chain, attributes: frozenset[str]) -> Iterator[Weight]:
+    """The weights that a chain of attributes of this very module comes to, if it does."""
+    module = start
+    for position, name in enumerate(chain.names):
+        child, last = module._modules.get(name), position == len(chain.names) - 1
+        if child is not None:
+            module = child
+        elif name in module._parameters:
+            if chain.use != "asked" if last else chain.names[position + 1] not in METADATA:
+                yield module, name
+            return
+        elif last and chain.use == "called" and module is not start:
+            if name in _FETCHES:
+                yield from _own(module, attributes)
+            elif name != "forward" and isinstance(getattr(type(module), name, None), types.FunctionType):
+                yield from _used_by(module, name, attributes)
+            return
+        else:
+            return
+    if module is not start and chain.use == "value":
+        yield from _own(module, attributes)
+
+
+def _own(module: nn.Module, attributes: frozenset[str]) -> Iterator[Weight]:
+    return ((module, name) for name in module._parameters if name in attributes)
+
+
+def weights_kept(module: nn.Module, attributes: frozenset[str]) -> Iterator[Weight]:
+    """The weights that plain attributes of any module hold: in a list, a bound method or a partial function."""
+    below = {id(parameter): (m, name) for m in module.modules() for name, parameter in m._parameters.items()}
+    for value in vars(module).values():
+        parts = [value]
+        if isinstance(value, functools.partial):
+            parts = [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, (list, tuple)):
+            parts = list(value)
+        for part in parts:
+            if isinstance(part, nn.Parameter) and id(part) in below:
+                yield below[id(part)]
+            elif isinstance(part, types.MethodType) and isinstance(part.__self__, nn.Module):
+                yield from _own(part.__self__, attributes)
 
 
 @functools.lru_cache(maxsize=None)
-def _reads_of_class(cls: type[nn.Module], attributes: frozenset[str]) -> frozenset[str]:
-    return frozenset(path for code in _reachable(cls) for path in _reads(code, attributes))
+def _facts(cls: type, method: str, attributes: frozenset[str]) -> tuple[frozenset[Chain], frozenset[str]]:
+    """The chains that start at self, and the attributes that are read of something else, in all code reached."""
+    chains: set[Chain] = set()
+    elsewhere: set[str] = set()
+    for code, self_name in _reachable(cls, method):
+        found, read = _chains(code, self_name)
+        chains |= found
+        elsewhere |= attributes & read
+        fetched = {chain.names for chain in found if chain.use == "called"}
+        if "_parameters" in code.co_names or fetched & {("state_dict",), ("get_parameter",), ("named_parameters",)}:
+            elsewhere |= attributes
+        if "getattr" in code.co_names:
+            elsewhere |= attributes & {const for const in code.co_consts if isinstance(const, str)}
+    return frozenset(chains), frozenset(elsewhere)
 
 
-def _reachable(cls: type[nn.Module]) -> Iterator[types.CodeType]:
-    """The code of forward, of the methods it names and of the functions of its file that it names, transitively."""
+def _chains(code: types.CodeType, self_name: str | None) -> tuple[set[Chain], set[str]]:
+    steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL")]
+    chains, elsewhere, at = set(), set(), 0
+    while at < len(steps):
+        step, start = steps[at], at
+        at += 1
+        while at < len(steps) and steps[at].opname in _LOADS and (step.opname not in _LOADS or at == start):
+            at += 1
+        names = tuple(s.argval for s in steps[start + (step.opname not in _LOADS):at])
+        if not names:
+            continue
+        if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and step.argval == self_name:
+            chains.add(Chain(names, _use(steps, start, at)))
+            continue
+        for position, name in enumerate(names):
+            if names[position + 1:position + 2] == () or names[position + 1] not in METADATA:
+                elsewhere.add(name)
+    return chains, elsewhere
+
+
+def _use(steps: list[dis.Instruction], start: int, end: int) -> str:
+    """What is done with the chain that ends before this step."""
+    before, after = steps[start - 1], steps[end] if end < len(steps) else steps[-1]
+    method = steps[end - 1]
+    if method.opname == "LOAD_METHOD" or "NULL|self" in method.argrepr or "PUSH_NULL" in (before.opname, after.opname):
+        return "called"
+    compared = after.opname == "LOAD_CONST" and end + 1 < len(steps) and steps[end + 1].opname == "IS_OP"
+    asked = before.opname == "LOAD_GLOBAL" and before.argval in _QUESTIONS
+    if asked or compared or "JUMP" in after.opname or after.opname in ("GET_ITER", "TO_BOOL", "UNARY_NOT", "IS_OP"):
+        return "asked"
+    return "value"
+
+
+def _reachable(cls: type, method: str) -> Iterator[tuple[types.CodeType, str | None]]:
+    """(code, its name for self) of a method, of the methods it names and of the functions of its file that it names."""
     seen: set[types.CodeType] = set()
-    waiting = [_code(getattr(cls, "forward", None))]
+    waiting = [(code, True) for code in _codes(getattr(cls, method, None))]
+    names_of_self: dict[types.CodeType, str] = {}
     while waiting:
-        code = waiting.pop()
-        if code is None or code in seen:
+        code, is_method = waiting.pop()
+        if code in seen:
             continue
         seen.add(code)
-        yield code
-        waiting += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+        self_name = names_of_self.get(code) or (code.co_varnames[0] if is_method and code.co_varnames else None)
+        yield code, self_name
+        for inner in (const for const in code.co_consts if isinstance(const, types.CodeType)):
+            if self_name is not None:
+                names_of_self[inner] = self_name
+            waiting.append((inner, False))
         for name in code.co_names:
             for base in cls.__mro__:
                 if base not in (nn.Module, object) and name in vars(base):
-                    waiting.append(_code(vars(base)[name]))
-                globals_ = _globals(vars(base).get("forward"))
-                if name in globals_ and getattr(globals_[name], "__module__", None) == base.__module__:
-                    waiting.append(_code(globals_[name]))
+                    waiting += [(found, True) for found in _codes(vars(base)[name])]
+                for function in _codes_with_globals(vars(base).get("forward")):
+                    found = function.__globals__.get(name)
+                    if getattr(found, "__module__", None) == base.__module__:
+                        waiting += [(code, False) for code in _codes(found)]
 
 
-def _code(function: object) -> types.CodeType | None:
+def _codes(function: object) -> list[types.CodeType]:
+    return [function.__code__ for function in _codes_with_globals(function)]
+
+
+def _codes_with_globals(function: object) -> list[types.FunctionType]:
+    """A function and all that it wraps: properties, static and class methods, decorators' closures."""
     if isinstance(function, property):
         function = function.fget
-    while isinstance(function, (staticmethod, classmethod)):
+    if isinstance(function, functools.cached_property):
+        function = function.func
+    if isinstance(function, (staticmethod, classmethod)):
         function = function.__func__
-    function = _unwrapped(function)
-    return function.__code__ if isinstance(function, types.FunctionType) else None
+    if not isinstance(function, types.FunctionType):
+        return []
+    held = [cell.cell_contents for cell in function.__closure__ or () if not _empty(cell)]
+    return [function, *(inner for value in held if value is not function for inner in _codes_with_globals(value))]
 
 
-def _unwrapped(function: object) -> object:
-    while isinstance(function, types.FunctionType) and "__wrapped__" in vars(function):
-        function = vars(function)["__wrapped__"]
-    return function
-
-
-def _globals(function: object) -> dict[str, object]:
-    function = _unwrapped(function)
-    return function.__globals__ if isinstance(function, types.FunctionType) else {}
-
-
-def _reads(code: types.CodeType, attributes: Iterable[str]) -> Iterator[str]:
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL")]
-    for i, instruction in enumerate(instructions):
-        if instruction.opname not in _ATTRIBUTE or instruction.argval not in attributes:
-            continue
-        if i + 1 < len(instructions) and instructions[i + 1].opname in _ATTRIBUTE:
-            if instructions[i + 1].argval in METADATA:
-                continue
-        start = i
-        while instructions[start - 1].opname in _ATTRIBUTE:
-            start -= 1
-        base, before = instructions[start - 1], instructions[start - 2]
-        if before.opname == "LOAD_GLOBAL" and before.argval in _QUESTIONS:
-            continue
-        rooted = base.opname.startswith("LOAD_FAST") and code.co_varnames[:1] == (base.argval,)
-        path = ".".join(instructions[k].argval for k in range(start, i + 1))
-        yield path if rooted else f"{ANYWHERE}.{instruction.argval}"
+def _empty(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents
+    except ValueError:
+        return True
+    return False

@@ -8,7 +8,8 @@ from torch import nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, join
 from ._attach import attach, check_free
-from ._branch import (branches, check_adapter, injection, refresh, set_trainable, trained, weights_of)
+from ._branch import (branches, check_adapter, factors_at, injection, refresh, set_trainable, sets_of, trained,
+                      weights_of)
 from ._errors import AdapterError
 from ._program import read
 
@@ -119,6 +120,7 @@ def remove(model: nn.Module, adapter: str) -> None:
     refresh(model)
 
 
+@torch.inference_mode(False)
 def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> None:
     """Make one adapter that computes exactly what these do together with these weights; inactive until `activate`.
 
@@ -157,12 +159,11 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
     check_adapter(model, adapter)
     pairs = {}
     for site, branch in branches(model).items():
-        factors = branch.factors(adapter)
+        factors = factors_at(branch, adapter)
         if factors is not None:
             pairs[site] = Pair(factors.A.detach(), factors.B.detach(), factors.scale)
     whole: dict[nn.Parameter, str] = {}
     for path, _, held in trained(model):
-        own = held._modules.get(adapter)
-        for name, parameter in own.named_parameters() if own is not None else ():
+        for name, parameter in sets_of(held).get(adapter, {}).items():
             whole.setdefault(parameter, join(path, name))
     return Adapter(adapter, injection(model).configs[adapter], pairs, {name: p.detach() for p, name in whole.items()})

@@ -12,20 +12,50 @@ accepts a forward only when Python had nothing to decide. Three rules make that 
    hold only functions, classes and Python modules; a symbolic value refuses truth, hash, text, length and iteration.
 """
 
+import concurrent.futures
+import contextlib
 import inspect
+import itertools
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._graph import RegionGraph
 from ._watch import HIDDEN, PRIMITIVES, Unsound, Watch, instruction, loads_method
 
+Tracing = Callable[[nn.Module], RegionGraph]
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[Tracing]:
+    """The tracer, in a thread of its own: the caller's function modes, default device and profiler are not in there."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        yield lambda module: thread.submit(trace, module).result()
+
 
 def trace(module: nn.Module) -> RegionGraph:
     """The graph of one module's own forward, every child a leaf; raises `Unsound` with the reason in words."""
+    parameters = _parameters(module)
+    graph = RegionGraph()
+    tracer = _Tracer(graph)
+    arguments = [_placeholder(tracer, parameter) for parameter in parameters]
+    try:
+        with _NoTensors(), Watch((fx.Proxy, _Self), (__file__, fx.proxy.__file__)):
+            result = type(module).forward(_Self(module, "", tracer), *arguments)
+        graph.output(tracer.create_arg(result))
+    except Exception as error:
+        raise Unsound(f"tracing raised {type(error).__name__}: {str(error).partition(chr(10))[0]}") from None
+    _check_names(graph, {parameter.name for parameter in parameters})
+    return graph
+
+
+def _parameters(module: nn.Module) -> list[inspect.Parameter]:
+    """What the module's own forward takes after self."""
     forward = inspect.getattr_static(type(module), "forward", None)
     if not isinstance(forward, types.FunctionType):
         raise Unsound("its forward is not a plain method")
@@ -33,39 +63,47 @@ def trace(module: nn.Module) -> RegionGraph:
         raise Unsound("this instance has a forward of its own")
     if "__signature__" in vars(forward):
         raise Unsound("its forward declares another signature than it has")
-    _, *parameters = inspect.signature(forward, follow_wrapped=False).parameters.values()
-    graph = RegionGraph()
-    tracer = _Tracer(graph)
-    arguments = [_placeholder(tracer, parameter) for parameter in parameters]
-    try:
-        with Watch((fx.Proxy, _Self), (__file__, fx.proxy.__file__)):
-            result = forward(_Self(module, "", tracer), *arguments)
-        graph.output(_output(tracer, result))
-    except Exception as error:
-        raise Unsound(f"tracing raised {type(error).__name__}: {str(error).partition(chr(10))[0]}") from None
-    return graph
+    parameters = list(inspect.signature(forward, follow_wrapped=False).parameters.values())
+    for parameter in parameters:
+        if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            name = parameter.replace(annotation=parameter.empty, default=parameter.empty)
+            raise Unsound(f"its forward takes {name}, {parameter.kind.description}")
+    if not parameters:
+        raise Unsound("its forward takes no self")
+    return parameters[1:]
 
 
 def _placeholder(tracer: "_Tracer", parameter: inspect.Parameter) -> "Value":
-    if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-        name = parameter.replace(annotation=parameter.empty, default=parameter.empty)
-        raise Unsound(f"its forward takes {name}, {parameter.kind.description}")
     if parameter.default is parameter.empty:
         return tracer.create_proxy("placeholder", parameter.name, (), {})
-    if not isinstance(parameter.default, PRIMITIVES):
+    if type(parameter.default) not in PRIMITIVES:
         raise Unsound(f"the default of '{parameter.name}' is a {type(parameter.default).__name__}")
     return tracer.create_proxy("placeholder", parameter.name, (parameter.default,), {})
 
 
-def _output(tracer: "_Tracer", result: Any) -> Any:
-    """The returned value as a graph argument; a container's exact type must be one that a graph can rebuild."""
-    if type(result) in (tuple, list):
-        return type(result)(_output(tracer, item) for item in result)
-    if type(result) is dict:
-        return {key: _output(tracer, item) for key, item in result.items()}
-    if isinstance(result, (Value, *PRIMITIVES)):
-        return tracer.create_arg(result)
-    raise Unsound(f"it returns a {type(result).__name__}")
+# What generated code calls by these names: the globals that fx always defines, and the builtins that it writes.
+_GENERATED = frozenset({*RegionGraph().python_code("self").globals, "self", "slice", "getattr"})
+
+
+def _check_names(graph: fx.Graph, taken: set[str]) -> None:
+    """Raise if the generated code would give one name two meanings: an argument's, and a node's or a global's."""
+    names = {node.name for node in graph.nodes if node.op != "placeholder" or node.name != node.target}
+    clash = taken & (names | _GENERATED)
+    if clash:
+        raise Unsound(f"its argument '{min(clash)}' has a name that its graph needs")
+
+
+class _NoTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to compute with real tensors, before it is done: it would make constants, and could move the RNG."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise Unsound(f"it calls `{func.__name__.partition('.')[0]}`, which does not become a node")
+
+
+_TENSOR_METHODS = frozenset(dir(torch.Tensor))
 
 
 class Value(fx.Proxy):
@@ -85,7 +123,7 @@ class Value(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if loads_method(sys._getframe(1)):
+        if name in _TENSOR_METHODS and loads_method(*instruction(sys._getframe(1))):
             return fx.proxy.Attribute(self, name)  # called at once, as one `call_method` node
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
@@ -99,14 +137,18 @@ class Value(fx.Proxy):
 
 def unpack(value: Any, count: int) -> tuple[Any, ...]:
     """The node for `a, b = value`: the same items, and the same error when there are not `count` of them."""
-    items = tuple(value)
+    items = tuple(itertools.islice(value, count + 1))
     if len(items) != count:
         raise ValueError(f"{'too many' if len(items) > count else 'not enough'} values to unpack (expected {count})")
     return items
 
 
 class _Tracer(fx.proxy.GraphAppendingTracer):
-    """Makes `Value`s."""
+    """Makes `Value`s, and takes as arguments only what generated code builds again exactly as it was."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(graph)
+        self.containers: list[Any] = []  # the lists and dicts used so far, kept so that no identity comes again
 
     def proxy(self, node: fx.Node) -> Value:
         return Value(node, self)
@@ -114,6 +156,30 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
     def create_proxy(self, *args: Any, **kwargs: Any) -> Value:
         value: Value = super().create_proxy(*args, **kwargs)  # type: ignore[assignment]
         return value
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if type(a) is tuple:
+            return tuple(self.create_arg(item) for item in a)
+        if type(a) is slice:
+            return slice(*map(self.create_arg, (a.start, a.stop, a.step)))
+        if type(a) in (list, dict):
+            if any(a is used for used in self.containers):
+                raise Unsound(f"it uses one {type(a).__name__} twice, of which its graph would make two")
+            self.containers.append(a)
+            if type(a) is list:
+                return [self.create_arg(item) for item in a]
+            return {_checked_key(key): self.create_arg(item) for key, item in a.items()}
+        if type(a) in (*PRIMITIVES, complex, type(...)):
+            return a
+        raise Unsound(f"it passes on or returns a {type(a).__name__}")
+
+
+def _checked_key(key: Any) -> Any:
+    if type(key) in PRIMITIVES:
+        return key
+    raise Unsound(f"a {type(key).__name__} is a key of a dict that it makes")
 
 
 class _Self:
@@ -123,21 +189,28 @@ class _Self:
         object.__setattr__(self, "_self", (module, path, tracer))
 
     def __getattribute__(self, name: str) -> Any:
+        """Looks where Python looks: data descriptors, the instance, the class, then nn.Module.__getattr__'s tables."""
         module, path, tracer = object.__getattribute__(self, "_self")
+        cls: Any = type(module)
         if name == "__class__":  # zero-argument super() asks for it
-            return type(module)
-        child = module._modules.get(name)
-        target = f"{path}.{name}" if path else name
-        if child is not None and name not in vars(module):
-            return _Self(child, target, tracer)
-        stored = any(name in held for held in (vars(module), module._parameters, module._buffers))
-        declared = inspect.getattr_static(type(module), name, None)
-        if not stored and isinstance(declared, types.FunctionType):
-            return types.MethodType(declared, self)
-        if not stored and not isinstance(declared, PRIMITIVES[:4]):
-            raise Unsound(f"it reads '{name}', which is computed by Python or absent")
+            return cls
         if name in HIDDEN or name.startswith("__"):
             raise Unsound(f"it reads '{name}', which is reserved")
+        if cls.__getattribute__ is not object.__getattribute__ or cls.__getattr__ is not nn.Module.__getattr__:
+            raise Unsound(f"{cls.__name__} computes its attributes")
+        declared = inspect.getattr_static(cls, name, _MISSING)
+        target = f"{path}.{name}" if path else name
+        if inspect.isdatadescriptor(declared):
+            raise Unsound(f"it reads '{name}', which is computed by Python")
+        if name not in vars(module) and isinstance(declared, types.FunctionType) and not path:
+            return types.MethodType(declared, self)
+        if name not in vars(module) and declared is not _MISSING and type(declared) not in PRIMITIVES:
+            raise Unsound(f"it uses '{name}' of its class or of a child's class")
+        if name not in vars(module) and declared is _MISSING:
+            if module._modules.get(name) is not None:
+                return _Self(module._modules[name], target, tracer)
+            if name not in module._parameters and name not in module._buffers:
+                raise Unsound(f"it reads '{name}', which is not there")
         return tracer.create_proxy("get_attr", target, (), {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Value:
@@ -146,3 +219,11 @@ class _Self:
             raise Unsound("it calls itself")
         called: Value = tracer.create_proxy("call_module", path, args, kwargs)
         return called
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise Unsound("it compares or asks something of a module")
+
+    __eq__ = __ne__ = __hash__ = __bool__ = __str__ = __repr__ = _refuse
+
+
+_MISSING = object()

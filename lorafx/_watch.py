@@ -16,7 +16,7 @@ STRAIGHT = frozenset("""
     RESUME NOP CACHE EXTENDED_ARG PUSH_NULL PRECALL KW_NAMES COPY_FREE_VARS POP_TOP COPY SWAP NOT_TAKEN
     LOAD_CONST LOAD_SMALL_INT LOAD_FAST LOAD_FAST_CHECK LOAD_FAST_BORROW LOAD_FAST_LOAD_FAST STORE_FAST
     LOAD_FAST_BORROW_LOAD_FAST_BORROW STORE_FAST_STORE_FAST STORE_FAST_LOAD_FAST DELETE_FAST
-    LOAD_GLOBAL LOAD_DEREF LOAD_CLASSDEREF LOAD_ATTR LOAD_METHOD LOAD_SUPER_ATTR
+    LOAD_GLOBAL LOAD_DEREF LOAD_ATTR LOAD_METHOD LOAD_SUPER_ATTR
     CALL CALL_KW CALL_FUNCTION_EX BINARY_OP BINARY_SUBSCR BINARY_SLICE COMPARE_OP UNARY_NEGATIVE UNARY_INVERT
     BUILD_TUPLE BUILD_LIST BUILD_MAP BUILD_CONST_KEY_MAP BUILD_SLICE LIST_APPEND LIST_EXTEND LIST_TO_TUPLE
     CALL_INTRINSIC_1 DICT_MERGE UNPACK_SEQUENCE RETURN_VALUE RETURN_CONST
@@ -24,9 +24,9 @@ STRAIGHT = frozenset("""
 PRIMITIVES = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 # Types that straight-line code may call: they build a value from values and consult nothing.
 BUILDERS = (super, slice, tuple, list, dict)
-# What a global name may stand for: something to call, or a namespace to find it in.
-CALLABLES = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
-_CONSTANT_GLOBALS = (*CALLABLES, torch.dtype, torch.layout, torch.memory_format)
+# What a global may be called as, and what it may be used as: functions have attributes, so they may only be called.
+_CALLED = (types.FunctionType, types.BuiltinFunctionType)
+_CONSTANT = (torch.dtype, torch.layout, torch.memory_format)
 # Attributes of the symbolic value itself, which would hide those of the value it stands for.
 HIDDEN = frozenset({"node", "tracer"})
 
@@ -61,11 +61,11 @@ class Watch:
     def _event(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":
             self._called(frame)
-        elif event in ("c_call", "c_return") and arg in _ASKS:
+        elif event in ("c_call", "c_return") and arg in _ASKS and frame not in self.user:
             return
         elif event == "c_call" and (frame in self.user or frame in self.asked):
             reason = f"it calls `{arg.__name__}`, which does not become a node"
-            if (arg.__module__ or "torch").partition(".")[0] != "torch":
+            if str(getattr(arg, "__module__", None)).partition(".")[0] != "torch" or arg in _ASKS:
                 raise Unsound(reason)  # before it runs: only torch's C functions know symbolic values
             self._expect(frame, reason)
         elif event in ("return", "c_return") and frame in self.asked:
@@ -78,13 +78,15 @@ class Watch:
         if parent is None:
             return
         if code in _DISPATCH:
+            if code is handle_torch_function.__code__ and parent in self.asked:
+                _check_handed_on(parent, frame)
             self.asked.pop(parent, None)
         elif parent in self.asked:
             raise Unsound(self.asked[parent])
         elif parent is self.root and code.co_filename not in self.machinery or parent in self.user:
             if code.co_filename in self.machinery:
                 return
-            reason = _decides(code) or _reads_globals(code, frame.f_globals) or self._holds(frame)
+            reason = _decides(code) or _reads_names(code, frame.f_globals) or self._holds(frame)
             if reason is None:
                 self.user.add(frame)
             elif parent is self.root:
@@ -102,7 +104,7 @@ class Watch:
     def _constant(self, value: Any) -> bool:
         if type(value) is tuple:
             return all(map(self._constant, value))
-        return isinstance(value, (*self.symbolic, *PRIMITIVES, *CALLABLES, types.MethodType))
+        return isinstance(value, self.symbolic) or type(value) in PRIMITIVES
 
     def _expect(self, frame: types.FrameType, reason: str) -> None:
         if frame in self.asked:
@@ -137,21 +139,44 @@ def _decides(code: types.CodeType) -> str | None:
     return None
 
 
-def _reads_globals(code: types.CodeType, names: dict[str, Any]) -> str | None:
-    """Why a global that this code reads is not constant, or None: functions and tensor types are, values are not."""
-    steps = list(dis.get_instructions(code))
+@functools.lru_cache(maxsize=4096)
+def _steps(code: types.CodeType) -> list[dis.Instruction]:
+    return [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG")]
+
+
+def _reads_names(code: types.CodeType, names: dict[str, Any]) -> str | None:
+    """Why a global or an attribute of super() that this code reads may change, or None: functions to call do not."""
+    steps = _steps(code)
     for i, step in enumerate(steps):
+        if step.opname == "LOAD_DEREF" and steps[i + 2].opname != "LOAD_SUPER_ATTR":
+            return f"{code.co_name} reads `{step.argval}` of an enclosing function"
+        if step.opname == "LOAD_SUPER_ATTR" and not (step.arg or 0) & 1:
+            return f"{code.co_name} reads `{step.argval}` of its base class"
         if step.opname != "LOAD_GLOBAL":
             continue
-        path = step.argval
-        value = names.get(path, vars(builtins).get(path))
+        path, value, called = step.argval, names.get(step.argval, vars(builtins).get(step.argval)), (step.arg or 0) & 1
+        if value is super and steps[i + 1].opname == "CALL" and steps[i + 2].opname != "LOAD_METHOD":
+            return f"{code.co_name} reads an attribute of its base class"
         for follower in steps[i + 1:]:
-            if follower.opname not in ("LOAD_ATTR", "LOAD_METHOD") or not isinstance(value, (types.ModuleType, type)):
+            if follower.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
                 break
+            if not isinstance(value, (types.ModuleType, type)):
+                return f"{code.co_name} reads the global `{path}.{follower.argval}`"
             path, value = f"{path}.{follower.argval}", getattr(value, follower.argval, None)
-        if not any(value is builder for builder in BUILDERS) and not isinstance(value, _CONSTANT_GLOBALS):
+            called |= loads_method(follower.opname, follower.arg or 0)
+        builds = called and any(value is builder for builder in BUILDERS)
+        if not builds and not isinstance(value, _CALLED if called else _CONSTANT):
             return f"{code.co_name} reads the global `{path}`"
     return None
+
+
+def _check_handed_on(asking: types.FrameType, dispatch: types.FrameType) -> None:
+    """Raise unless a torch function hands all of its arguments on: what it drops would be missing from the node."""
+    code, given = asking.f_code, {id(dispatch.f_locals["public_api"]), id(None)}
+    given |= {id(value) for value in (*dispatch.f_locals["args"], *dispatch.f_locals["kwargs"].values())}
+    for name in code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]:
+        if id(asking.f_locals[name]) not in given:
+            raise Unsound(f"it calls `{code.co_qualname}`, which does not hand on its argument '{name}'")
 
 
 def instruction(frame: types.FrameType) -> tuple[str, int]:
@@ -160,7 +185,6 @@ def instruction(frame: types.FrameType) -> tuple[str, int]:
     return dis.opname[code[at]], code[at + 1]
 
 
-def loads_method(frame: types.FrameType) -> bool:
-    """Whether the attribute that this frame is reading is called right away, as in `x.view(...)`."""
-    name, argument = instruction(frame)
+def loads_method(name: str, argument: int) -> bool:
+    """Whether this instruction reads an attribute to call it right away, as in `x.view(...)`."""
     return name == "LOAD_METHOD" or (name == "LOAD_ATTR" and sys.version_info >= (3, 12) and bool(argument & 1))

@@ -50,6 +50,13 @@ SETTINGS = {
     "dtype": ({"dtype": torch.int8}, ConfigError, "dtype must be one of torch.float16, .* not torch.int8"),
     "trainable": ({"trainable": "con"}, NoSiteError, "No module with parameters matches trainable='con'.*has 'conv'"),
     "dotted name": ({"adapter": "a.b"}, ConfigError, "'a.b' cannot name an adapter: use a word without dots"),
+    "private name": ({"adapter": "_frozen"}, ConfigError, "'_frozen' cannot name an adapter"),
+    "no name": ({"adapter": 5}, ConfigError, "5 cannot name an adapter"),
+    "init type": ({"init": ["gaussian"]}, ConfigError, "init must be one of"),
+    "patterns": ({"rank_pattern": ["q_proj"]}, ConfigError, "rank_pattern must be a dict of regular expressions"),
+    "pattern type": ({"alpha_pattern": {5: 1.0}}, ConfigError, "the pattern 5 is not a regular expression"),
+    "class": ({"targets": nn.Linear}, ConfigError, "targets takes names, globs"),
+    "trainable type": ({"trainable": 5}, ConfigError, "trainable takes names and globs of modules, not 5"),
     "taken name": ({"adapter": "train"}, ConfigError, "'train' cannot name an adapter"),
     "empty name": ({"adapter": ""}, ConfigError, "'' cannot name an adapter"),
 }
@@ -85,6 +92,16 @@ class OwnWeights(nn.Linear):
         return OwnWeights(self.in_features, self.out_features)
 
 
+def with_closure(model: nn.Module) -> nn.Module:
+    model.act = lambda x: model.q_proj(x)
+    return model
+
+
+def with_hook(model: nn.Module) -> nn.Module:
+    model.q_proj.register_forward_hook(lambda module, args, output: output + model.v_proj.weight.sum())
+    return model
+
+
 def with_lora_attribute(model: nn.Module) -> nn.Module:
     model.q_proj.lora = nn.Identity()
     return model
@@ -93,7 +110,13 @@ def with_lora_attribute(model: nn.Module) -> nn.Module:
 MODELS = {
     "no module": (lambda: 3, UnsupportedModelError, "A model is an nn.Module, not a int"),
     "no linear": (lambda: nn.Sequential(nn.ReLU()), NoSiteError, "This model makes no linear call on a weight of"),
-    "no linear but matrices": (lambda: nn.LSTM(3, 3), NoSiteError, "cannot be adapted: LSTM: forward branches"),
+    "no linear but matrices": (lambda: nn.LSTM(3, 3), NoSiteError, "'weight_ih_l0' cannot be adapted: its module is"),
+    "closure": (lambda: with_closure(Net()), UnsupportedModelError,
+                "This Net holds a function, 'act', that closes over a module of the model"),
+    "hook": (lambda: with_hook(Net()), UnsupportedModelError,
+             r"'q_proj' \(Linear\) holds a function, hook \d+, that closes over a module"),
+    "inference mode": (torch.inference_mode()(lambda: Net()), UnsupportedModelError,
+                       "was made in inference mode, so that autograd cannot use its 'weight'"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4)), UnsupportedModelError,
              r"'0' \(LazyLinear\) is lazy, its 'weight' has no shape yet: run one batch"),
     "data parallel": (lambda: nn.DataParallel(Net()), UnsupportedModelError,

@@ -137,7 +137,13 @@ DAMAGE = {
     "scale": (edit_about(scales={"up": float("nan"), "head": 1.0}), lorafx.FormatError, "at 'up', the scale is nan"),
     "no scale": (edit_about(scales={}), lorafx.FormatError, "The header of .* is damaged: KeyError"),
     "name": (edit_about(name="../x"), lorafx.FormatError, "'../x' cannot name an adapter"),
-    "trained": (edit_about(trained=["up.lora.A", "up.lora.B"]), lorafx.MismatchError, "has a trained 'up.lora.A'"),
+    "trained": (edit_about(trained=["up.lora.A", "up.lora.B"], scales={"head": 1.0}), lorafx.MismatchError,
+                "has a trained 'up.lora.A'"),
+    "site missing": (lambda t, h: (t.pop("up.lora.A"), t.pop("up.lora.B")), lorafx.FormatError,
+                     "has 'up' in only one of its header and its tensors"),
+    "scale text": (edit_about(scales={"up": "abc", "head": 1.0}), lorafx.FormatError, "header of .* is damaged: Val"),
+    "deep header": (lambda t, h: h.update(adapter="[" * 10**5), lorafx.FormatError, "is damaged: RecursionError"),
+    "name type": (edit_about(name=5), lorafx.FormatError, "5 cannot name an adapter"),
 }
 
 

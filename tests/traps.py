@@ -1,4 +1,4 @@
-"""Forwards in which Python decides something, at least one of each kind, and forwards in which it decides nothing.
+"""Forwards in which Python decides something, at least one of each kind.
 
 Each makes a linear call of its own, so that a tracer that accepted it would write a branch into it, and comes with
 argument lists to call it with, chosen to change what Python decides.
@@ -7,6 +7,8 @@ argument lists to call it with, chosen to change what Python decides.
 import contextlib
 import copy
 import enum
+import random
+import types
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +30,13 @@ class Colour(enum.Enum):
 
 class Settings:
     scale = 3.0
+
+    def __init__(self) -> None:
+        self.act = torch.tanh
+
+    def turn(self, x: torch.Tensor) -> torch.Tensor:
+        self.act = torch.relu
+        return x
 
 
 class Pair(typing.NamedTuple):
@@ -58,11 +67,13 @@ def trap(reason: str, *calls: Any, change: Callable[[nn.Module], Any] | None = N
 
 
 def build(forward: Any) -> nn.Module:
-    model = type("Trap", (nn.Module,), {"forward": forward, "__module__": __name__})()
+    own = {"forward": forward, "helped": lambda self, x, scale: x * scale, "__module__": __name__}
+    model = type("Trap", (nn.Module,), own)()
     model.fc = nn.Linear(3, 3)
     model.w = nn.Parameter(torch.randn(3, 3))
     model.register_buffer("counter", torch.zeros(()))
     model.settings, model.scale, model.calls, model.aux = Settings(), 2.0, [], None
+    model.accumulate, model.project = Accumulating(), Project()
     return model.double()
 
 
@@ -311,7 +322,7 @@ def warns(self, x):
     return F.linear(x, self.w)
 
 
-@trap("calls `copy`")
+@trap("does not become a node")
 def deep_copies(self, x):
     return copy.copy(F.linear(x, self.w))
 
@@ -321,80 +332,101 @@ def generates(self, x):
     yield F.linear(x, self.w)
 
 
-SOUND: list[Any] = []
+def noted(x):
+    return torch.relu(x)
 
 
-def sound(*calls: Any, change: Callable[[nn.Module], Any] | None = None) -> Callable[[Any], Any]:
-    """Register a forward that has nothing to decide and must become a region."""
-    def register(forward: Any) -> Any:
-        SOUND.append(pytest.param(forward, calls or [(rows(2),), (rows(4, 2),)], change, id=forward.__name__))
-        return forward
-    return register
+noted.scale = 2.0
+settings_module = types.ModuleType("settings_module")
+settings_module.scale = 2.0
+log = [].append
 
 
-@sound()
-def mode_as_an_argument(self, x):
-    return F.dropout(F.linear(x, self.w), 0.5, self.training) + F.dropout(x, training=self.training)
+def enclosed(scale):
+    def forward(self, x):
+        return F.linear(x, self.w) * scale
+    return forward
 
 
-@sound(change=lambda model: setattr(model, "scale", 7.0))
-def attribute_read_live(self, x):
-    return F.linear(x, self.w) * self.scale
+class Accumulating(nn.Module):
+    def forward(self, x, into):
+        into.append(x.sum())
+        return x * 2
 
 
-@sound(change=lambda model: setattr(model.settings, "scale", 7.0))
-def object_read_live(self, x):
-    return F.linear(x, self.w) * self.settings.scale
+class Project(nn.Module):
+    def project(self, x):
+        return x * 3
 
 
-@sound()
-def list_appended_to(self, x):
-    self.calls.append(x.sum())
-    return F.linear(x, self.w) * self.calls[-1]
+@trap("compares or asks something of a module")
+def compares_children(self, x):
+    return F.linear(x, self.w) * (self.project == self.accumulate)
 
 
-@sound()
-def buffer_counted(self, x):
-    self.counter.add_(1)
-    return F.linear(x, self.w) * self.counter
+@trap("global `settings_module`", change=lambda model: setattr(settings_module, "scale", 5.0))
+def module_alias(self, x):
+    alias = settings_module
+    return F.linear(x, self.w) * alias.scale
 
 
-@sound((rows(2, 3),), (rows(1, 3),))
-def sizes(self, x):
-    b, t, c = x.shape
-    return F.linear(x.view(b * t, c), self.w).view(b, t, -1) * x.size(0)
+@trap("global `noted.scale`", change=lambda model: setattr(noted, "scale", 5.0))
+def function_attribute(self, x):
+    return F.linear(x, self.w) * noted.scale
 
 
-@sound((rows(2),))
-def shape_read_before_it_changes(self, x):
-    y = F.linear(x, self.w)
-    shape = y.shape
-    y.unsqueeze_(0)
-    return y.view(shape)
+@trap("has_torch_function")
+def asks_for_overrides(self, x):
+    return F.linear(x, self.w) * torch.overrides.has_torch_function((x,))
 
 
-@sound((rows(2),))
-def in_place_method(self, x):
-    y = F.linear(x, self.w)
-    y.mul_(2)
-    return {"y": y, "list": [y + 1, (x, None, 2.0)]}
+@trap("one list twice")
+def list_filled_by_a_child(self, x):
+    kept = []
+    y = self.accumulate(F.linear(x, self.w), kept)
+    return y, kept
 
 
-def helper(x, factor=2.0):
-    return torch.relu(x) * factor
+@trap("its class or of a child's class")
+def method_of_a_child(self, x):
+    return self.project.project(F.linear(x, self.w))
 
 
-@sound()
-def calls_a_helper(self, x, scale=1.5):
-    return helper(F.linear(x, self.w), factor=3.0) * scale + helper(self.fc(x))
+@trap("argument 'input_1' has a name", (rows(2), rows(2)))
+def renamed_arguments(self, input, input_1):
+    return F.linear(input, self.w) - input_1
 
 
-@sound()
-def random_like(self, x):
-    return F.linear(x, self.w) + torch.rand_like(x)
+@trap("argument 'torch' has a name", (rows(2), 2.0))
+def argument_called_torch(self, x, torch):
+    return F.linear(x, self.w) * torch
 
 
-@sound((torch.randn(2, 3, 3, dtype=torch.float64),))
-def unpacks_a_tensor(self, x):
-    first, second = F.linear(x, self.w)
-    return first - second
+@trap("takes no self|variadic")
+def no_self(*args):
+    return F.linear(args[1], args[0].w)
+
+
+@trap("does not become a node")
+def global_bound_method(self, x):
+    log(x)
+    return F.linear(x, self.w)
+
+
+@trap("does not hand on its argument 'weight'", (rows(2), rows(2)))
+def argument_that_torch_drops(self, x, y):
+    return F.l1_loss(F.linear(x, self.w), y, weight=y.abs())
+
+
+@trap("random")
+def python_random(self, x):
+    random.seed(3)
+    return F.linear(x, self.w) * random.random()
+
+
+@trap("a tuple is a key")
+def tuple_as_a_key(self, x):
+    return {(1, 2): F.linear(x, self.w)}
+
+
+enclosing = trap("`scale` of an enclosing function")(enclosed(2.0))
