@@ -19,6 +19,8 @@ LINES = {
     "functional_keywords": "x = F.linear(weight=self.l{n}.weight, input=x, bias=self.l{n}.bias)",
     "functional_no_bias": "x = F.linear(x, weight=self.l{n}.weight)",
     "parameter": "x = F.linear(x, self.p{n})",
+    "product": "x = x @ self.p{n}",
+    "matmul": "x = torch.matmul(x, self.l{n}.weight.T)",
     "nested": "x = self.s{n}.inner(x)",
 }
 SQUARE_LINES = {
@@ -26,6 +28,7 @@ SQUARE_LINES = {
     "twice": "x = self.l{n}(self.l{n}(x))",
     "both_ways": "x = self.l{n}(x) + F.linear(x, self.l{n}.weight)",
     "two_names": "x = self.l{n}(x) + self.again{n}(x) / 2",
+    "encode_and_decode": "x = x @ self.l{n}.weight + F.linear(x, self.l{n}.weight)",
     "tied": "x = self.l{n}(x) + self.tied{n}(x)",
     "loop": "x = self.s{n}(x)",
 }
@@ -83,8 +86,8 @@ def nets(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Net:
             continue
         out = width if kind in SQUARE_LINES else draw(st.sampled_from(WIDTHS))
         layer = nn.Linear(width, out, bias=draw(st.booleans()))
-        if kind == "parameter":
-            made[f"p{n}"] = nn.Parameter(torch.randn(out, width) / width)
+        if kind in ("parameter", "product"):
+            made[f"p{n}"] = nn.Parameter(torch.randn((out, width) if kind == "parameter" else (width, out)) / width)
             sites.append(f"p{n}")
         elif kind in ("nested", "loop"):
             made[f"s{n}"] = Loop(layer)

@@ -31,7 +31,8 @@ def oracle(base: nn.Module, sites: list[Any], factors: dict[str, list[tuple[Tens
     for site in sites:
         for name in site.names:
             key = name if name in tensors else f"{name}.weight".lstrip(".")
-            replaced[key] = tensors[key] + sum(scale * B @ A for A, B, scale in factors[site.name])
+            delta = sum(scale * B @ A for A, B, scale in factors[site.name])
+            replaced[key] = tensors[key] + (delta.T if site.transposed and factors[site.name] else delta)
     return functional_call(base, replaced, args, tie_weights=False)
 
 

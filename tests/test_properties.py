@@ -146,10 +146,12 @@ def test_merging_rounds_once(net, dtype, narrow):
                                     dtype=dtype if narrow else None))
     merged = dict(lorafx.merge(model).named_parameters(remove_duplicate=False))
     base = dict(net.model.named_parameters(remove_duplicate=False))
+    turned = {site.name: site.transposed for site in lorafx.sites(net.model)}
     for site, [(A, B, scale)] in factors_of(model, {"default": 1.0}).items():
         key = site if site in base else f"{site}.weight"
-        exact = base[key].double() + scale * B.double() @ A.double()
-        gap = (merged[key].double() - exact).abs()
+        exact, stored = (w[key].double().T if turned[site] else w[key].double() for w in (base, merged))
+        exact = exact + scale * B.double() @ A.double()
+        gap = (stored - exact).abs()
         half_step = exact.abs() * torch.finfo(dtype).eps / 2
         wide = scale * (B.double().abs() @ A.double().abs()) * 8 * torch.finfo(torch.float32).eps
         assert (gap <= half_step * 1.01 + (wide if dtype != torch.float64 else 1e-12)).all()
