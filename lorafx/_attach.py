@@ -40,9 +40,9 @@ def create(model: nn.Module, program: Program, name: str, config: LoRAConfig) ->
     """A new adapter for the sites and modules that the config names: A drawn, B zero, trained tensors copied."""
     whole = _trained_tensors(model, config)
     base, theirs = base_parameters(model), {id(parameter) for parameter in whole.values()}
-    open_sites = [site for site in program.sites if id(base[weight_name(site)]) not in theirs]
-    left_alone = program.left_alone | {site.name: "it is trained whole (trainable)" for site in program.sites
-                                       if site not in open_sites}
+    taken = {site for site in program.sites if id(base[weight_name(site)]) in theirs}
+    open_sites = [site for site in program.sites if site not in taken]
+    left_alone = program.left_alone | {site.name: "it is trained whole (trainable)" for site in taken}
     chosen = select(open_sites, config.targets, config.exclude, left_alone)
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
         if not any(pattern_matches(pattern, site.name) for site in chosen):

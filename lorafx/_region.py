@@ -5,6 +5,7 @@ import functools
 import itertools
 import linecache
 import types
+import typing
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -97,13 +98,13 @@ def why_not_region(module: nn.Module) -> str | None:
 @functools.lru_cache(maxsize=None)
 def _why_not_class(user_class: type[nn.Module]) -> str | None:
     for name in (*sorted(_RESERVED), *_COPYING, "__getattribute__", "__init_subclass__"):
-        definers = [c for c in user_class.__mro__ if name in vars(c) and c not in (nn.Module, object)]
+        definers = [c for c in user_class.__mro__ if name in vars(c) and c not in (nn.Module, typing.Generic, object)]
         if definers:
             return f"{definers[0].__name__} defines '{name}' itself"
     try:
         blank = object.__new__(user_class)
         blank.__class__ = _make_class(user_class, {})
-    except TypeError as error:
+    except Exception as error:  # whatever a metaclass may say to a derived class
         return f"its class cannot be derived from ({error})"
     return None
 

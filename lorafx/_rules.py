@@ -82,7 +82,7 @@ class Call:
         return f"{self.region or '(the model)'}: {self.node.name}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Site:
     """One weight matrix used by linear calls, under the name of the module that owns it.
 
@@ -170,8 +170,8 @@ def select(sites: Sequence[Site], targets: Any, exclude: Any, left_alone: Mappin
 
     `left_alone` says of the names that are no sites why they are not, for the error messages.
     """
-    chosen = _matched(sites, targets, "targets", left_alone)
-    dropped = _matched(sites, exclude, "exclude", left_alone)
+    chosen = set(_matched(sites, targets, "targets", left_alone))
+    dropped = set(_matched(sites, exclude, "exclude", left_alone))
     left = [site for site in sites if site in chosen and site not in dropped]
     if not left:
         raise NoSiteError(f"No linear call is left to adapt: targets={targets!r}, exclude={exclude!r}. {_hint(sites)}")

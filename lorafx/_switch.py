@@ -8,8 +8,8 @@ from torch import nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, join
 from ._attach import attach, check_free
-from ._branch import (branches, check_adapter, factors_at, injection, refresh, set_trainable, sets_of, trained,
-                      weights_of)
+from ._branch import (FROZEN, branches, check_adapter, factors_at, injection, refresh, set_trainable, sets_of,
+                      trained, weights_of)
 from ._errors import AdapterError
 from ._program import read
 
@@ -115,9 +115,13 @@ def remove(model: nn.Module, adapter: str) -> None:
     record = injection(model)
     del record.configs[adapter]
     record.active = {name: weight for name, weight in record.active.items() if name != adapter}
-    for holder in (*branches(model).values(), *(held for _, _, held in trained(model))):
+    holders = list(trained(model))
+    for holder in (*branches(model).values(), *(held for _, _, held in holders)):
         holder._modules.pop(adapter, None)
     refresh(model)
+    for _, owner, held in holders:
+        if sets_of(held).keys() == {FROZEN}:
+            del owner._modules["trained"]
 
 
 @torch.inference_mode(False)

@@ -120,6 +120,9 @@ class TestTrainable:
         torch.testing.assert_close(model(TOKENS), trained)
         lorafx.remove(model, "both")
         assert torch.equal(model(TOKENS), base(TOKENS))
+        lorafx.remove(model, "default")
+        assert not any("trained" in key for key in model.state_dict())
+        assert torch.equal(lorafx.eject(model)(TOKENS), base(TOKENS))
 
     def test_a_tied_module_stays_tied(self, block):
         model = lorafx.inject(block, targets="square", trainable="head")
