@@ -1,6 +1,5 @@
 """Refuses models whose rewrite would not be sound: wrapped, compiled, patched, lazy, or adapted by another library."""
 
-import contextlib
 import sys
 import types
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ._branch import Own, find_injection
 from ._errors import AdapterError, UnsupportedModelError
+from ._scan import reached
 
 # (module, class, what it is, what to do): looked up only where that module is loaded, so nothing is imported for it.
 FOREIGN = (
@@ -64,10 +64,8 @@ def check_model(model: nn.Module) -> None:
 def _closures(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) for each module that a function in an attribute or a hook of this one closes over."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    functions = {**{f"'{name}'": value for name, value in vars(module).items()},
-                 **{f"hook {key}": hook for table in hooks for key, hook in table.items()}}
-    for name, function in functions.items():
-        for cell in (function.__closure__ or ()) if isinstance(function, types.FunctionType) else ():
-            with contextlib.suppress(ValueError):  # a cell that is empty yet
-                if isinstance(cell.cell_contents, nn.Module):
-                    yield name, cell.cell_contents
+    plain = {f"'{name}'": value for name, value in vars(module).items() if name not in vars(nn.Module())}
+    for name, value in {**plain, **{f"hook {key}": hook for table in hooks for key, hook in table.items()}}.items():
+        for function in reached(value):
+            if isinstance(function, types.FunctionType):
+                yield from ((name, held) for held in reached(function) if isinstance(held, nn.Module))

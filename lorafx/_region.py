@@ -46,7 +46,13 @@ class Region(fx.GraphModule):
         return code
 
     __str__ = nn.Module.__repr__
-    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """As nn.Module does it, but for its call of __new__: a replica has no parameters of its own."""
+        twin = copy.copy(self)
+        own = {"_parameters": {}, "_buffers": self._buffers.copy(), "_modules": self._modules.copy()}
+        twin.__dict__.update(own, _is_replica=True)
+        return twin
 
     def __copy__(self) -> "Region":
         twin = object.__new__(type(self))

@@ -3,16 +3,19 @@
 A branch lives in the graph of the module that makes the linear call. Where Python does `F.linear(x, self.proj.weight)`
 in a module that cannot be traced, no branch would be in the way, so such weights must be found and left alone. The
 bytecode of `forward`, and of the methods and same-file functions that it reaches, is searched for weights that it
-reads, layers that it hands on as values, and methods of its children other than forward.
-What is not found: weights fetched through `self.parameters()`, which is how most code asks for a device.
+reads, layers that it hands on by name, and methods of its children other than forward.
+What is not found: layers that Python fetches by other ways (a loop variable, `get_submodule`, all of `self`) and hands
+to functions of other files, and weights fetched through `self.parameters()`, which is how most code asks for a device.
 """
 
 import dis
 import functools
+import inspect
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ._rules import METADATA
@@ -42,6 +45,9 @@ def _used_by(module: nn.Module, method: str, attributes: frozenset[str]) -> Iter
     chains, elsewhere = _facts(cls, method, attributes)
     for below in module.modules() if elsewhere else ():
         yield from ((below, name) for name in below._parameters if name in elsewhere)
+        for name in elsewhere if below is not module else ():
+            if name != "forward" and name not in vars(nn.Module) and _is_method(below, name):
+                yield from _used_by(below, name, attributes)
     for chain in chains:
         yield from _resolved(module, chain, attributes)
 
@@ -60,13 +66,17 @@ def _resolved(start: nn.Module, chain: Chain, attributes: frozenset[str]) -> Ite
         elif last and chain.use == "called" and module is not start:
             if name in _FETCHES:
                 yield from _own(module, attributes)
-            elif name != "forward" and isinstance(getattr(type(module), name, None), types.FunctionType):
+            elif name != "forward" and _is_method(module, name):
                 yield from _used_by(module, name, attributes)
             return
         else:
             return
     if module is not start and chain.use == "value":
         yield from _own(module, attributes)
+
+
+def _is_method(module: nn.Module, name: str) -> bool:
+    return isinstance(inspect.getattr_static(type(module), name, None), types.FunctionType)
 
 
 def _own(module: nn.Module, attributes: frozenset[str]) -> Iterator[Weight]:
@@ -76,28 +86,45 @@ def _own(module: nn.Module, attributes: frozenset[str]) -> Iterator[Weight]:
 def weights_kept(module: nn.Module, attributes: frozenset[str]) -> Iterator[Weight]:
     """The weights that plain attributes of any module hold: in a list, a bound method or a partial function."""
     below = {id(parameter): (m, name) for m in module.modules() for name, parameter in m._parameters.items()}
-    for value in vars(module).values():
-        parts = [value]
-        if isinstance(value, functools.partial):
-            parts = [value.func, *value.args, *value.keywords.values()]
-        elif isinstance(value, (list, tuple)):
-            parts = list(value)
-        for part in parts:
-            if isinstance(part, nn.Parameter) and id(part) in below:
-                yield below[id(part)]
-            elif isinstance(part, types.MethodType) and isinstance(part.__self__, nn.Module):
-                yield from _own(part.__self__, attributes)
+    for name, value in vars(module).items():
+        for held in reached(value) if name not in _TABLES else ():
+            if isinstance(held, nn.Parameter) and id(held) in below:
+                yield below[id(held)]
+            elif isinstance(held, types.MethodType) and isinstance(held.__self__, nn.Module):
+                yield from _own(held.__self__, attributes)
+
+
+_TABLES = frozenset(vars(nn.Module()))  # nn.Module's own: parameters, submodules, hooks
+
+
+def reached(value: Any, depth: int = 4) -> Iterator[Any]:
+    """A value and what it holds: items, arguments of a partial, closures and defaults of a function, attributes."""
+    yield value
+    parts: list[Any] = []
+    if isinstance(value, (list, tuple, set, frozenset)):
+        parts = list(value)
+    elif isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, functools.partial):
+        parts = [value.func, value.args, value.keywords]
+    elif isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if not _empty(cell)]
+        parts = [*cells, value.__defaults__, value.__kwdefaults__]
+    elif not isinstance(value, (nn.Module, torch.Tensor, type, types.ModuleType, types.MethodType)):
+        parts = list(getattr(value, "__dict__", {}).values())
+    for part in parts if depth else ():
+        yield from reached(part, depth - 1)
 
 
 @functools.lru_cache(maxsize=None)
 def _facts(cls: type, method: str, attributes: frozenset[str]) -> tuple[frozenset[Chain], frozenset[str]]:
-    """The chains that start at self, and the attributes that are read of something else, in all code reached."""
+    """The chains that start at self, and all attributes that are read of something else, in all code reached."""
     chains: set[Chain] = set()
     elsewhere: set[str] = set()
     for code, self_name in _reachable(cls, method):
         found, read = _chains(code, self_name)
         chains |= found
-        elsewhere |= attributes & read
+        elsewhere |= read
         fetched = {chain.names for chain in found if chain.use == "called"}
         if "_parameters" in code.co_names or fetched & {("state_dict",), ("get_parameter",), ("named_parameters",)}:
             elsewhere |= attributes

@@ -153,8 +153,12 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
     def proxy(self, node: fx.Node) -> Value:
         return Value(node, self)
 
-    def create_proxy(self, *args: Any, **kwargs: Any) -> Value:
-        value: Value = super().create_proxy(*args, **kwargs)  # type: ignore[assignment]
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> Value:
+        used = len(self.containers)
+        value: Value = super().create_proxy(kind, target, args, kwargs, *more, **named)  # type: ignore[assignment]
+        given = len(self.containers) - used - 1  # one is the dict of keyword arguments itself
+        if given and (kind == "call_module" or target == "__call__"):
+            raise Unsound("it hands a list or dict to a callee that could change it")
         return value
 
     def create_arg(self, a: Any) -> Any:

@@ -172,10 +172,13 @@ def _reads_names(code: types.CodeType, names: dict[str, Any]) -> str | None:
 
 def _check_handed_on(asking: types.FrameType, dispatch: types.FrameType) -> None:
     """Raise unless a torch function hands all of its arguments on: what it drops would be missing from the node."""
-    code, given = asking.f_code, {id(dispatch.f_locals["public_api"]), id(None)}
-    given |= {id(value) for value in (*dispatch.f_locals["args"], *dispatch.f_locals["kwargs"].values())}
+    code = asking.f_code
+    given = [id(value) for value in (*dispatch.f_locals["args"], *dispatch.f_locals["kwargs"].values())]
     for name in code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]:
-        if id(asking.f_locals[name]) not in given:
+        value = asking.f_locals[name]
+        if id(value) in given:
+            given.remove(id(value))
+        elif value is not None:
             raise Unsound(f"it calls `{code.co_qualname}`, which does not hand on its argument '{name}'")
 
 

@@ -155,6 +155,17 @@ def test_a_weight_that_something_else_reads_is_left_alone():
         lorafx.inject(Partly(), targets="layer")
 
 
+def test_replicas_and_new_instances():
+    """What data-parallel training, and code that calls type(layer)(...), do with a layer."""
+    layer = randomise(lorafx.inject(nn.Linear(3, 3)))
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer._parameters.items():
+        setattr(replica, name, parameter.clone())
+    x = torch.randn(2, 3)
+    assert torch.equal(replica(x), layer(x)) and not list(replica.parameters(recurse=False))
+    assert type(type(layer)(3, 4, bias=False)) is nn.Linear
+
+
 def test_lint_finds_what_is_not_there():
     model = lorafx.inject(nn.Linear(3, 3, bias=False))
     model.graph.lint()

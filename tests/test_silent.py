@@ -70,6 +70,22 @@ def keep_bound(self):
     self.kept = self.fc.forward
 
 
+def keep_nested(self):
+    self.kept = {"w": [self.fc.weight]}
+
+
+class Holder:
+    def __init__(self, weight):
+        self.weight = weight
+
+    def run(self, x):
+        return F.linear(x, self.weight)
+
+
+def keep_in_an_object(self):
+    self.kept = Holder(self.fc.weight)
+
+
 def keep_partial(self):
     self.kept = functools.partial(F.linear, weight=self.fc.weight)
 
@@ -91,7 +107,10 @@ def keep_partial(self):
     using("nn.Linear.forward(self.fc, x)"),
     using("(lambda: F.linear(x, self.fc.weight))()"),
     using("[F.linear(x, layer.weight) for layer in [self.fc]][0]"),
+    using("[self.child][0].project(x)", "child"),
     using("self.kept(x)", prepare=keep_bound),
+    using("F.linear(x, self.kept['w'][0])", prepare=keep_nested),
+    using("self.kept.run(x)", prepare=keep_in_an_object),
     using("self.kept(x)", prepare=keep_partial),
     pytest.param(Wrapped, "fc", id="decorator"),
 ])

@@ -1,6 +1,7 @@
 """What Python decides is never baked into a graph: traps are refused, and injected models follow the original."""
 
 import copy
+import cProfile
 import pickle
 import sys
 import types
@@ -11,6 +12,7 @@ import torch
 from oracle import frozen
 from sounds import SOUND, sizes
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from traps import TRAPS, build, prints, reads_the_mode, rows
 
 import lorafx
@@ -86,6 +88,11 @@ class TestSound:
         graph = trace(build(sizes))
         assert pickle.loads(pickle.dumps(graph)).python_code("self").src == graph.python_code("self").src
         assert copy.deepcopy(graph).python_code("self").src == graph.python_code("self").src
+
+    def test_profilers_and_function_modes_do_not_matter(self) -> None:
+        with cProfile.Profile(), torch.device("meta"), FlopCounterMode(display=False):
+            model = lorafx.inject(nn.Sequential(nn.Linear(3, 3)))
+        assert isinstance(model[0], torch.fx.GraphModule)
 
     def test_a_profiler_is_restored(self) -> None:
         def profiler(*_: Any) -> None:

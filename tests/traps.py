@@ -380,7 +380,20 @@ def asks_for_overrides(self, x):
     return F.linear(x, self.w) * torch.overrides.has_torch_function((x,))
 
 
+@trap("a list or dict to a callee that could change it")
+def list_read_after_a_child(self, x):
+    kept = [x.sum()]
+    y = self.accumulate(F.linear(x, self.w), kept)
+    return y * kept[-1]
+
+
 @trap("one list twice")
+def list_returned_twice(self, x):
+    both = [F.linear(x, self.w), x]
+    return torch.cat(both), both
+
+
+@trap("a list or dict to a callee that could change it")
 def list_filled_by_a_child(self, x):
     kept = []
     y = self.accumulate(F.linear(x, self.w), kept)
@@ -415,7 +428,7 @@ def global_bound_method(self, x):
 
 @trap("does not hand on its argument 'weight'", (rows(2), rows(2)))
 def argument_that_torch_drops(self, x, y):
-    return F.l1_loss(F.linear(x, self.w), y, weight=y.abs())
+    return F.l1_loss(F.linear(x, self.w), y, weight=y)
 
 
 @trap("random")

@@ -1,0 +1,123 @@
+"""The numbers that LoRA guides repeat, counted here on meta tensors: real modules and real injection, no memory.
+
+Two models: a decoder of 40 billion parameters (MiniMind with hidden 8192, 58 layers, 64 heads, 8 of them for keys and
+values, a feed-forward of 21888 and 6400 tokens) and BERT-large (24 layers, hidden 1024). Guides say of BERT-large at
+rank 8 that "about 1.4M" parameters train; each reading of "the linear layers" is counted beside it.
+
+    python benchmarks/claims.py [--json FILE]
+
+Sizes on disk are those of the tensors; a file's header adds some hundred bytes for each.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from minimind import Config, MiniMind
+from report import aligned, size
+from torch import nn
+from transformers import BertConfig, BertModel
+
+import lorafx
+
+RANK = 8
+GUIDES = 1_400_000
+# A reading agrees with "about 1.4M" if it rounds to it.
+ROUNDING = 50_000
+DECODER = Config(hidden=8192, layers=58, heads=64, kv_heads=8, feed_forward=21888, vocabulary=6400)
+BERT_LARGE = BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+# (how the guides' words may be read, lorafx's targets, what it excludes)
+READINGS: dict[str, list[tuple[str, Any, Any]]] = {
+    "40B decoder": [
+        ("square: q, o", "square", ()),
+        ("all but the head", "linear", "head"),
+        ("all linears", "linear", ()),
+    ],
+    "BERT-large": [
+        ("q, v", ["query", "value"], ()),
+        ("q, k, v, o", "square", "pooler.dense"),
+        ("square: q, k, v, o, pooler", "square", ()),
+        ("all linears", "linear", ()),
+    ],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One reading: its sites and parameters, the base's, bytes in float32 and in float16, seconds to inject."""
+
+    model: str
+    reading: str
+    sites: int
+    base: int
+    trainable: int
+    float32_bytes: int
+    float16_bytes: int
+    seconds: float
+
+    @property
+    def share(self) -> float:
+        """The trainable parameters over the base's."""
+        return self.trainable / self.base
+
+
+def count(model: str, base: nn.Module, reading: str, targets: Any, exclude: Any) -> Row:
+    """Inject into a model on the meta device and count."""
+    began = time.perf_counter()
+    injected = lorafx.inject(base, RANK, targets=targets, exclude=exclude)
+    seconds = time.perf_counter() - began
+    tensors = list(lorafx.parameters(injected))
+    trainable = sum(tensor.numel() for tensor in tensors)
+    return Row(model, reading, len(tensors) // 2, sum(tensor.numel() for tensor in base.parameters()), trainable,
+               4 * trainable, 2 * trainable, seconds)
+
+
+def rows() -> list[Row]:
+    """All readings of both models."""
+    with torch.device("meta"):
+        models = {"40B decoder": MiniMind(DECODER), "BERT-large": BertModel(BERT_LARGE)}
+    assert 39e9 <= sum(parameter.numel() for parameter in models["40B decoder"].parameters()) <= 41e9
+    return [count(name, models[name], *reading) for name, readings in READINGS.items() for reading in readings]
+
+
+def table(found: Sequence[Row]) -> str:
+    """The rows as text."""
+    return aligned(
+        ["model", "adapted at rank 8", "sites", "base", "trainable", "share", "float32", "float16", "injected in"],
+        [[row.model, row.reading, f"{row.sites}", f"{row.base:,}", f"{row.trainable:,}", f"{100 * row.share:.4f} %",
+          size(row.float32_bytes), size(row.float16_bytes), f"{row.seconds:.2f} s"] for row in found], left=2)
+
+
+def verdict(found: Sequence[Row]) -> str:
+    """Which reading, if any, gives the guides' number for BERT-large."""
+    bert = [row for row in found if row.model == "BERT-large"]
+    agreeing = [row.reading for row in bert if abs(row.trainable - GUIDES) <= ROUNDING]
+    nearest = min(bert, key=lambda row: abs(row.trainable - GUIDES))
+    said = f"Guides say about {GUIDES / 1e6:.1f}M for BERT-large at rank {RANK}: "
+    if agreeing:
+        return said + f"{', '.join(agreeing)} gives it."
+    return said + (f"no reading gives it. The nearest is '{nearest.reading}' with {nearest.trainable / 1e6:.2f}M "
+                   f"({100 * (nearest.trainable / GUIDES - 1):+.0f} %).")
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Print the table and the verdict; returns the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file too")
+    options = parser.parse_args(argv)
+    found = rows()
+    print(table(found))
+    print(verdict(found))
+    if options.json is not None:
+        content = [dataclasses.asdict(row) | {"share": row.share} for row in found]
+        options.json.write_text(json.dumps(content, indent=1))
+    return found
+
+
+if __name__ == "__main__":
+    main()

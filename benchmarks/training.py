@@ -1,0 +1,138 @@
+"""Training and evaluation of a byte-level MiniMind, with what each step costs; knows nothing of lorafx."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from minimind import MiniMind
+from texts import Text
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How to train: AdamW's learning rate rises to `rate` in a tenth of the steps, and then falls to 0 linearly."""
+
+    steps: int
+    rate: float
+    seed: int
+    batch: int
+    length: int
+    evaluations: int = 10
+
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at a step."""
+        return min((step + 1) / max(1, self.steps // 10), 1 - step / self.steps)
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the held-out loss is taken after this many steps."""
+        return step == self.steps or step % max(1, self.steps // self.evaluations) == 0
+
+
+@dataclasses.dataclass
+class Run:
+    """What a training run gave: the loss of each batch, (step, held-out loss), and the cost of a step.
+
+    `seconds` is the median over the steps after the first. `memory` is in bytes, beyond the model itself: on a CPU the
+    tensors saved for the backward pass, the gradients and the optimizer's state, each counted exactly; on a GPU the
+    highest that torch allocated.
+    """
+
+    training: list[float] = dataclasses.field(default_factory=list)
+    held_out: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def loss_of(model: MiniMind, windows: Tensor) -> Tensor:
+    """The mean of -log p(next byte) in nats, a scalar: windows (batch, length + 1)."""
+    logits = model(windows[:, :-1]).logits  # (batch, length, vocabulary)
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()) + model.aux_loss
+
+
+def evaluate(model: MiniMind, windows: Tensor) -> float:
+    """The loss in eval mode and without gradients; the model's mode is put back."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        loss = loss_of(model, windows).item()
+    model.train(training)
+    return loss
+
+
+def train(model: MiniMind, parameters: Iterable[nn.Parameter], text: Text, plan: Plan, label: str) -> Run:
+    """Train these parameters of the model on one text; equal seeds give equal batches."""
+    parameters = list(parameters)
+    device = model.embedding.weight.device
+    held_out = text.evaluation(plan.length).to(device)  # (count, length + 1)
+    optimizer = torch.optim.AdamW(parameters, plan.rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.factor)
+    generator = torch.Generator().manual_seed(plan.seed)
+    run, seconds = Run(held_out=[(0, evaluate(model, held_out))]), []
+    model.train()
+    start = gpu_start(device)
+    with tqdm(total=plan.steps, desc=label, unit="step") as bar:
+        for step in range(1, plan.steps + 1):
+            windows = text.batch(plan.batch, plan.length, generator).to(device)  # (batch, length + 1)
+            began = time.perf_counter()
+            run.training.append(advance(model, windows, optimizer, run if step == 1 else None))
+            seconds.append(time.perf_counter() - began)
+            schedule.step()
+            if plan.evaluated(step):
+                run.held_out.append((step, evaluate(model, held_out)))
+            bar.set_postfix(loss=f"{run.training[-1]:.3f}", held_out=f"{run.held_out[-1][1]:.3f}", refresh=False)
+            bar.update()
+    run.seconds = sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]
+    if device.type == "cuda":
+        run.memory = {"peak allocated": torch.cuda.max_memory_allocated(device) - start}
+    model.eval()
+    return run
+
+
+def gpu_start(device: torch.device) -> int:
+    """The bytes that torch has allocated on a GPU before training; its peak is counted from here."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def advance(model: MiniMind, windows: Tensor, optimizer: torch.optim.Optimizer, measured: Run | None) -> float:
+    """One step on windows (batch, length + 1): its loss. Writes what it holds in memory into `measured`."""
+    optimizer.zero_grad()
+    if measured is None:
+        loss = loss_of(model, windows)
+    else:
+        loss, saved = saved_bytes(model, lambda: loss_of(model, windows))
+    loss.backward()
+    optimizer.step()
+    if measured is not None:
+        measured.memory = {"saved for backward": saved, **optimizer_bytes(optimizer)}
+    return loss.item()
+
+
+def saved_bytes(model: nn.Module, compute: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """The result, and the bytes of the distinct storages that autograd saved for it, but for the model's own."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = compute()
+    return result, sum(size for address, size in sizes.items() if address not in own)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """The bytes of the gradients of an optimizer's parameters, and of its state."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: list[Any] = [value for entry in optimizer.state.values() for value in entry.values()]
+    return {"gradients": sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None),
+            "optimizer": sum(value.nbytes for value in state if isinstance(value, Tensor))}
