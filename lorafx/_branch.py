@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,13 @@ class Injection:
     configs: dict[str, LoRAConfig] = dataclasses.field(default_factory=dict)
     active: dict[str, float] = dataclasses.field(default_factory=dict)
     disabled: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle made while adapters are disabled would stay so, with nothing to end it."""
+        if self.disabled:
+            raise AdapterError("This model's adapters are disabled: copy, pickle, merge or eject it outside of "
+                               "lorafx.disabled(model).")
+        return vars(self)
 
     @property
     def live(self) -> dict[str, float]:

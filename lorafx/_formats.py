@@ -30,6 +30,8 @@ def write(adapter: Adapter, path: str | os.PathLike[str], base: str) -> None:
     """
     path = Path(path)
     encode = _row(path).encode
+    if path.is_dir():
+        raise FormatError(f"'{path}' is a folder: name a file in it.")
     try:
         validate(adapter)
         content = encode(adapter, base)
@@ -86,9 +88,10 @@ def _decode_native(path: Path) -> tuple[Adapter, str | None]:
         scales, names, base = dict(about["scales"]), set(about["trained"]), str(about["base"])
         pairs = _pairs({n: t for n, t in tensors.items() if n not in names}, "lora.A", "lora.B", path, scales)
         trained = {name: tensors[name] for name in sorted(names)}
-        if scales.keys() != pairs.keys():
-            site = min(scales.keys() ^ pairs.keys())
-            raise FormatError(f"'{path}' has '{site}' in only one of its header and its tensors.")
+        for listed in (scales.keys(), set(config.targets)):
+            if listed != pairs.keys():
+                site = min(listed ^ pairs.keys())
+                raise FormatError(f"'{path}' has '{site}' in only one of its header and its tensors.")
         return Adapter(about["name"], config, pairs, trained), base
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         if isinstance(error, LorafxError):
@@ -123,6 +126,7 @@ def _decode_minimind(path: Path) -> tuple[Adapter, str | None]:
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
         raise FormatError(f"'{path}' does not hold a dict of named tensors.")
     pairs = _pairs(tensors, "lora.A.weight", "lora.B.weight", path, defaultdict(lambda: 1.0))
+    validate(Adapter("default", LoRAConfig(), pairs))
     rank = max(pair.A.shape[0] for pair in pairs.values())
     return Adapter("default", LoRAConfig(rank=rank, targets=list(pairs)), pairs), None
 
@@ -140,7 +144,7 @@ def _pairs(tensors: Mapping[str, Tensor], a: str, b: str, path: Path, scales: Ma
             raise FormatError(f"'{path}' has '{join(site, next(iter(half)))}' but not its other half.")
     if not halves:
         raise FormatError(f"'{path}' holds no adapter: it has no tensors.")
-    return {site: Pair(half[a], half[b], float(scales[site])) for site, half in halves.items()}
+    return {site: Pair(half[a], half[b], scales[site]) for site, half in halves.items()}
 
 
 def _config_to_json(config: LoRAConfig) -> dict[str, Any]:

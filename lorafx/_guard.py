@@ -35,7 +35,7 @@ def check_model(model: nn.Module) -> None:
         raise AdapterError(f"This {type(model).__name__} is injected already: lorafx.add gives it another adapter.")
     foreign = [(getattr(sys.modules[where], name), what, instead) for where, name, what, instead in FOREIGN
                if where in sys.modules]
-    members = set(model.modules())
+    members = {*model.modules(), *model.parameters()}
     for path, module in model.named_modules():
         place = f"'{path}' ({type(module).__name__})" if path else f"This {type(module).__name__}"
         for cls, what, instead in foreign:
@@ -45,7 +45,7 @@ def check_model(model: nn.Module) -> None:
             raise UnsupportedModelError(f"{place} is part of an injected model: eject that, or inject only the whole.")
         for name, held in _closures(module):
             if held in members:
-                raise UnsupportedModelError(f"{place} holds a function, {name}, that closes over a module of the "
+                raise UnsupportedModelError(f"{place} holds a function, {name}, that closes over a part of the "
                                             "model, which a copy would still use: set it on the injected model.")
         if "forward" in vars(module) and any(True for _ in module.parameters()):
             raise UnsupportedModelError(f"{place} has a forward of its own, patched in by another tool, which a copy "
@@ -61,11 +61,11 @@ def check_model(model: nn.Module) -> None:
                                             f"'{name}': load the model outside of torch.inference_mode().")
 
 
-def _closures(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) for each module that a function in an attribute or a hook of this one closes over."""
+def _closures(module: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    """(name, part) for each module or Parameter that a function in an attribute or a hook of this one closes over."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     plain = {f"'{name}'": value for name, value in vars(module).items() if name not in vars(nn.Module())}
     for name, value in {**plain, **{f"hook {key}": hook for table in hooks for key, hook in table.items()}}.items():
         for function in reached(value):
             if isinstance(function, types.FunctionType):
-                yield from ((name, held) for held in reached(function) if isinstance(held, nn.Module))
+                yield from ((name, held) for held in reached(function) if isinstance(held, (nn.Module, nn.Parameter)))

@@ -118,6 +118,9 @@ def add(model: nn.Module, adapter: str, rank: int = 8, *, targets: Any = None, *
         ['default', 'other']
     """
     check_free(model, adapter)
+    unknown = config.keys() - {field.name for field in dataclasses.fields(LoRAConfig)}
+    if unknown:
+        raise TypeError(f"lorafx.add takes no argument '{min(unknown)}'; it takes those of lorafx.inject.")
     here = branches(model)
     settings = LoRAConfig(rank, targets=(lambda site: site.name in here) if targets is None else targets,
                           **{**config, "trainable": tuple(as_list(config.get("trainable")))})

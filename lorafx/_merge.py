@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from ._branch import (FROZEN, RECORD, Branch, Own, branches, chosen_set, factors_at, injection, sets_of, submodule,
                       trained, weights_of)
-from ._errors import TiedWeightError
+from ._errors import TiedWeightError, UnsupportedModelError
 from ._kernels import delta
 from ._program import read, tensors_by_site
 from ._region import Region, revert, same_kind, share
@@ -46,7 +46,7 @@ def eject(model: M) -> M:
             del module._modules[name]
     del twin.__dict__[RECORD]
     for name, parameter in twin.named_parameters():
-        parameter.requires_grad_(record.requires_grad[name])
+        parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
     return twin
 
 
@@ -82,11 +82,14 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
         True
     """
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
-    held = branches(model)
-    sites = [site for site in read(model).sites
-             if site.name in held and any(factors_at(held[site.name], adapter) for adapter in chosen)]
+    held, program = branches(model), read(model)
+    used = {name for name, branch in held.items() if any(factors_at(branch, adapter) for adapter in chosen)}
+    sites = [site for site in program.sites if site.name in used]
     for site in sites:
         _check_tie(site, untie)
+    for name in used - {site.name for site in sites}:
+        why = program.left_alone.get(name, "it is not there any more")
+        raise UnsupportedModelError(f"The adapters at '{name}' cannot be folded, since the model has changed: {why}.")
     twin = eject(model)
     clones: dict[nn.Parameter, nn.Parameter] = {}
     for path, _, whole in trained(model):

@@ -1,5 +1,6 @@
 """The region class, an `fx.GraphModule` that keeps its user's class, and the copy of a model that shares weights."""
 
+import abc
 import copy
 import functools
 import itertools
@@ -107,10 +108,12 @@ def _why_not_class(user_class: type[nn.Module]) -> str | None:
         definers = [c for c in user_class.__mro__ if name in vars(c) and c not in (nn.Module, typing.Generic, object)]
         if definers:
             return f"{definers[0].__name__} defines '{name}' itself"
+    if type(user_class) not in (type, abc.ABCMeta):
+        return f"its class has a metaclass of its own, {type(user_class).__name__}"
     try:
         blank = object.__new__(user_class)
         blank.__class__ = _make_class(user_class, {})
-    except Exception as error:  # whatever a metaclass may say to a derived class
+    except TypeError as error:
         return f"its class cannot be derived from ({error})"
     return None
 
@@ -177,6 +180,10 @@ def share(model: M) -> M:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = same_kind(parameter, parameter.detach())
+    storages = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    for buffer in model.buffers():  # a view of a parameter stays one
+        if buffer.untyped_storage()._cdata in storages:
+            memo[id(buffer)] = buffer.detach()
     graphs = [m for m in model.modules() if isinstance(m, fx.GraphModule) and not isinstance(m, Region)]
     for module in graphs:  # their own deepcopy drops hooks and plain attributes
         memo[id(module)] = type(module).__new__(type(module))

@@ -144,7 +144,7 @@ def _untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
 
 def is_transpose(node: fx.Node) -> bool:
     """Whether this node is the transpose of its first argument, taken as a matrix."""
-    return node.args[1:] in TRANSPOSES.get(node.target, ()) and not node.kwargs
+    return node.args[1:] in TRANSPOSES.get(node.target, ())
 
 
 # Reading rows of a matrix is no linear call of it, and may go on beside one: a tied embedding and head.

@@ -1,6 +1,7 @@
 """What an injected model computes and trains: which adapters are active, with which weights, and which it holds."""
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -79,6 +80,7 @@ def named_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[t
     """
     if adapter is not None:
         check_adapter(model, adapter)
+    refresh(model)  # load_state_dict(assign=True) and to_empty part a module trained whole from its adapter's set
     wanted = injection(model).active if adapter is None else (adapter,)
     holders = {id(holder) for holder in (*branches(model).values(), *(held for _, _, held in trained(model)))}
     seen: set[int] = set()
@@ -128,7 +130,8 @@ def remove(model: nn.Module, adapter: str) -> None:
 def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> None:
     """Make one adapter that computes exactly what these do together with these weights; inactive until `activate`.
 
-    Its A is theirs stacked, (sum of ranks, in), and its B theirs side by side, each times its weight and scale.
+    Its A is theirs stacked, (sum of ranks, in), and its B theirs side by side, each times its weight and scale; both are
+    float32, or float64 where theirs are.
 
     Raises:
         AdapterError: a name is unknown, or the new one is taken.
@@ -150,8 +153,10 @@ def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> Non
     for site in branches(model):
         found = [(part.pairs[site], weight) for part, weight in parts if site in part.pairs]
         if found:
-            A = torch.cat([pair.A for pair, _ in found])  # (sum of ranks, in)
-            B = torch.cat([weight * pair.scale * pair.B for pair, weight in found], dim=1)  # (out, sum of ranks)
+            wide = functools.reduce(torch.promote_types, (pair.A.dtype for pair, _ in found), torch.float32)
+            A = torch.cat([pair.A.to(wide) for pair, _ in found])  # (sum of ranks, in)
+            scaled = [weight * pair.scale * pair.B.to(wide) for pair, weight in found]  # each (out, its rank)
+            B = torch.cat(scaled, dim=1)  # (out, sum of ranks)
             pairs[site] = Pair(A, B, 1.0)
     whole = {name: tensor.clone() for part, _ in parts for name, tensor in part.trained.items()}
     config = LoRAConfig(rank=max(pair.A.shape[0] for pair in pairs.values()))

@@ -97,6 +97,12 @@ def with_closure(model: nn.Module) -> nn.Module:
     return model
 
 
+def with_closure_over_a_weight(model: nn.Module) -> nn.Module:
+    weight = model.q_proj.weight
+    model.act = lambda x: x @ weight
+    return model
+
+
 def with_hook(model: nn.Module) -> nn.Module:
     model.q_proj.register_forward_hook(lambda module, args, output: output + model.v_proj.weight.sum())
     return model
@@ -112,9 +118,10 @@ MODELS = {
     "no linear": (lambda: nn.Sequential(nn.ReLU()), NoSiteError, "This model makes no linear call on a weight of"),
     "no linear but matrices": (lambda: nn.LSTM(3, 3), NoSiteError, "'weight_ih_l0' cannot be adapted: its module is"),
     "closure": (lambda: with_closure(Net()), UnsupportedModelError,
-                "This Net holds a function, 'act', that closes over a module of the model"),
+                "This Net holds a function, 'act', that closes over a part of the model"),
+    "closure over a weight": (lambda: with_closure_over_a_weight(Net()), UnsupportedModelError, "'act', that"),
     "hook": (lambda: with_hook(Net()), UnsupportedModelError,
-             r"'q_proj' \(Linear\) holds a function, hook \d+, that closes over a module"),
+             r"'q_proj' \(Linear\) holds a function, hook \d+, that closes over a part"),
     "inference mode": (torch.inference_mode()(lambda: Net()), UnsupportedModelError,
                        "was made in inference mode, so that autograd cannot use its 'weight'"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4)), UnsupportedModelError,

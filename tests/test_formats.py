@@ -127,7 +127,7 @@ DAMAGE = {
     "shape": (lambda t, h: t.update({"up.lora.A": torch.zeros(2, 7)}), lorafx.MismatchError,
               "maps 7 to 5 features at 'up', but this model 5 to 5"),
     "other site": (lambda t, h: (t.update({"upp.lora.A": t.pop("up.lora.A"), "upp.lora.B": t.pop("up.lora.B")}),
-                                 edit_about(scales={"upp": 1.0, "head": 1.0})(t, h)), lorafx.MismatchError,
+                                 h.update(adapter=h["adapter"].replace('"up"', '"upp"'))), lorafx.MismatchError,
                    "has an adapter at 'upp', but in this model there is no such site; near it: 'up'"),
     "no header": (lambda t, h: h.clear(), lorafx.FormatError, "not written by lorafx.*header's format is None"),
     "version": (lambda t, h: h.update(version="9"), lorafx.FormatError, "has format version 9, not 1: update lorafx"),
@@ -137,11 +137,16 @@ DAMAGE = {
     "scale": (edit_about(scales={"up": float("nan"), "head": 1.0}), lorafx.FormatError, "at 'up', the scale is nan"),
     "no scale": (edit_about(scales={}), lorafx.FormatError, "The header of .* is damaged: KeyError"),
     "name": (edit_about(name="../x"), lorafx.FormatError, "'../x' cannot name an adapter"),
-    "trained": (edit_about(trained=["up.lora.A", "up.lora.B"], scales={"head": 1.0}), lorafx.MismatchError,
-                "has a trained 'up.lora.A'"),
+    "trained": (lambda t, h: (t.update({"upp.weight": torch.zeros(5, 5)}), edit_about(trained=["upp.weight"])(t, h)),
+                lorafx.MismatchError, r"has a trained 'upp.weight' \(5, 5\), but this model has 'up.weight'"),
+    "trained shape": (lambda t, h: (t.update({"up.weight": torch.zeros(5, 4)}),
+                                    edit_about(trained=["up.weight"])(t, h)),
+                      lorafx.MismatchError, r"'up.weight' \(5, 4\), but this model has it as \(5, 5\)"),
     "site missing": (lambda t, h: (t.pop("up.lora.A"), t.pop("up.lora.B")), lorafx.FormatError,
                      "has 'up' in only one of its header and its tensors"),
-    "scale text": (edit_about(scales={"up": "abc", "head": 1.0}), lorafx.FormatError, "header of .* is damaged: Val"),
+    "scale text": (edit_about(scales={"up": "2", "head": 1.0}), lorafx.FormatError, "at 'up', the scale is '2'"),
+    "other targets": (lambda t, h: h.update(adapter=h["adapter"].replace('["up", "head"]', '["up", "hat"]')),
+                      lorafx.FormatError, "has 'hat' in only one of"),
     "deep header": (lambda t, h: h.update(adapter="[" * 10**5), lorafx.FormatError, "is damaged: RecursionError"),
     "name type": (edit_about(name=5), lorafx.FormatError, "5 cannot name an adapter"),
 }
@@ -192,6 +197,9 @@ class TestDamaged:
         for call in (lambda: lorafx.save(injected(), tmp_path / "a.bin"), lambda: lorafx.load(Model(), tmp_path)):
             with pytest.raises(lorafx.FormatError, match="names no known format by its ending: use .safetensors"):
                 call()
+        (tmp_path / "a.pth").mkdir()
+        with pytest.raises(lorafx.FormatError, match="is a folder: name a file in it"):
+            lorafx.save(injected(), tmp_path / "a.pth")
 
     def test_a_failed_save_keeps_the_old_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "a.safetensors"
