@@ -130,8 +130,8 @@ def remove(model: nn.Module, adapter: str) -> None:
 def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> None:
     """Make one adapter that computes exactly what these do together with these weights; inactive until `activate`.
 
-    Its A is theirs stacked, (sum of ranks, in), and its B theirs side by side, each times its weight and scale; both are
-    float32, or float64 where theirs are.
+    Its A is theirs stacked, (sum of ranks, in), and its B theirs side by side, each times its weight and scale; both
+    are float32, or float64 where theirs are.
 
     Raises:
         AdapterError: a name is unknown, or the new one is taken.
