@@ -98,9 +98,12 @@ def summary(model: nn.Module) -> Summary:
     for name, branch in branches(model).items():
         present = {adapter: factors_at(branch, adapter) for adapter in record.configs}
         factors = {adapter: f for adapter, f in present.items() if f is not None}
-        rows.append(SiteRow(name, found[name].in_features, found[name].out_features, len(found[name].calls),
-                            {adapter: f.A.shape[0] for adapter, f in factors.items()},
-                            {adapter: f.scale for adapter, f in factors.items()}))
+        if factors:
+            first = next(iter(factors.values()))
+            ranks = {adapter: f.A.shape[0] for adapter, f in factors.items()}
+            scales = {adapter: f.scale for adapter, f in factors.items()}
+            calls = len(found[name].calls) if name in found else 0
+            rows.append(SiteRow(name, first.A.shape[1], first.B.shape[0], calls, ranks, scales))
     regions = [module for module in model.modules() if isinstance(module, Region)]
     code = {type(module): f"# {type(module).__name__}\n{module.code}" for module in regions}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -127,6 +127,8 @@ def test_summary(block):
     assert [site.name for site in found.sites] == ["square", "up"] and found.sites[1].ranks == {"default": 2}
     assert str(found).splitlines()[0].startswith("2 sites adapted, active: default x 1; 36 of ")
     assert "<td>square</td>" in found._repr_html_()
+    lorafx.remove(model, "default")
+    assert str(lorafx.summary(model)).startswith("0 sites adapted, active: none; 0 of ")
 
 
 def test_breaks_and_skipped_are_named():
