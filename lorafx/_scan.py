@@ -4,8 +4,8 @@ A branch lives in the graph of the module that makes the linear call. Where Pyth
 in a module that cannot be traced, no branch would be in the way, so such weights must be found and left alone. The
 bytecode of `forward`, and of the methods and same-file functions that it reaches, is searched for weights that it
 reads, layers that it hands on by name, and methods of its children other than forward.
-What is not found: layers that Python fetches by other ways (a loop variable, `get_submodule`, all of `self`) and hands
-to functions of other files, and weights fetched through `self.parameters()`, which is how most code asks for a device.
+What is not found: layers that Python fetches by other ways (`get_submodule`, a container, all of `self`) and hands to
+functions of other files, and weights fetched through `self.parameters()`, which is how most code asks for a device.
 """
 
 import dis
@@ -21,7 +21,10 @@ from torch import nn
 from ._rules import METADATA
 
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD")
-_QUESTIONS = frozenset({"isinstance", "type", "hasattr", "id"})
+_QUESTIONS = frozenset({"isinstance", "type", "hasattr", "id", "enumerate", "reversed", "zip", "len"})
+# What only looks at a value, or gives it to a variable that is followed in its turn.
+_ASKING = frozenset({"GET_ITER", "TO_BOOL", "UNARY_NOT", "IS_OP", "STORE_FAST", "POP_TOP"})
+ITEM = "*"  # in a chain: any item of a container
 # Methods of nn.Module that give its weights away.
 _FETCHES = frozenset({"state_dict", "get_parameter", "named_parameters", "parameters"})
 
@@ -54,25 +57,26 @@ def _used_by(module: nn.Module, method: str, attributes: frozenset[str]) -> Iter
 
 def _resolved(start: nn.Module, chain: Chain, attributes: frozenset[str]) -> Iterator[Weight]:
     """The weights that a chain of attributes of this very module comes to, if it does."""
-    module = start
-    for position, name in enumerate(chain.names):
-        child, last = module._modules.get(name), position == len(chain.names) - 1
-        if child is not None:
-            module = child
+    waiting = [(start, chain.names)]
+    while waiting:
+        module, names = waiting.pop()
+        if not names:
+            if module is not start and chain.use == "value":
+                yield from _own(module, attributes)
+            continue
+        name, rest = names[0], names[1:]
+        children = [module._modules.get(name)] if name != ITEM else list(module._modules.values())
+        waiting += [(child, rest) for child in children if child is not None]
+        if name == ITEM and chain.use == "value":
+            yield from _own(module, attributes)  # the items of a ParameterList
         elif name in module._parameters:
-            if chain.use != "asked" if last else chain.names[position + 1] not in METADATA:
+            if rest[0] not in METADATA if rest else chain.use != "asked":
                 yield module, name
-            return
-        elif last and chain.use == "called" and module is not start:
+        elif not any(children) and not rest and chain.use == "called" and module is not start:
             if name in _FETCHES:
                 yield from _own(module, attributes)
             elif name != "forward" and _is_method(module, name):
                 yield from _used_by(module, name, attributes)
-            return
-        else:
-            return
-    if module is not start and chain.use == "value":
-        yield from _own(module, attributes)
 
 
 def _is_method(module: nn.Module, name: str) -> bool:
@@ -134,36 +138,80 @@ def _facts(cls: type, method: str, attributes: frozenset[str]) -> tuple[frozense
 
 
 def _chains(code: types.CodeType, self_name: str | None) -> tuple[set[Chain], set[str]]:
+    """The chains that start at self or at a local variable that stands for a part of it, and the other attributes."""
     steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL")]
-    chains, elsewhere, at = set(), set(), 0
-    while at < len(steps):
-        step, start = steps[at], at
-        at += 1
-        while at < len(steps) and steps[at].opname in _LOADS and (step.opname not in _LOADS or at == start):
-            at += 1
-        names = tuple(s.argval for s in steps[start + (step.opname not in _LOADS):at])
-        if not names:
-            continue
-        if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and step.argval == self_name:
-            chains.add(Chain(names, _use(steps, start, at)))
-            continue
-        for position, name in enumerate(names):
-            if names[position + 1:position + 2] == () or names[position + 1] not in METADATA:
-                elsewhere.add(name)
+    reads = list(_reads(steps))
+    roots: dict[str, set[tuple[str, ...]]] = {} if self_name is None else {self_name: {()}}
+    for _ in range(3):  # an alias of an alias of an alias
+        for start, end, names in reads:
+            for base in tuple(roots.get(steps[start].argval, ())) if _is_local(steps[start]) else ():
+                for variable, more in _assigned(steps, start, end):
+                    roots.setdefault(variable, set()).add((*base, *names, *more)[:8])
+    chains, elsewhere = set(), set()
+    for start, end, names in reads:
+        found = roots.get(steps[start].argval, set()) if _is_local(steps[start]) else set()
+        item, use = _use(steps, start, end)
+        chains |= {Chain((*base, *names, *item), use) for base in found if base or names}
+        if not found:
+            elsewhere |= {name for name, after in zip(names, (*names[1:], None)) if after not in METADATA}
     return chains, elsewhere
 
 
-def _use(steps: list[dis.Instruction], start: int, end: int) -> str:
-    """What is done with the chain that ends before this step."""
-    before, after = steps[start - 1], steps[end] if end < len(steps) else steps[-1]
+def _is_local(step: dis.Instruction) -> bool:
+    return step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and isinstance(step.argval, str)
+
+
+def _reads(steps: list[dis.Instruction]) -> Iterator[tuple[int, int, tuple[str, ...]]]:
+    """(start, end, names) of each local variable with the attributes read of it, and of attributes of anything else."""
+    at = 0
+    while at < len(steps):
+        start = at
+        at += 1
+        while at < len(steps) and steps[at].opname in _LOADS:
+            at += 1
+        names = tuple(step.argval for step in steps[start + (steps[start].opname not in _LOADS):at])
+        if names or _is_local(steps[start]):
+            yield start, at, names
+
+
+# (the function whose first argument the value is, the instructions after it, of which the last stores the value or an
+# item of it in a variable, and which of the two).
+_ASSIGNMENTS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
+    (None, "STORE_FAST", ()),
+    (None, "LOAD_CONST BINARY_SUBSCR STORE_FAST", (ITEM,)),
+    (None, "LOAD_FAST BINARY_SUBSCR STORE_FAST", (ITEM,)),
+    (None, "GET_ITER FOR_ITER STORE_FAST", (ITEM,)),
+    ("reversed", "CALL GET_ITER FOR_ITER STORE_FAST", (ITEM,)),
+    ("enumerate", "CALL GET_ITER FOR_ITER UNPACK_SEQUENCE STORE_FAST STORE_FAST", (ITEM,)),
+)
+
+
+def _assigned(steps: list[dis.Instruction], start: int, end: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(variable, ITEM or nothing) for what is stored of the value that ends before `end`, or of its items in a loop."""
+    given_to = steps[start - 1].argval if steps[start - 1].opname == "LOAD_GLOBAL" else None
+    for function, opnames, more in _ASSIGNMENTS:
+        after = steps[end:end + len(opnames.split())]
+        if [step.opname for step in after] == opnames.split() and function in (None, given_to):
+            yield after[-1].argval, more
+
+
+def _use(steps: list[dis.Instruction], start: int, end: int) -> tuple[tuple[str, ...], str]:
+    """Whether an item of the chain is taken, and what is done with it."""
+    item: tuple[str, ...] = ()
     method = steps[end - 1]
+    opnames = [step.opname for step in steps[end:end + 2]] + ["", ""]
+    if opnames[1] == "BINARY_SUBSCR" and opnames[0] in ("LOAD_CONST", "LOAD_FAST"):
+        item, end = (ITEM,), end + 2
+        if steps[end].opname in _LOADS:
+            return item, "asked"  # what is read of it is found as an attribute of anything
+    before, after = steps[start - 1], steps[end] if end < len(steps) else steps[-1]
     if method.opname == "LOAD_METHOD" or "NULL|self" in method.argrepr or "PUSH_NULL" in (before.opname, after.opname):
-        return "called"
+        return item, "called"
     compared = after.opname == "LOAD_CONST" and end + 1 < len(steps) and steps[end + 1].opname == "IS_OP"
     asked = before.opname == "LOAD_GLOBAL" and before.argval in _QUESTIONS
-    if asked or compared or "JUMP" in after.opname or after.opname in ("GET_ITER", "TO_BOOL", "UNARY_NOT", "IS_OP"):
-        return "asked"
-    return "value"
+    if asked or compared or "JUMP" in after.opname or after.opname in _ASKING:
+        return item, "asked"
+    return item, "value"
 
 
 def _reachable(cls: type, method: str) -> Iterator[tuple[types.CodeType, str | None]]:

@@ -40,6 +40,7 @@ class Base(nn.Module):
         super().__init__()
         self.fc, self.child, self.given, self.other = nn.Linear(3, 3), Projecting(3, 3), Given(), nn.Linear(3, 3)
         self.operations = Operations()
+        self.layers = nn.ModuleList([nn.Linear(3, 3)])
         self.list = nn.ParameterList([self.fc.weight])
         self.prepare()
 
@@ -58,6 +59,14 @@ def using(expression: str, site: str = "fc", prepare: Any = None) -> Any:
     extra = {} if prepare is None else {"prepare": prepare}
     model = type("Using", (Base,), {"forward": names["forward"], "__module__": __name__, **extra})
     return pytest.param(model, site, id=expression)
+
+
+def looping(statement: str, site: str = "layers.0") -> Any:
+    """The same with a statement."""
+    names: dict[str, Any] = {"F": F, "by_another_file": by_another_file}
+    exec(f"def forward(self, x):\n    if self.training: x = x * 1\n    {statement}\n    return x", names)
+    model = type("Looping", (Base,), {"forward": names["forward"], "__module__": __name__})
+    return pytest.param(model, site, id=statement)
 
 
 class Wrapped(Base):
@@ -108,6 +117,12 @@ def keep_partial(self):
     using("(lambda: F.linear(x, self.fc.weight))()"),
     using("[F.linear(x, layer.weight) for layer in [self.fc]][0]"),
     using("[self.child][0].project(x)", "child"),
+    looping("for layer in self.layers: x = by_another_file(x, layer)"),
+    looping("for i, layer in enumerate(self.layers): x = by_another_file(x, layer)"),
+    looping("for layer in reversed(self.layers): x = F.linear(x, layer.weight)"),
+    looping("x = by_another_file(x, self.layers[0])"),
+    looping("me = self; same = me.layers; x = by_another_file(x, same[0])"),
+    looping("layer = self.layers[0]; x = by_another_file(x, layer)"),
     using("self.kept(x)", prepare=keep_bound),
     using("F.linear(x, self.kept['w'][0])", prepare=keep_nested),
     using("self.kept.run(x)", prepare=keep_in_an_object),
@@ -128,12 +143,18 @@ def test_left_alone_and_named(model, site):
     using("self.fc(*[x])"),
     using("self.fc(x.to(next(self.parameters()).dtype))"),
     using("self.fc.forward(x)"),
+    looping("layer = self.fc; x = layer(x)", "fc"),
+    looping("layer = self.fc if self.training else self.other; x = layer(x)", "fc"),
+    looping("for layer in self.layers: x = layer(x)"),
+    looping("for i, layer in enumerate(self.layers): x = layer(x) * (i + 1)"),
+    looping("for layer, scale in zip(self.layers, (1, 2)): x = layer(x) * scale"),
+    looping("x = self.layers[0](x) * len(self.layers)"),
 ])
 def test_innocent_python_is_not_suspected(model, site):
     base = model()
     injected = lorafx.inject(base, targets=site)
     before = injected(X)
-    torch.nn.init.ones_(injected.fc.lora.default.B)
+    torch.nn.init.ones_(injected.get_submodule(site).lora.default.B)
     assert not torch.equal(injected(X), before)
 
 
