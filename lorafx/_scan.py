@@ -49,7 +49,7 @@ def _used_by(module: nn.Module, method: str, attributes: frozenset[str]) -> Iter
     for below in module.modules() if elsewhere else ():
         yield from ((below, name) for name in below._parameters if name in elsewhere)
         for name in elsewhere if below is not module else ():
-            if name != "forward" and name not in vars(nn.Module) and _is_method(below, name):
+            if name != "forward" and _is_method(below, name):
                 yield from _used_by(below, name, attributes)
     for chain in chains:
         yield from _resolved(module, chain, attributes)
@@ -80,7 +80,9 @@ def _resolved(start: nn.Module, chain: Chain, attributes: frozenset[str]) -> Ite
 
 
 def _is_method(module: nn.Module, name: str) -> bool:
-    return isinstance(inspect.getattr_static(type(module), name, None), types.FunctionType)
+    """Whether a name is a method that the module's author wrote: torch's own do other things than linear calls."""
+    method = inspect.getattr_static(type(module), name, None)
+    return isinstance(method, types.FunctionType) and method.__module__.partition(".")[0] != "torch"
 
 
 def _own(module: nn.Module, attributes: frozenset[str]) -> Iterator[Weight]:

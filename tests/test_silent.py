@@ -149,6 +149,7 @@ def test_left_alone_and_named(model, site):
     looping("for i, layer in enumerate(self.layers): x = layer(x) * (i + 1)"),
     looping("for layer, scale in zip(self.layers, (1, 2)): x = layer(x) * scale"),
     looping("x = self.layers[0](x) * len(self.layers)"),
+    looping("kept = []; kept.append(self.layers[0](x)); kept.insert(0, x); x = kept.pop()"),
 ])
 def test_innocent_python_is_not_suspected(model, site):
     base = model()
