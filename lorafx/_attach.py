@@ -10,9 +10,9 @@ from torch import fx, nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, check_name, join, pattern_matches
 from ._branch import (FROZEN, RECORD, Branch, Factors, Injection, Own, Trained, branch_name, factor_dtype, injection,
-                      new_pair, refresh, set_trainable, sets_of, submodule)
+                      new_pair, set_trainable, sets_of, submodule)
 from ._errors import AdapterError, ConfigError, MismatchError, NoSiteError, UnsupportedModelError
-from ._program import Program, tensors_by_site
+from ._program import Place, Program, tensors_by_site
 from ._region import Region, convert, keep_attributes, same_kind
 from ._rules import Call, Site, name_matches, near, select
 
@@ -38,8 +38,9 @@ def check_free(model: nn.Module, adapter: str) -> None:
 
 def create(model: nn.Module, program: Program, name: str, config: LoRAConfig) -> Adapter:
     """A new adapter for the sites and modules that the config names: A drawn, B zero, trained tensors copied."""
-    whole = _trained_tensors(model, config)
-    base, theirs = base_parameters(model), {id(parameter) for parameter in whole.values()}
+    base = base_parameters(model)
+    whole = _trained_tensors(base, config)
+    theirs = {id(parameter) for parameter in whole.values()}
     taken = {site for site in program.sites if id(base[weight_name(site)]) in theirs}
     open_sites = [site for site in program.sites if site not in taken]
     left_alone = program.left_alone | {site.name: "it is trained whole (trainable)" for site in taken}
@@ -52,9 +53,8 @@ def create(model: nn.Module, program: Program, name: str, config: LoRAConfig) ->
     return Adapter(name, config, pairs, {key: parameter.detach().clone() for key, parameter in whole.items()})
 
 
-def _trained_tensors(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Parameter]:
+def _trained_tensors(base: Mapping[str, nn.Parameter], config: LoRAConfig) -> dict[str, nn.Parameter]:
     """{first name: frozen Parameter} of all base modules that the config trains whole."""
-    base = base_parameters(model)
     paths = {name.rsplit(".", depth)[0] for name in base for depth in range(1, name.count(".") + 1)}
     wanted: set[int] = set()
     for pattern in config.trainable:
@@ -144,27 +144,22 @@ def fingerprint(program: Program) -> str:
 
 
 def weight_name(site: Site) -> str:
-    """A name in the model of a site's weight (out, in)."""
-    return join(_owner_path(site.calls[0]), site.calls[0].attribute)
-
-
-def _owner_path(call: Call) -> str:
-    return join(call.region, call.owner) if call.owner else call.region
-
-
-def _owner(model: nn.Module, call: Call) -> tuple[nn.Module, str]:
-    return submodule(model, _owner_path(call)), call.attribute
+    """A name in the model of a site's weight."""
+    call = site.calls[0]
+    return join(join(call.region, call.owner) if call.owner else call.region, call.attribute)
 
 
 def attach(model: nn.Module, program: Program, adapter: Adapter) -> None:
     """Put an adapter that fits into a started model, inactive; everything that can fail is checked before a change."""
     sites = [site for site in program.sites if site.name in adapter.pairs]
-    _check_room(model, sites, adapter)
     places = tensors_by_site(model)
+    _check_room(model, places, sites, adapter)
     edits: dict[str, list[tuple[Call, bool]]] = defaultdict(list)
     for site in sites:
-        for call in _calls_without_branch(model, site):
-            edits[call.region].append((call, call.transposed != site.transposed))
+        owner, attribute = places[site.name]
+        if branch_name(attribute) not in owner._modules:
+            for call in site.calls:
+                edits[call.region].append((call, call.transposed != site.transposed))
         held = _branch(places, site)
         A, B, scale = adapter.pairs[site.name]
         held._modules[adapter.name] = Factors(A, B, scale).train(held.training)
@@ -173,14 +168,12 @@ def attach(model: nn.Module, program: Program, adapter: Adapter) -> None:
     _hold_trained(model, adapter)
     record = injection(model)
     record.configs[adapter.name] = dataclasses.replace(adapter.config, targets=list(adapter.pairs), exclude=[])
-    refresh(model)
     set_trainable(model)
 
 
-def _check_room(model: nn.Module, sites: list[Site], adapter: Adapter) -> None:
+def _check_room(model: nn.Module, places: Mapping[str, Place], sites: list[Site], adapter: Adapter) -> None:
     needed: list[tuple[nn.Module, str, type[Own], str]] = [
-        (_owner(model, call)[0], branch_name(call.attribute), Branch, site.name)
-        for site in sites for call in site.calls]
+        (places[name][0], branch_name(places[name][1]), Branch, name) for site in sites for name in site.names]
     needed += [(submodule(model, name.rpartition(".")[0]), "trained", Trained, name) for name in adapter.trained]
     for owner, name, kind, at in needed:
         held = owner._modules.get(name)
@@ -190,13 +183,7 @@ def _check_room(model: nn.Module, sites: list[Site], adapter: Adapter) -> None:
                                         "needs for its own: rename it, or exclude this site.")
 
 
-def _calls_without_branch(model: nn.Module, site: Site) -> list[Call]:
-    """The calls of a site that its branch is not written beside yet: all of them, or none."""
-    owner, attribute = _owner(model, site.calls[0])
-    return [] if branch_name(attribute) in owner._modules else list(site.calls)
-
-
-def _branch(places: Mapping[str, tuple[nn.Module, str]], site: Site) -> Branch:
+def _branch(places: Mapping[str, Place], site: Site) -> Branch:
     """The branch at a site, registered under all of its names with the owners of its weight."""
     first, attribute = places[site.name]
     held = first._modules.get(branch_name(attribute))

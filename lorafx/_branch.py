@@ -135,6 +135,12 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     return model
 
 
+def hooks(module: nn.Module) -> list[Any]:
+    """The functions that are hooked to a module's forward and backward."""
+    tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return [hook for table in tables for hook in table.values()]
+
+
 def branch_name(attribute: str) -> str:
     """The name of the branch of a module's tensor: `lora` for its weight, `lora_w1` for another, w1."""
     return "lora" if attribute == "weight" else f"lora_{attribute}"
@@ -161,6 +167,11 @@ def trained(model: nn.Module) -> Iterator[tuple[str, nn.Module, Trained]]:
         held = module._modules.get("trained")
         if isinstance(held, Trained):
             yield path, module, held
+
+
+def holders(model: nn.Module) -> list[Own]:
+    """Every module that has adapters as its children: the branches, and what holds modules trained whole."""
+    return [*branches(model).values(), *(held for _, _, held in trained(model))]
 
 
 def factor_dtype(config: LoRAConfig, weight: Tensor) -> torch.dtype:
@@ -190,7 +201,7 @@ def refresh(model: nn.Module) -> None:
 def set_trainable(model: nn.Module) -> None:
     """Let exactly the active adapters' tensors require grad."""
     active = injection(model).active
-    for holder in (*branches(model).values(), *(held for _, _, held in trained(model))):
+    for holder in holders(model):
         for name, module in holder._modules.items():
             if module is not None:
                 module.requires_grad_(name in active)

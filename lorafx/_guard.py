@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ._branch import Own, find_injection
+from ._branch import Own, find_injection, hooks
 from ._errors import AdapterError, UnsupportedModelError
-from ._scan import reached
+from ._scan import TABLES, reached
 
 # (module, class, what it is, what to do): looked up only where that module is loaded, so nothing is imported for it.
 FOREIGN = (
@@ -63,9 +63,8 @@ def check_model(model: nn.Module) -> None:
 
 def _closures(module: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
     """(name, part) for each module or Parameter that a function in an attribute or a hook of this one closes over."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    plain = {f"'{name}'": value for name, value in vars(module).items() if name not in vars(nn.Module())}
-    for name, value in {**plain, **{f"hook {key}": hook for table in hooks for key, hook in table.items()}}.items():
+    plain = {f"'{name}'": value for name, value in vars(module).items() if name not in TABLES}
+    for name, value in (*plain.items(), *((f"hook {i}", hook) for i, hook in enumerate(hooks(module)))):
         for function in reached(value):
             if isinstance(function, types.FunctionType):
                 yield from ((name, held) for held in reached(function) if isinstance(held, (nn.Module, nn.Parameter)))

@@ -52,7 +52,7 @@ def eject(model: M) -> M:
 
 def _erase_branches(module: fx.GraphModule) -> None:
     for node in module.graph.find_nodes(op="call_module"):
-        if isinstance(module.get_submodule(node.target), Branch):
+        if isinstance(submodule(module, node.target), Branch):
             node.replace_all_uses_with(node.args[1])
             module.graph.erase_node(node)
     module.recompile()

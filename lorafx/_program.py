@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from ._adapter import FLOATS, join
-from ._branch import Own, site_name, submodule
+from ._branch import Own, hooks, site_name, submodule
 from ._region import Region, why_not_region
 from ._rules import LOOKUPS, Call, Site, is_transpose, linear_call, only_metadata
 from ._scan import weights_kept, weights_used
@@ -42,7 +42,7 @@ class _Weight:
     parameter: nn.Parameter
     places: dict[str, Place] = dataclasses.field(default_factory=dict)  # under each name, in the order of registration
     calls: list[Call] = dataclasses.field(default_factory=list)
-    kinds: list[str] = dataclasses.field(default_factory=list)
+    kind: str = ""  # of the first call
     through: list[Place] = dataclasses.field(default_factory=list)  # where linear calls read it
     others: list[tuple[Place, str]] = dataclasses.field(default_factory=list)  # other readers: where, and in words
     blocked: str | None = None  # why a branch would miss some of its uses
@@ -50,7 +50,7 @@ class _Weight:
     def add_call(self, call: Call, kind: str, owner: nn.Module) -> None:
         """Note a call site."""
         self.calls.append(call)
-        self.kinds.append(kind)
+        self.kind = self.kind or kind
         self.through.append((owner, call.attribute))
 
 
@@ -162,7 +162,7 @@ class _Reader:
                 names = {name for name, m in self.every_path if m is child}
                 targets = {join(path, str(node.target)) for node in nodes}
                 graph = self.graphs.get(self.paths[child]) if names == targets else None
-                if graph is not None and _only_linear(graph) and not _hooked(child):
+                if graph is not None and _only_linear(graph) and not hooks(child):
                     self._move(path, child, nodes)
 
     def _move(self, path: str, child: nn.Module, nodes: list[fx.Node]) -> None:
@@ -199,7 +199,7 @@ class _Reader:
         return weight.blocked
 
 
-def tensors_by_site(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def tensors_by_site(model: nn.Module) -> dict[str, Place]:
     """{site name: (owner, attribute)} for every Parameter of the model under each of its names."""
     return {site_name(path, attribute): (module, attribute)
             for path, module in model.named_modules(remove_duplicate=False) if not isinstance(module, Own)
@@ -211,7 +211,7 @@ def _site(weight: _Weight) -> Site:
     transposed = all(call.transposed for call in weight.calls)
     out_features, in_features = reversed(weight.parameter.shape) if transposed else weight.parameter.shape
     return Site(
-        linear[0], in_features, out_features, weight.kinds[0], tuple(weight.calls), transposed, tuple(linear[1:]),
+        linear[0], in_features, out_features, weight.kind, tuple(weight.calls), transposed, tuple(linear[1:]),
         tied_to=tuple(name for name in weight.places if name not in linear),
         read_by=tuple(reader for place, reader in weight.others if place in weight.through))
 
@@ -237,7 +237,3 @@ def _only_linear(graph: fx.Graph) -> bool:
     call = linear_call(computed[0])
     return (len(computed) == 2 and call is not None and computed[1].args == (computed[0],)
             and inputs == [call.input] and call.weight.op == "get_attr")
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))

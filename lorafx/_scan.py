@@ -8,6 +8,7 @@ What is not found: layers that Python fetches by other ways (`get_submodule`, a 
 functions of other files, and weights fetched through `self.parameters()`, which is how most code asks for a device.
 """
 
+import contextlib
 import dis
 import functools
 import inspect
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from ._rules import METADATA
+from ._watch import instructions
 
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 _QUESTIONS = frozenset({"isinstance", "type", "hasattr", "id", "enumerate", "reversed", "zip", "len"})
@@ -93,14 +95,14 @@ def weights_kept(module: nn.Module, attributes: frozenset[str]) -> Iterator[Weig
     """The weights that plain attributes of any module hold: in a list, a bound method or a partial function."""
     below = {id(parameter): (m, name) for m in module.modules() for name, parameter in m._parameters.items()}
     for name, value in vars(module).items():
-        for held in reached(value) if name not in _TABLES else ():
+        for held in reached(value) if name not in TABLES else ():
             if isinstance(held, nn.Parameter) and id(held) in below:
                 yield below[id(held)]
             elif isinstance(held, types.MethodType) and isinstance(held.__self__, nn.Module):
                 yield from _own(held.__self__, attributes)
 
 
-_TABLES = frozenset(vars(nn.Module()))  # nn.Module's own: parameters, submodules, hooks
+TABLES = frozenset(vars(nn.Module()))  # nn.Module's own: parameters, submodules, hooks
 
 
 def reached(value: Any, depth: int = 4) -> Iterator[Any]:
@@ -114,8 +116,7 @@ def reached(value: Any, depth: int = 4) -> Iterator[Any]:
     elif isinstance(value, functools.partial):
         parts = [value.func, value.args, value.keywords]
     elif isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if not _empty(cell)]
-        parts = [*cells, value.__defaults__, value.__kwdefaults__]
+        parts = [*_enclosed(value), value.__defaults__, value.__kwdefaults__]
     elif not isinstance(value, (nn.Module, torch.Tensor, type, types.ModuleType, types.MethodType)):
         parts = list(getattr(value, "__dict__", {}).values())
     for part in parts if depth else ():
@@ -141,7 +142,7 @@ def _facts(cls: type, method: str, attributes: frozenset[str]) -> tuple[frozense
 
 def _chains(code: types.CodeType, self_name: str | None) -> tuple[set[Chain], set[str]]:
     """The chains that start at self or at a local variable that stands for a part of it, and the other attributes."""
-    steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL")]
+    steps = instructions(code)
     reads = list(_reads(steps))
     roots: dict[str, set[tuple[str, ...]]] = {} if self_name is None else {self_name: {()}}
     for _ in range(3):  # an alias of an alias of an alias
@@ -256,13 +257,12 @@ def _codes_with_globals(function: object) -> list[types.FunctionType]:
         function = function.__func__
     if not isinstance(function, types.FunctionType):
         return []
-    held = [cell.cell_contents for cell in function.__closure__ or () if not _empty(cell)]
-    return [function, *(inner for value in held if value is not function for inner in _codes_with_globals(value))]
+    held = [value for value in _enclosed(function) if value is not function]
+    return [function, *(inner for value in held for inner in _codes_with_globals(value))]
 
 
-def _empty(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents
-    except ValueError:
-        return True
-    return False
+def _enclosed(function: types.FunctionType) -> Iterator[Any]:
+    """What a function closes over, but for cells that are empty yet."""
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):
+            yield cell.cell_contents

@@ -9,8 +9,8 @@ from torch import nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, join
 from ._attach import attach, check_free
-from ._branch import (FROZEN, branches, check_adapter, factors_at, injection, refresh, set_trainable, sets_of,
-                      trained, weights_of)
+from ._branch import (FROZEN, branches, check_adapter, factors_at, holders, injection, refresh, set_trainable,
+                      sets_of, trained, weights_of)
 from ._errors import AdapterError
 from ._program import read
 
@@ -82,13 +82,12 @@ def named_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[t
         check_adapter(model, adapter)
     refresh(model)  # load_state_dict(assign=True) and to_empty part a module trained whole from its adapter's set
     wanted = injection(model).active if adapter is None else (adapter,)
-    holders = {id(holder) for holder in (*branches(model).values(), *(held for _, _, held in trained(model)))}
-    seen: set[int] = set()
+    holding, seen = set(holders(model)), set()
     for path, module in model.named_modules():
-        for name in wanted if id(module) in holders else ():
+        for name in wanted if module in holding else ():
             for key, parameter in module._modules[name].named_parameters() if name in module._modules else ():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
+                if parameter not in seen:
+                    seen.add(parameter)
                     yield join(path, f"{name}.{key}"), parameter
 
 
@@ -117,11 +116,10 @@ def remove(model: nn.Module, adapter: str) -> None:
     record = injection(model)
     del record.configs[adapter]
     record.active = {name: weight for name, weight in record.active.items() if name != adapter}
-    holders = list(trained(model))
-    for holder in (*branches(model).values(), *(held for _, _, held in holders)):
+    for holder in holders(model):
         holder._modules.pop(adapter, None)
     refresh(model)
-    for _, owner, held in holders:
+    for _, owner, held in list(trained(model)):
         if sets_of(held).keys() == {FROZEN}:
             del owner._modules["trained"]
 

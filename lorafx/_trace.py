@@ -8,8 +8,9 @@ accepts a forward only when Python had nothing to decide. Three rules make that 
    call as it happens).
 2. Any other callee, Python or C, must hand its arguments to a symbolic value, and thereby become a node, before it
    does anything else. `isinstance`, `len`, `torch.arange(4)`, `torch.is_grad_enabled()` do not.
-3. All that forward can read is symbolic: its inputs and the attributes of modules (`_Self`). Globals and closures may
-   hold only functions, classes and Python modules; a symbolic value refuses truth, hash, text, length and iteration.
+3. All that forward can read is symbolic: its inputs and the attributes of modules (`_Self`). A global may only be
+   called, or be a dtype or the like, and closures are refused; a symbolic value refuses truth, hash, text, length and
+   iteration.
 """
 
 import concurrent.futures

@@ -140,13 +140,14 @@ def _decides(code: types.CodeType) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _steps(code: types.CodeType) -> list[dis.Instruction]:
+def instructions(code: types.CodeType) -> list[dis.Instruction]:
+    """The instructions of a code object, without those that only pad others."""
     return [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG")]
 
 
 def _reads_names(code: types.CodeType, names: dict[str, Any]) -> str | None:
     """Why a global or an attribute of super() that this code reads may change, or None: functions to call do not."""
-    steps = _steps(code)
+    steps = instructions(code)
     for i, step in enumerate(steps):
         if step.opname == "LOAD_DEREF" and steps[i + 2].opname != "LOAD_SUPER_ATTR":
             return f"{code.co_name} reads `{step.argval}` of an enclosing function"
