@@ -45,6 +45,7 @@ class LoRAConfig:
     trainable: Any = ()
     init: str = "gaussian"
     dtype: torch.dtype | None = None
+    rounding: bool = False
 
     def __post_init__(self) -> None:
         for field in ("rank_pattern", "alpha_pattern"):
@@ -61,6 +62,8 @@ class LoRAConfig:
             raise ConfigError(f"dropout must be at least 0 and below 1, not {self.dropout!r}.")
         if self.dropout:
             raise ConfigError(f"dropout={self.dropout} is not supported yet: leave it at 0.")
+        if not isinstance(self.rounding, bool):
+            raise ConfigError(f"rounding must be True or False, not {self.rounding!r}.")
         if not isinstance(self.init, str) or self.init not in INITS:
             raise ConfigError(f"init must be one of {', '.join(map(repr, INITS))}, not {self.init!r}.")
         if self.dtype is not None and self.dtype not in FLOATS:
@@ -105,7 +108,7 @@ def _first_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
 
 
 class Pair(NamedTuple):
-    """One site of an adapter: A (rank, in), B (out, rank), and the scale of B A."""
+    """One site of an adapter: A (rank, in), B (out, rank), and the scale of B A; or stacks of both, for experts."""
 
     A: Tensor
     B: Tensor
@@ -136,9 +139,10 @@ def validate(adapter: Adapter) -> None:
         if tensor.is_nested:
             raise ConfigError(f"'{name}' is a nested tensor.")
     for site, (A, B, scale) in adapter.pairs.items():
-        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] < 1:
+        fits = 2 <= A.ndim == B.ndim <= 3 and A.shape[:-2] == B.shape[:-2] and A.shape[-2] == B.shape[-1] > 0
+        if not fits:
             shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
-            raise ConfigError(f"at '{site}', {shapes} are not (rank, in) and (out, rank).")
+            raise ConfigError(f"at '{site}', {shapes} are not (rank, in) and (out, rank), nor stacks of such.")
         if not is_number(scale):
             raise ConfigError(f"at '{site}', the scale is {scale!r}.")
     for name, tensor in adapter.tensors():

@@ -1,20 +1,22 @@
 """Puts an adapter into a model: checks that it fits, registers its branches, and writes them into the graphs."""
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 from collections import defaultdict
 from collections.abc import Mapping
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, check_name, join, pattern_matches
-from ._branch import (FROZEN, RECORD, Branch, Factors, Injection, Own, Trained, branch_name, factor_dtype, injection,
-                      new_pair, set_trainable, sets_of, submodule)
+from ._branch import (FROZEN, FROZEN_PREFIX, RECORD, Branch, Factors, Injection, Own, Trained, branch_name,
+                      factor_dtype, injection, new_pair, set_trainable, sets_of, split_block, submodule,
+                      through_branches)
 from ._errors import AdapterError, ConfigError, MismatchError, NoSiteError, UnsupportedModelError
-from ._program import Place, Program, tensors_by_site
-from ._region import Region, convert, keep_attributes, same_kind
-from ._rules import Call, Site, name_matches, near, select
+from ._program import Place, Program, places_of_sites, tensor_at
+from ._region import adapt, convert, is_plain_graph, keep_attributes, same_kind
+from ._rules import Call, Site, blocks_matching, name_matches, near, only_metadata, readers_of, select
 
 # What data-parallel and compile wrappers put before every name when a wrapped model is saved.
 WRAPPERS = ("module.", "_orig_mod.")
@@ -25,7 +27,7 @@ def start(model: nn.Module, program: Program) -> None:
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     model.__dict__[RECORD] = Injection(flags, program.skipped, program.breaks)
-    if isinstance(model, fx.GraphModule) and not isinstance(model, Region):
+    if is_plain_graph(model):
         keep_attributes(model)
 
 
@@ -41,7 +43,8 @@ def create(model: nn.Module, program: Program, name: str, config: LoRAConfig) ->
     base = base_parameters(model)
     whole = _trained_tensors(base, config)
     theirs = {id(parameter) for parameter in whole.values()}
-    taken = {site for site in program.sites if id(base[weight_name(site)]) in theirs}
+    places = places_of_sites(model)
+    taken = {site for site in program.sites if id(weight_at(places, site)) in theirs}
     open_sites = [site for site in program.sites if site not in taken]
     left_alone = program.left_alone | {site.name: "it is trained whole (trainable)" for site in taken}
     chosen = select(open_sites, config.targets, config.exclude, left_alone)
@@ -49,7 +52,7 @@ def create(model: nn.Module, program: Program, name: str, config: LoRAConfig) ->
         if not any(pattern_matches(pattern, site.name) for site in chosen):
             names = near(pattern, [site.name for site in chosen])
             raise NoSiteError(f"The pattern {pattern!r} matches none of the {len(chosen)} sites chosen: {names}.")
-    pairs = {site.name: new_pair(config, site, base[weight_name(site)]) for site in chosen}
+    pairs = {site.name: new_pair(config, site, weight_at(places, site)) for site in chosen}
     return Adapter(name, config, pairs, {key: parameter.detach().clone() for key, parameter in whole.items()})
 
 
@@ -90,8 +93,9 @@ def fit(model: nn.Module, program: Program, adapter: Adapter, source: str, made_
 
     `made_for` is the fingerprint of the model that it was made for, if known.
     """
+    base, places = base_parameters(model), places_of_sites(model)
     sites = {name: site for site in program.sites for name in site.names}
-    frozen = base_parameters(model)
+    sites |= {name: block for name in adapter.pairs for block in blocks_matching(program.sites, name)}
     pairs: dict[str, Pair] = {}
     names = _without_wrappers(list(adapter.pairs), sites)
     for name, pair in zip(names, adapter.pairs.values()):
@@ -101,23 +105,29 @@ def fit(model: nn.Module, program: Program, adapter: Adapter, source: str, made_
             raise MismatchError(f"{source} has an adapter at '{name}', but in this model {found}."
                                 + _other_base(program, made_for))
         site = sites[name]
-        if (pair.A.shape[1], pair.B.shape[0]) != (site.in_features, site.out_features):
-            raise MismatchError(
-                f"{source} maps {pair.A.shape[1]} to {pair.B.shape[0]} features at '{name}', but this model "
-                f"{site.in_features} to {site.out_features}.{_other_base(program, made_for)}")
+        theirs = _sizes(pair.A.shape[-1], pair.B.shape[-2], *pair.A.shape[:-2])
+        ours = _sizes(site.in_features, site.out_features, site.experts)
+        if theirs != ours:
+            raise MismatchError(f"{source} maps {theirs} at '{name}', but this model {ours}."
+                                + _other_base(program, made_for))
         if site.name in pairs:
             raise MismatchError(f"{source} has two adapters for the weight of '{site.name}', which goes by the names "
                                 f"{', '.join(site.names)} too.")
-        weight = frozen[weight_name(site)]
+        weight = weight_at(places, site)
         to = weight.device, factor_dtype(adapter.config, weight)
         pairs[site.name] = Pair(pair.A.to(*to, copy=True), pair.B.to(*to, copy=True), pair.scale)
     trained = {}
     for name, tensor in adapter.trained.items():
-        if name not in frozen or frozen[name].shape != tensor.shape:
-            has = f"has it as {tuple(frozen[name].shape)}" if name in frozen else f"has {near(name, frozen)}"
+        if name not in base or base[name].shape != tensor.shape:
+            has = f"has it as {tuple(base[name].shape)}" if name in base else f"has {near(name, base)}"
             raise MismatchError(f"{source} has a trained '{name}' {tuple(tensor.shape)}, but this model {has}.")
-        trained[name] = tensor.to(frozen[name], copy=True)
+        trained[name] = tensor.to(base[name], copy=True)
     return dataclasses.replace(adapter, pairs=pairs, trained=trained)
+
+
+def _sizes(in_features: int, out_features: int, experts: int | None = None) -> str:
+    each = "" if experts is None else f" for each of {experts} experts"
+    return f"{in_features} to {out_features} features{each}"
 
 
 def _without_wrappers(names: list[str], sites: Mapping[str, Site]) -> list[str]:
@@ -143,26 +153,30 @@ def fingerprint(program: Program) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def weight_name(site: Site) -> str:
-    """A name in the model of a site's weight."""
-    call = site.calls[0]
-    return join(join(call.region, call.owner) if call.owner else call.region, call.attribute)
+def weight_at(places: Mapping[str, Place], site: Site) -> Tensor:
+    """The frozen tensor of which a site is all or some rows."""
+    owner, attribute = places[split_block(site.name)[0]]
+    held = owner._modules.get("trained")
+    kept = sets_of(held)[FROZEN].get(attribute) if isinstance(held, Trained) else None
+    found: Tensor = tensor_at(owner, attribute) if kept is None else kept
+    return found
 
 
 def attach(model: nn.Module, program: Program, adapter: Adapter) -> None:
     """Put an adapter that fits into a started model, inactive; everything that can fail is checked before a change."""
-    sites = [site for site in program.sites if site.name in adapter.pairs]
-    places = tensors_by_site(model)
+    sites = [site for name in adapter.pairs for site in (program.site(name),) if site is not None]
+    places = places_of_sites(model)
     _check_room(model, places, sites, adapter)
-    edits: dict[str, list[tuple[Call, bool]]] = defaultdict(list)
+    edits: dict[str, list[tuple[Call, str, bool]]] = defaultdict(list)
     for site in sites:
-        owner, attribute = places[site.name]
-        if branch_name(attribute) not in owner._modules:
+        owner, attribute = places[split_block(site.name)[0]]
+        branch = branch_name(attribute, split_block(site.name)[1])
+        if branch not in owner._modules:
             for call in site.calls:
-                edits[call.region].append((call, call.transposed != site.transposed))
+                name = join(call.owner, branch_name(call.attribute, split_block(site.name)[1]))
+                edits[call.region].append((call, name, call.transposed != site.transposed))
         held = _branch(places, site)
-        A, B, scale = adapter.pairs[site.name]
-        held._modules[adapter.name] = Factors(A, B, scale).train(held.training)
+        held._modules[adapter.name] = Factors(*adapter.pairs[site.name], adapter.config.rounding).train(held.training)
     for region, calls in edits.items():
         _write(submodule(model, region), program.graphs[region], calls)
     _hold_trained(model, adapter)
@@ -172,8 +186,12 @@ def attach(model: nn.Module, program: Program, adapter: Adapter) -> None:
 
 
 def _check_room(model: nn.Module, places: Mapping[str, Place], sites: list[Site], adapter: Adapter) -> None:
-    needed: list[tuple[nn.Module, str, type[Own], str]] = [
-        (places[name][0], branch_name(places[name][1]), Branch, name) for site in sites for name in site.names]
+    needed: list[tuple[nn.Module, str, type[Own], str]] = []
+    for name in (name for site in sites for name in site.names):
+        owner, attribute = places[split_block(name)[0]]
+        needed.append((owner, branch_name(attribute, split_block(name)[1]), Branch, name))
+        if attribute not in getattr(type(owner), "_adapted", ()):
+            needed.append((owner, FROZEN_PREFIX + attribute, Branch, name))
     needed += [(submodule(model, name.rpartition(".")[0]), "trained", Trained, name) for name in adapter.trained]
     for owner, name, kind, at in needed:
         held = owner._modules.get(name)
@@ -185,31 +203,60 @@ def _check_room(model: nn.Module, places: Mapping[str, Place], sites: list[Site]
 
 def _branch(places: Mapping[str, Place], site: Site) -> Branch:
     """The branch at a site, registered under all of its names with the owners of its weight."""
-    first, attribute = places[site.name]
-    held = first._modules.get(branch_name(attribute))
-    branch = held if isinstance(held, Branch) else Branch().train(first.training)
-    for owner, name in (places[name] for name in site.names):
-        owner._modules[branch_name(name)] = branch
+    (first, attribute), block = places[split_block(site.name)[0]], split_block(site.name)[1]
+    held = first._modules.get(branch_name(attribute, block))
+    branch = held if isinstance(held, Branch) else Branch(site.transposed, site.rows).train(first.training)
+    in_graph_modules = {call.owner for call in site.calls if call.node.op == "call_module"}
+    for name in site.names:
+        owner, attribute = places[split_block(name)[0]]
+        owner._modules[branch_name(attribute, block)] = branch
+        if not (in_graph_modules or is_plain_graph(owner) or attribute in getattr(type(owner), "_adapted", ())):
+            adapt(owner, attribute)
     return branch
 
 
-def _write(region: nn.Module, graph: fx.Graph, calls: list[tuple[Call, bool]]) -> None:
+def _write(region: nn.Module, graph: fx.Graph, calls: list[tuple[Call, str, bool]]) -> None:
     """Write y -> branch(x, y) after each linear call, and let everything that used y use the branch's output.
 
-    The bool says whether the call is the reverse of its site's.
+    Each call comes with its branch's name, and with whether it is the reverse of its site's.
     """
-    for call, reverse in calls:
-        target = join(call.owner, branch_name(call.attribute))
-        with graph.inserting_after(call.node):
-            node = graph.call_module(target, (call.input, call.node, *[True] * reverse))
+    for call, target, reverse in calls:
+        after = through_branches(region, call.node)  # those of other blocks of the same weight
+        with graph.inserting_after(after):
+            node = graph.call_module(target, (call.input, after, *[True] * reverse))
         node.meta = call.node.meta.copy()
-        call.node.replace_all_uses_with(node)
-        node.update_arg(1, call.node)  # which the line above replaced too
+        after.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+    _read_frozen(region, graph)
     if isinstance(region, fx.GraphModule):
         region.recompile()
     else:
         convert(region, graph)
     graph.lint()
+
+
+def _read_frozen(region: nn.Module, graph: fx.Graph) -> None:
+    """Let the linear calls that have a branch beside them, and questions for a shape or dtype, read W itself."""
+    for node in graph.find_nodes(op="get_attr"):
+        owner, _, attribute = str(node.target).rpartition(".")
+        if attribute not in getattr(type(submodule(region, owner)), "_adapted", ()):
+            continue
+        target, readers = join(owner, FROZEN_PREFIX + attribute), [*readers_of(node)]
+        frozen_readers = {user for _, user in readers
+                          if only_metadata(user) or through_branches(region, user) is not user}
+        if len(frozen_readers) == len({user for _, user in readers}):
+            node.target = target
+            continue
+        for path, user in readers if frozen_readers else ():
+            if user in frozen_readers:  # it gets a reading, and transposes, of its own
+                with graph.inserting_before(user):
+                    twin = graph.get_attr(target)
+                    for step in path:
+                        twin = graph.node_copy(step, functools.partial(_instead, twin))
+                user.replace_input_with(path[-1] if path else node, twin)
+
+
+def _instead(twin: fx.Node, _: fx.Node) -> fx.Node:
+    return twin
 
 
 def _hold_trained(model: nn.Module, adapter: Adapter) -> None:

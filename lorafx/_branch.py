@@ -1,16 +1,19 @@
 """The modules that hold adapters inside a model, and what a model remembers of its injection."""
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from ._adapter import INITS, LoRAConfig, Pair, is_number, join
 from ._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from ._kernels import add_branch
 from ._rules import Site
+from ._weight import NARROW, AdaptedWeight, Part, whole
 
 
 class Own(nn.Module):
@@ -18,16 +21,20 @@ class Own(nn.Module):
 
 
 class Factors(Own):
-    """One adapter at one site: A (rank, in), B (out, rank), scale s."""
+    """One adapter at one site: A (rank, in), B (out, rank), scale s; or stacks of A and B, one for each expert.
 
-    def __init__(self, A: Tensor, B: Tensor, scale: float) -> None:
+    `rounding` says whether W + s B A may be rounded to a narrow dtype where Python needs the sum.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, scale: float, rounding: bool = False) -> None:
         super().__init__()
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
         self.scale = scale
+        self.rounding = rounding
 
     def extra_repr(self) -> str:
-        return f"rank={self.A.shape[0]}, scale={self.scale:g}"
+        return f"rank={self.A.shape[-2]}, scale={self.scale:g}"
 
 
 class Branch(Own):
@@ -35,10 +42,12 @@ class Branch(Own):
 
     The sum runs over the active adapters, w being the weight that `activate` gave each; with none it returns y itself.
     A call of the transposed weight, as a decoder makes that shares its encoder's, is `reverse`: y + sum w s (x B) A.
+    At a site that is some rows of a weight, the sum goes to (or, in reverse, x comes from) those features alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, transposed: bool = False, rows: tuple[int, int] | None = None) -> None:
         super().__init__()
+        self.transposed, self.rows = transposed, rows  # as in the Site
         self._live: tuple[tuple[str, float], ...] = ()
 
     def forward(self, x: Tensor, y: Tensor, reverse: bool = False) -> Tensor:
@@ -46,8 +55,27 @@ class Branch(Own):
         for name, weight in self._live:
             factors: Factors = self._modules[name]  # type: ignore[assignment]
             A, B = (factors.B.mT, factors.A.mT) if reverse else (factors.A, factors.B)
-            y = add_branch(y, x, A, B, weight * factors.scale)
+            if self.rows is None:
+                y = add_branch(y, x, A, B, weight * factors.scale)
+            elif reverse:
+                y = add_branch(y, x.narrow(-1, self.rows[0], self.rows[1]), A, B, weight * factors.scale)
+            else:
+                start, length = self.rows
+                block = add_branch(y.narrow(-1, start, length), x, A, B, weight * factors.scale)
+                y = torch.cat([y[..., :start], block, y[..., start + length:]], dim=-1)
         return y
+
+    def parts(self, live: Mapping[str, float] | None = None) -> list[Part]:
+        """What the adapters, the active ones by default, add to the weight as it is stored."""
+        found = []
+        for name, weight in self._live if live is None else live.items():
+            factors = factors_at(self, name)
+            if factors is None:
+                continue
+            start = self.rows[0] if self.rows else 0
+            part = Part(factors.B, factors.A, weight * factors.scale, -2, start, factors.rounding)
+            found.append(part.transposed if self.transposed else part)
+        return found
 
 
 class Trained(Own):
@@ -135,20 +163,33 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     return model
 
 
+def through_branches(region: nn.Module, node: fx.Node) -> fx.Node:
+    """The node itself, or the last of the branches that follow it one after the other."""
+    following = [user for user in node.users if user.op == "call_module" and user.args[1:2] == (node,)
+                 and isinstance(submodule(region, str(user.target)), Branch)]
+    return through_branches(region, following[0]) if following else node
+
+
 def hooks(module: nn.Module) -> list[Any]:
     """The functions that are hooked to a module's forward and backward."""
     tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return [hook for table in tables for hook in table.values()]
 
 
-def branch_name(attribute: str) -> str:
-    """The name of the branch of a module's tensor: `lora` for its weight, `lora_w1` for another, w1."""
-    return "lora" if attribute == "weight" else f"lora_{attribute}"
+def branch_name(attribute: str, block: str = "") -> str:
+    """The name of the branch of a module's tensor: `lora` for its weight, `lora_w1` for another, w1, `lora[q]`."""
+    return ("lora" if attribute == "weight" else f"lora_{attribute}") + block
 
 
 def site_name(owner: str, attribute: str) -> str:
     """The name of a site: its owner's path, or the tensor's own where that is not called weight."""
     return owner if attribute == "weight" else join(owner, attribute)
+
+
+def split_block(name: str) -> tuple[str, str]:
+    """A site's name without its block, and the block: ("attn.qkv", "[q]")."""
+    base, bracket, block = name.partition("[")
+    return base, bracket + block
 
 
 def branches(model: nn.Module) -> dict[str, Branch]:
@@ -157,8 +198,64 @@ def branches(model: nn.Module) -> dict[str, Branch]:
     for path, module in model.named_modules():
         if isinstance(module, Branch):
             owner, _, name = path.rpartition(".")
-            found[site_name(owner, "weight" if name == "lora" else name.removeprefix("lora_"))] = module
+            base, block = split_block(name)
+            found[site_name(owner, "weight" if base == "lora" else base.removeprefix("lora_")) + block] = module
     return found
+
+
+def tensor_names(module: nn.Module) -> list[str]:
+    """The attributes of a module that hold a tensor."""
+    computed = list(module.parametrizations) if parametrize.is_parametrized(module) else []  # type: ignore[arg-type]
+    plain = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
+    tensors = [name for name, value in (*module._parameters.items(), *module._buffers.items()) if value is not None]
+    return [*tensors, *computed, *plain]
+
+
+FROZEN_PREFIX = "frozen_"
+
+
+def thawed(owner: nn.Module, attribute: str) -> str:
+    """The name of the tensor that an attribute reads: `weight` for the `frozen_weight` of an adapted module."""
+    name = attribute.removeprefix(FROZEN_PREFIX)
+    return name if name in getattr(type(owner), "_adapted", ()) else attribute
+
+
+def frozen(owner: nn.Module, attribute: str) -> Any:
+    """What a module has under this name without adapters: W."""
+    for table in (owner._parameters, owner._buffers, vars(owner)):
+        if attribute in table:
+            return table[attribute]
+    cls = getattr(type(owner), "_user_class", type(owner))
+    return getattr(cls, attribute).__get__(owner)  # a parametrization's property
+
+
+def adapted(owner: nn.Module, attribute: str) -> Tensor:
+    """What Python reads of a module under this name: W + sum s B A, over the active adapters at its sites.
+
+    It is an `AdaptedWeight`, or the sum itself where no subclass of Tensor can go: in functions that are being
+    compiled or transformed, and in the layers of torch that would not take their fused paths with one.
+    """
+    matrix = frozen(owner, attribute)
+    name = branch_name(attribute)
+    parts: list[Part] = []
+    for key, module in owner._modules.items():
+        if key.partition("[")[0] == name and isinstance(module, Branch):
+            parts += module.parts()
+    if not parts:
+        return matrix  # type: ignore[no-any-return]
+    if matrix.dtype not in NARROW and (torch.compiler.is_compiling() or _functorch_active() or (
+            sys._getframe(2).f_globals.get("__name__") in _FUSED and not _needs_grad(parts))):
+        return whole(matrix, parts)
+    return AdaptedWeight.of(matrix, parts, f"the {attribute} of a {type(owner).__name__}")
+
+
+# Layers of torch that read their children's weights for a fused kernel, and ask for plain tensors.
+_FUSED = ("torch.nn.modules.activation", "torch.nn.modules.transformer")
+_functorch_active = torch._C._are_functorch_transforms_active
+
+
+def _needs_grad(parts: list[Part]) -> bool:
+    return torch.is_grad_enabled() and any(part.left.requires_grad or part.right.requires_grad for part in parts)
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Module, Trained]]:
@@ -180,10 +277,14 @@ def factor_dtype(config: LoRAConfig, weight: Tensor) -> torch.dtype:
 
 
 def new_pair(config: LoRAConfig, site: Site, weight: Tensor) -> Pair:
-    """Fresh A (rank, in), drawn from torch's default generator, and B (out, rank), zero, for one site's weight."""
+    """Fresh A (rank, in), drawn from torch's default generator, and B (out, rank), zero, for one site's weight.
+
+    A stack of experts has stacks of both, (experts, rank, in) and (experts, out, rank).
+    """
     rank, dtype = config.site_rank(site.name), factor_dtype(config, weight)
-    A = torch.empty(rank, site.in_features, dtype=dtype, device=weight.device)
-    B = torch.zeros(site.out_features, rank, dtype=dtype, device=weight.device)
+    stack = () if site.experts is None else (site.experts,)
+    A = torch.empty(*stack, rank, site.in_features, dtype=dtype, device=weight.device)
+    B = torch.zeros(*stack, site.out_features, rank, dtype=dtype, device=weight.device)
     if A.numel():
         INITS[config.init](A)
     return Pair(A, B, config.site_scale(site.name))

@@ -127,7 +127,7 @@ def _decode_minimind(path: Path) -> tuple[Adapter, str | None]:
         raise FormatError(f"'{path}' does not hold a dict of named tensors.")
     pairs = _pairs(tensors, "lora.A.weight", "lora.B.weight", path, defaultdict(lambda: 1.0))
     validate(Adapter("default", LoRAConfig(), pairs))
-    rank = max(pair.A.shape[0] for pair in pairs.values())
+    rank = max(pair.A.shape[-2] for pair in pairs.values())
     return Adapter("default", LoRAConfig(rank=rank, targets=list(pairs)), pairs), None
 
 

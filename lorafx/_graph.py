@@ -1,10 +1,10 @@
 """The graph of a region: an `fx.Graph` that may read any attribute of a module, and that pickles flat."""
 
 import dataclasses
-import operator
+import inspect
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 
@@ -17,7 +17,7 @@ class RegionGraph(fx.Graph):
             super().lint()
             for node in self.nodes if owner is not None else ():
                 if node.op in ("get_attr", "call_module"):
-                    operator.attrgetter(str(node.target))(owner)
+                    _check(owner, str(node.target))
         finally:
             self.owning_module = owner
 
@@ -35,6 +35,16 @@ class RegionGraph(fx.Graph):
         nodes = [(node.op, node.target, map_aggregate((node.args, node.kwargs), named), node.name)
                  for node in self.nodes]
         return _from_nodes, (nodes,)
+
+
+def _check(owner: Any, target: str) -> None:
+    """Raise AttributeError unless a module has this attribute; a property, which might do something, is not read."""
+    *path, name = target.split(".")
+    for part in path:
+        held = owner._modules.get(part) if isinstance(owner, nn.Module) else None
+        owner = getattr(owner, part) if held is None else held
+    if not isinstance(inspect.getattr_static(type(owner), name, None), property):
+        getattr(owner, name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ def inject(
     model: M, rank: int = 8, *, alpha: float | None = None, targets: Any = "square", exclude: Any = (),
     dropout: float = 0.0, rslora: bool = False, rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None, trainable: Any = (), init: str = "gaussian",
-    dtype: torch.dtype | None = None, adapter: str = "default",
+    dtype: torch.dtype | None = None, rounding: bool = False, adapter: str = "default",
 ) -> M:
     """A new model in which each chosen linear call y = x W^T + b also adds s (x A^T) B^T; all but A and B is frozen.
 
@@ -52,6 +52,8 @@ def inject(
         trainable: names of base modules to copy, train whole and save with the adapter, such as a classifier head.
         init: how A is drawn: "gaussian", or "kaiming" (uniform, a = sqrt(5), PEFT's way).
         dtype: of A and B; by default float32 for a float16 or bfloat16 weight, and the weight's own otherwise.
+        rounding: whether Python that needs an adapted float16 or bfloat16 weight as a whole, and not in a product, may
+            get W + s B A rounded to it, which loses most of a small adapter; by default that is an error.
         adapter: the name of this adapter.
 
     Raises:
@@ -69,7 +71,7 @@ def inject(
         True
     """
     config = LoRAConfig(rank, alpha, targets, exclude, dropout, rslora, rank_pattern or {}, alpha_pattern or {},
-                        tuple(as_list(trainable)), init, dtype)
+                        tuple(as_list(trainable)), init, dtype, rounding)
     check_name(adapter)
     check_model(model)
     twin = share(model)

@@ -1,18 +1,21 @@
 """Folds adapters into weights, W + s B A, and takes them out again; both give a new model of the original class."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from torch.nn.utils import parametrize
 
-from ._branch import (FROZEN, RECORD, Branch, Own, branches, chosen_set, factors_at, injection, sets_of, submodule,
-                      trained, weights_of)
+from ._adapter import join
+from ._branch import (FROZEN, RECORD, Branch, Own, branches, chosen_set, factors_at, injection, sets_of, split_block,
+                      submodule, thawed, trained, weights_of)
 from ._errors import TiedWeightError, UnsupportedModelError
-from ._kernels import delta
-from ._program import read, tensors_by_site
-from ._region import Region, revert, same_kind, share
+from ._program import Place, places_of_sites, read
+from ._region import Adapted, is_plain_graph, revert, same_kind, share
 from ._rules import Site
+from ._weight import Part, whole
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,10 +40,11 @@ def eject(model: M) -> M:
     for _, owner, held in trained(twin):
         owner._parameters.update(sets_of(held)[FROZEN])
     for module in list(twin.modules()):
-        if isinstance(module, Region):
-            revert(module)
-        elif isinstance(module, fx.GraphModule):
+        if is_plain_graph(module):
             _erase_branches(module)
+    for module in list(twin.modules()):
+        if isinstance(module, Adapted):
+            revert(module)
     for module in list(twin.modules()):
         for name in [name for name, child in module._modules.items() if isinstance(child, Own)]:
             del module._modules[name]
@@ -51,6 +55,9 @@ def eject(model: M) -> M:
 
 
 def _erase_branches(module: fx.GraphModule) -> None:
+    for node in module.graph.find_nodes(op="get_attr"):
+        owner, _, attribute = str(node.target).rpartition(".")
+        node.target = join(owner, thawed(submodule(module, owner), attribute))
     for node in module.graph.find_nodes(op="call_module"):
         if isinstance(submodule(module, node.target), Branch):
             node.replace_all_uses_with(node.args[1])
@@ -71,7 +78,7 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
         untie: give an adapted weight that something else reads (a head tied to an embedding) a tensor of its own.
 
     Raises:
-        TiedWeightError: such a weight exists and `untie` is false, or untying cannot separate its readers.
+        TiedWeightError: such a weight exists and `untie` is false.
         AdapterError: an adapter's name is unknown.
 
     Example:
@@ -84,53 +91,71 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
     held, program = branches(model), read(model)
     used = {name for name, branch in held.items() if any(factors_at(branch, adapter) for adapter in chosen)}
-    sites = [site for site in program.sites if site.name in used]
-    for site in sites:
+    sites = {name: program.site(name) for name in used}
+    for name, site in sites.items():
+        if site is None:
+            why = program.left_alone.get(split_block(name)[0], "it is not there any more")
+            raise UnsupportedModelError(f"The adapters at '{name}' cannot be folded, since the model changed: {why}.")
         _check_tie(site, untie)
-    for name in used - {site.name for site in sites}:
-        why = program.left_alone.get(name, "it is not there any more")
-        raise UnsupportedModelError(f"The adapters at '{name}' cannot be folded, since the model has changed: {why}.")
     twin = eject(model)
     clones: dict[nn.Parameter, nn.Parameter] = {}
-    for path, _, whole in trained(model):
-        own = chosen_set(whole, chosen)
-        for name, parameter in own.items() if own is not sets_of(whole)[FROZEN] else ():
+    for path, _, whole_set in trained(model):
+        own = chosen_set(whole_set, chosen)
+        for name, parameter in own.items() if own is not sets_of(whole_set)[FROZEN] else ():
             base = submodule(twin, path)._parameters[name]
             assert base is not None
             clones.setdefault(parameter, same_kind(base, parameter.detach().clone()))
             submodule(twin, path)._parameters[name] = clones[parameter]
-    places = tensors_by_site(twin)
-    for site in sites:
-        owner, attribute = places[site.name]
-        weight = owner._parameters[attribute]
-        assert weight is not None
-        stored = weight.detach()
-        matrix = _folded(stored.mT if site.transposed else stored, held[site.name], chosen)  # (out, in)
-        folded = same_kind(weight, (matrix.mT if site.transposed else matrix).contiguous())
-        for name in site.names:
-            owner, attribute = places[name]
-            owner._parameters[attribute] = folded
+    places = places_of_sites(twin)
+    by_weight: dict[tuple[str, ...], list[Part]] = defaultdict(list)
+    for name, site in sites.items():
+        assert site is not None
+        by_weight[tuple(split_block(alias)[0] for alias in site.names)] += held[name].parts(chosen)
+    for names, parts in by_weight.items():
+        _fold([places[name] for name in names], parts)
     return twin
 
 
-def _folded(weight: Tensor, branch: Branch, chosen: Mapping[str, float]) -> Tensor:
-    """W + sum w s B A in W's dtype, rounded once. W (out, in)."""
-    factors = [(factors_at(branch, adapter), scale) for adapter, scale in chosen.items()]
-    present = [(found, scale) for found, scale in factors if found is not None]
-    wide = torch.float32
-    for tensor in (weight, *(found.A for found, _ in present)):
-        wide = torch.promote_types(wide, tensor.dtype)
-    total = weight.to(wide, copy=True)  # (out, in)
-    for found, scale in present:
-        total += delta(found.A.detach(), found.B.detach(), scale * found.scale, wide)
-    return total.to(weight.dtype)
+def _fold(places: list[Place], parts: list[Part]) -> None:
+    """Put W + sum s B A, in W's dtype and rounded once, in the place of W, under all of its names."""
+    for owner, attribute in places:
+        if parametrize.is_parametrized(owner, attribute):
+            _bake(owner, attribute)
+    owner, attribute = places[0]
+    weight = owner._parameters.get(attribute, owner._buffers.get(attribute))
+    if weight is None:
+        raise UnsupportedModelError(
+            f"The {attribute} of a {type(owner).__name__} is computed before every call, by a hook such as the old "
+            "weight_norm's: remove that from the model (torch.nn.utils.remove_weight_norm) before lorafx.inject.")
+    detached = [part._replace(left=part.left.detach(), right=part.right.detach()) for part in parts]
+    total = whole(weight.detach(), detached)
+    folded = same_kind(weight, total) if isinstance(weight, nn.Parameter) else total
+    for owner, attribute in places:
+        table: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers
+        table[attribute] = folded
+
+
+def _bake(owner: nn.Module, attribute: str) -> None:
+    """Put the weight that a parametrization computes, in eval, in its place, as a Parameter.
+
+    torch's remove_parametrizations would do it to every copy of the module, since copies share the class.
+    """
+    training = owner.training
+    with torch.no_grad():
+        weight = getattr(owner.eval(), attribute).clone()
+    owner.train(training)
+    cls: Any = type(owner)
+    rest, computed = dict(vars(cls)), submodule(owner, "parametrizations")._modules
+    del rest[attribute], computed[attribute]
+    if computed:
+        owner.__class__ = type(cls)(cls.__name__, cls.__bases__, rest)
+    else:
+        del owner._modules["parametrizations"]
+        owner.__class__ = cls.__bases__[0]
+    owner._parameters[attribute] = nn.Parameter(weight, requires_grad=False)
 
 
 def _check_tie(site: Site, untie: bool) -> None:
-    if site.read_by:
-        raise TiedWeightError(
-            f"The weight of '{site.name}' is also read by {site.read_by[0]}, through the same module: folding an "
-            "adapter into it would change that too, and untying cannot help. Exclude it, or stay unmerged.")
     if site.tied_to and not untie:
         raise TiedWeightError(
             f"The weight of '{site.name}' is tied to '{site.tied_to[0]}', so that folding an adapter into it would "

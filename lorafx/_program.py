@@ -1,16 +1,22 @@
 """A model as a program: a graph for each module that can be traced, the sites in them, and what is left alone."""
 
+import copy
 import dataclasses
+import inspect
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from ._adapter import FLOATS, join
-from ._branch import Own, hooks, site_name, submodule
-from ._region import Region, why_not_region
-from ._rules import LOOKUPS, Call, Site, is_transpose, linear_call, only_metadata
-from ._scan import weights_kept, weights_used
+from ._branch import Own, frozen, hooks, site_name, submodule, tensor_names, thawed, through_branches
+from ._region import is_plain_graph, why_not_adapted, why_not_region
+from ._rules import (RULES, COMPOSITES, Call, LinearCall, Site, blocks_matching, blocks_of, linear_call, only_metadata,
+                     readers_of)
+from ._scan import fetched, products, weights_kept
 from ._trace import Tracing, tracing
 from ._watch import Unsound
 
@@ -24,6 +30,11 @@ class Program:
     skipped: dict[str, str]
     breaks: dict[str, str]
 
+    def site(self, name: str) -> Site | None:
+        """The site of this name, which may be a block of rows."""
+        found = [site for site in self.sites if name in site.names] or blocks_matching(self.sites, name)
+        return next((site for site in found if name in site.names), None)
+
     @property
     def left_alone(self) -> dict[str, str]:
         """Why a name is not a site, for error messages."""
@@ -32,26 +43,36 @@ class Program:
         return {**self.skipped, **tied, **{name: why for name, why in self.breaks.items() if name not in self.skipped}}
 
 
-Place = tuple[nn.Module, str]  # a module and the attribute under which it has a Parameter
+Place = tuple[nn.Module, str]  # a module and the attribute under which it has a tensor
 
 
 @dataclasses.dataclass
 class _Weight:
-    """One Parameter and all that is known of its readers."""
+    """One tensor and all that is known of its readers."""
 
-    parameter: nn.Parameter
+    shape: torch.Size
+    dtype: torch.dtype
     places: dict[str, Place] = dataclasses.field(default_factory=dict)  # under each name, in the order of registration
     calls: list[Call] = dataclasses.field(default_factory=list)
-    kind: str = ""  # of the first call
+    kind: str = ""  # of the first call in a graph
     through: list[Place] = dataclasses.field(default_factory=list)  # where linear calls read it
-    others: list[tuple[Place, str]] = dataclasses.field(default_factory=list)  # other readers: where, and in words
-    blocked: str | None = None  # why a branch would miss some of its uses
+    transposed: list[bool] = dataclasses.field(default_factory=list)  # of each linear call, in graphs and out of them
+    stacked: tuple[str, ...] = ()  # equal blocks of rows that are weights by themselves
+    blocks: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # blocks that may be, if asked
+    other: str = ""  # a reader that makes no linear call, in words
+    blocked: str | None = None  # why an adapter would miss some of its uses
 
     def add_call(self, call: Call, kind: str, owner: nn.Module) -> None:
         """Note a call site."""
         self.calls.append(call)
         self.kind = self.kind or kind
-        self.through.append((owner, call.attribute))
+        self.add_use((owner, call.attribute), call.transposed)
+
+    def add_use(self, place: Place, transposed: bool, stacked: tuple[str, ...] = ()) -> None:
+        """Note a linear call, in a graph or not."""
+        self.through.append(place)
+        self.transposed.append(transposed)
+        self.stacked = stacked or self.stacked
 
 
 def read(model: nn.Module) -> Program:
@@ -62,6 +83,7 @@ def read(model: nn.Module) -> Program:
             reader.trace(path, trace)
     for path in list(reader.graphs):
         reader.note_graph(path)
+    reader.note_blocks()
     for path in reader.modules:
         reader.note_python(path)
     reader.move_into_graph_modules()
@@ -69,7 +91,7 @@ def read(model: nn.Module) -> Program:
 
 
 class _Reader:
-    """The state of one `read`: modules under their first names, graphs, and what reads each Parameter."""
+    """The state of one `read`: modules under their first names, graphs, and what reads each tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = {path: m for path, m in model.named_modules() if not isinstance(m, Own)}
@@ -77,17 +99,30 @@ class _Reader:
         self.graphs: dict[str, fx.Graph] = {}
         self.breaks: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
-        self.weights: dict[nn.Parameter, _Weight] = {}
-        self.names: list[str] = []  # of all Parameters, as sites, in the order of registration
+        self.weights: dict[nn.Parameter | Place, _Weight] = {}
+        self.names: list[str] = []  # of all tensors, as sites, in the order of registration
         self.every_path = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if m in self.paths]
         for path, module in self.every_path:
             for attribute, parameter in module._parameters.items():
                 if parameter is not None:
-                    name = site_name(path, attribute)
-                    self.weights.setdefault(parameter, _Weight(parameter)).places[name] = module, attribute
-                    self.names.append(name)
-        self.matrices = frozenset(attribute for m in self.paths for attribute, p in m._parameters.items()
-                                  if p is not None and p.ndim > 1)
+                    self.names.append(site_name(path, attribute))
+                    weight = self.weights.setdefault(parameter, _Weight(parameter.shape, parameter.dtype))
+                    weight.places[self.names[-1]] = module, attribute
+
+    def weight(self, place: Place) -> _Weight | None:
+        """What is known of the tensor at a place, which may be one that forward computes with; None for no tensor."""
+        module, attribute = place
+        parameter = module._parameters.get(attribute)
+        if parameter is not None:
+            return self.weights[parameter]
+        if place not in self.weights:
+            tensor = tensor_at(module, attribute)
+            if not isinstance(tensor, Tensor):
+                return None
+            names = [site_name(path, attribute) for path, m in self.every_path if m is module]
+            self.weights[place] = _Weight(tensor.shape, tensor.dtype, {name: place for name in names})
+            self.names += names
+        return self.weights[place]
 
     def trace(self, path: str, trace: Tracing) -> None:
         """Give the module at this path a graph or, with the reason, a graph break; nothing if it has no matrix."""
@@ -106,45 +141,63 @@ class _Reader:
                 self.breaks[path] = f"{type(module).__name__}: {reason}"
 
     def note_graph(self, path: str) -> None:
-        """Note every reader of a Parameter in one graph, and every linear call whose weight is not a Parameter."""
-        found = set()
-        for node in self.graphs[path].find_nodes(op="get_attr"):
-            owner, _, attribute = node.target.rpartition(".")
-            module = submodule(self.modules[path], owner)
-            parameter = module._parameters.get(attribute)
-            if parameter is None:
-                continue
-            weight = self.weights[parameter]
-            for user in _users(node):
-                call = linear_call(user)
+        """Note every reader of a tensor in one graph, and every linear call whose weight is no tensor of a module."""
+        graph = self.graphs[path]
+        made = {node: call for node in graph.nodes if (call := linear_call(node)) is not None}
+        for node in graph.find_nodes(op="get_attr"):
+            owner, place = self._place(path, node)
+            weight = self.weight(place)
+            for _, user in readers_of(node):
+                call = made.get(user)
                 if call is not None and call.weight is node and call.input is not node:
-                    found.add(user)
-                    if user.users:  # else its result is lost, and an adapter there would have no effect
-                        weight.add_call(Call(path, owner, attribute, user, call.transposed), call.rule.kind, module)
-                else:
-                    self._note_other(weight, (module, attribute), user, path)
-        for node in self.graphs[path].nodes:
-            call = linear_call(node) if node not in found else None
-            if call is not None and not call.rule.transposed:  # a product of activations is no linear call
+                    if weight is None:
+                        self.skipped[join(path, user.name)] = f"its weight '{node.target}' is computed by Python"
+                    elif user.users:  # else its result is lost, and an adapter there would have no effect
+                        weight.add_call(Call(path, owner, place[1], user, call.transposed), call.rule.kind, place[0])
+                        weight.blocks |= blocks_of(through_branches(self.modules[path], user), weight.shape[0])
+                elif weight is not None and not only_metadata(user):
+                    weight.other = weight.other or f"{_described(user)} in {path or 'the model'}"
+        for node in graph.nodes:
+            for source, transposed, stacked in _computed_from(node, made):
+                module, attribute = self._place(path, source)[1]
+                parameter = module._parameters.get(attribute)
+                if parameter is not None and parameter.ndim > 1:
+                    self.weights[parameter].add_use((module, attribute), transposed, stacked)
+        for node, call in made.items():
+            if call.weight.op != "get_attr" and not call.rule.transposed and not _sources(call.weight):
                 self.skipped[join(path, node.name)] = "its weight is computed in forward or given to it"
 
-    def _note_other(self, weight: _Weight, place: Place, user: fx.Node, path: str) -> None:
-        if not only_metadata(user):
-            reader = f"{_described(user)} in {path or 'the model'}"
-            weight.others.append((place, reader))
-            if user.target not in LOOKUPS:
-                weight.blocked = f"its weight is also read by {reader}"
+    def note_blocks(self) -> None:
+        """Note how graphs split the outputs of linear modules that they call."""
+        alone = {call.region: weight for weight in self.weights.values() for call in weight.calls
+                 if _only_linear(self.graphs[call.region], through_branches(self.modules[call.region], call.node))}
+        for path, graph in self.graphs.items():
+            for node in graph.find_nodes(op="call_module"):
+                weight = alone.get(self.paths.get(submodule(self.modules[path], str(node.target)), ""))
+                if weight is not None:
+                    weight.blocks |= blocks_of(node, weight.shape[0])
+
+    def _place(self, path: str, node: fx.Node) -> tuple[str, Place]:
+        """(owner's path below the region, (owner, attribute)) of what a get_attr node reads."""
+        owner, _, attribute = str(node.target).rpartition(".")
+        module = submodule(self.modules[path], owner)
+        return owner, (module, thawed(module, attribute))
 
     def note_python(self, path: str) -> None:
-        """Note the Parameters that Python uses or keeps outside of the graphs: a branch would miss those uses."""
+        """Note the weights of linear calls in Python, and those that it fetches where no adapter can be in the way."""
         module = self.modules[path]
-        reader = f"the Python of {path or 'the model'} ({type(module).__name__})"
-        used = weights_used(module, self.matrices) if path in self.breaks else set()
-        for owner, attribute in {*used, *weights_kept(module, self.matrices)}:
-            parameter = owner._parameters[attribute]
+        if path in self.breaks:
+            for place, product in products(module):
+                weight, fixed = self.weight(place), place[1] in place[0]._buffers
+                if weight is not None and not fixed and len(weight.shape) > 1:
+                    weight.add_use(place, product.transposed, product.blocks)
+        missed = {(owner, name) for parent in (fetched(module) if path in self.breaks else ())
+                  for owner in parent.modules() for name in owner._parameters}
+        for owner, name in {*missed, *weights_kept(module)}:
+            parameter = owner._parameters[name]
             if parameter in self.weights:
-                self.weights[parameter].others.append(((owner, attribute), reader))
-                self.weights[parameter].blocked = f"{reader} may use its weight directly"
+                self.weights[parameter].blocked = (
+                    f"the Python of {path or 'the model'} ({type(module).__name__}) fetches its weight past its owner")
 
     def move_into_graph_modules(self) -> None:
         """Turn calls of a linear module by a caller's own GraphModule into call sites of that graph.
@@ -153,7 +206,7 @@ class _Reader:
         otherwise it becomes a region, which serves every caller.
         """
         for path, module in self.modules.items():
-            if not isinstance(module, fx.GraphModule) or isinstance(module, Region):
+            if not is_plain_graph(module):
                 continue
             called: dict[nn.Module, list[fx.Node]] = defaultdict(list)
             for node in module.graph.find_nodes(op="call_module"):
@@ -170,59 +223,104 @@ class _Reader:
         weight = next(w for w in self.weights.values() for call in w.calls if call.region == region)
         old = next(call for call in weight.calls if call.region == region)
         weight.calls.remove(old)
-        del self.graphs[region]
-        weight.calls += [Call(path, str(node.target), old.attribute, node, old.transposed)
-                         for node in nodes if node.users]
+        at = weight.through.index((child, old.attribute))
+        del self.graphs[region], weight.through[at], weight.transposed[at]
+        for node in nodes:
+            if node.users:
+                weight.add_call(Call(path, str(node.target), old.attribute, node, old.transposed), weight.kind, child)
 
     def program(self) -> Program:
-        sites = []
-        for weight in self.weights.values():
+        sites: list[Site] = []
+        for key, weight in self.weights.items():
             reason = self._why_not_site(weight)
             if reason is None:
-                sites.append(_site(weight))
-            elif weight.parameter.ndim > 1:
+                sites += _sites(weight)
+            elif len(weight.shape) > 1 and (weight.through or isinstance(key, nn.Parameter)):
                 self.skipped[next(iter(weight.places))] = reason
         order = {name: position for position, name in enumerate(self.names)}
-        sites.sort(key=lambda site: order[site.name])
+        sites.sort(key=lambda site: order.get(site.name, order.get(site.name.rpartition("[")[0], 0)))
         return Program(self.graphs, sites, self.skipped, self.breaks)
 
     def _why_not_site(self, weight: _Weight) -> str | None:
-        if not weight.calls:
-            owner = self.paths[next(iter(weight.places.values()))[0]]
+        place = next(iter(weight.places.values()))
+        if not weight.through:
+            owner = self.paths[place[0]]
+            if weight.other:
+                return f"read by {weight.other}, no linear call"
             if owner in self.breaks:
-                return f"its module is a graph break: {self.breaks[owner]}"
-            return f"read by {weight.others[0][1]}, no linear call" if weight.others else "no traced call reads it"
-        if weight.parameter.dtype not in FLOATS:
-            return f"its weight has dtype {weight.parameter.dtype}"
-        if weight.parameter.ndim != 2:
-            return f"its weight has {weight.parameter.ndim} dimensions"
-        return weight.blocked
+                return f"no linear call on it was found, and its module is a graph break: {self.breaks[owner]}"
+            return "no traced call reads it"
+        if weight.dtype not in FLOATS:
+            return f"its weight has dtype {weight.dtype}"
+        if len(weight.shape) > 3 or weight.stacked and (len(weight.shape) > 2 or weight.shape[0] % len(weight.stacked)):
+            return f"its weight has the shape {tuple(weight.shape)}"
+        if any(is_plain_graph(owner) for owner, _ in weight.through) and (weight.other or not weight.calls):
+            return f"its weight is also read by {weight.other or 'other than linear calls'} in a GraphModule"
+        classes: list[Any] = [type(owner) for owner, _ in weight.through if not is_plain_graph(owner)]
+        reasons = map(why_not_adapted, classes)
+        return weight.blocked or next((why for why in reasons if why is not None), None)
 
 
-def tensors_by_site(model: nn.Module) -> dict[str, Place]:
-    """{site name: (owner, attribute)} for every Parameter of the model under each of its names."""
+def tensor_at(module: nn.Module, attribute: str) -> Any:
+    """What a module has under this name, computed on a copy if it is parametrized; None for other properties."""
+    if parametrize.is_parametrized(module, attribute):
+        with torch.no_grad():
+            module = copy.deepcopy(module).eval()
+            return frozen(module, attribute)
+    return frozen(module, attribute) if attribute in (*module._parameters, *module._buffers, *vars(module)) else None
+
+
+def places_of_sites(model: nn.Module) -> dict[str, Place]:
+    """{name of a site of the whole tensor: (owner, attribute)} for every tensor that could be one, by all its names."""
     return {site_name(path, attribute): (module, attribute)
             for path, module in model.named_modules(remove_duplicate=False) if not isinstance(module, Own)
-            for attribute, parameter in module._parameters.items() if parameter is not None}
+            for attribute in tensor_names(module)}
 
 
-def _site(weight: _Weight) -> Site:
+def _sites(weight: _Weight) -> list[Site]:
+    """The site of a weight, or one for each of the blocks of its rows that are weights by themselves."""
     linear = [name for name, place in weight.places.items() if place in weight.through]
-    transposed = all(call.transposed for call in weight.calls)
-    out_features, in_features = reversed(weight.parameter.shape) if transposed else weight.parameter.shape
-    return Site(
-        linear[0], in_features, out_features, weight.kind, tuple(weight.calls), transposed, tuple(linear[1:]),
-        tied_to=tuple(name for name in weight.places if name not in linear),
-        read_by=tuple(reader for place, reader in weight.others if place in weight.through))
+    transposed = all(weight.transposed)
+    *experts, out_features, in_features = weight.shape
+    if transposed:
+        out_features, in_features = in_features, out_features
+    length = out_features // max(len(weight.stacked), 1)
+    stacked = {name: (i * length, length) for i, name in enumerate(weight.stacked)}
+    site = Site(
+        linear[0], in_features, out_features, weight.kind or "weight", tuple(weight.calls), transposed,
+        tuple(linear[1:]), tuple(name for name in weight.places if name not in linear),
+        experts=experts[0] if experts else None, blocks=stacked or ({} if transposed or experts else weight.blocks))
+    return [block for name in stacked if (block := site.block(name)) is not None] or [site]
 
 
-def _users(node: fx.Node) -> Iterator[fx.Node]:
-    """What uses a matrix, through any transposes of it."""
-    for user in node.users:
-        if is_transpose(user):
-            yield from _users(user)
-        else:
-            yield user
+def _computed_from(
+    node: fx.Node, made: Mapping[fx.Node, LinearCall]
+) -> Iterator[tuple[fx.Node, bool, tuple[str, ...]]]:
+    """(get_attr, transposed, blocks of rows) of each tensor from which a weight of this node is computed."""
+    call = made.get(node)
+    if call is not None and call.weight.op != "get_attr":
+        yield from ((source, call.transposed, ()) for source in _sources(call.weight))
+    for name, blocks in COMPOSITES.get(node.target, {}).items():
+        arguments = dict(zip(inspect.signature(node.target).parameters, node.args)) | node.kwargs  # type: ignore
+        weight = arguments.get(name)
+        if isinstance(weight, fx.Node):
+            yield from ((source, False, blocks) for source in _sources(weight))
+    rule = RULES.get(node.target) if call is None and node.op in ("call_function", "call_method") else None
+    if rule is not None and rule.transposed:  # w @ x
+        x, other = rule.operands(node.args, node.kwargs)
+        if isinstance(x, fx.Node) and isinstance(other, fx.Node) and not _sources(other):
+            yield from ((source, False, ()) for source in _sources(x))
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The attributes from which a value is computed, if from nothing else: no input, no module's output."""
+    if node.op == "get_attr":
+        return [node]
+    if node.op not in ("call_function", "call_method") or node.target is getattr:
+        return []
+    arguments = [argument for argument in node.all_input_nodes if not only_metadata(argument)]
+    found = [_sources(argument) for argument in arguments]
+    return [source for sources in found for source in sources] if all(found) else []
 
 
 def _described(node: fx.Node) -> str:
@@ -230,10 +328,13 @@ def _described(node: fx.Node) -> str:
     return f"`{target}`"
 
 
-def _only_linear(graph: fx.Graph) -> bool:
-    """Whether a graph is one linear call, of its only input and its own weight, and nothing more."""
+def _only_linear(graph: fx.Graph, last: fx.Node | None = None) -> bool:
+    """Whether a graph is one linear call, of its only input and its own weight, and nothing more.
+
+    `last` is the last of the branches that follow the call, if there may be some.
+    """
     computed = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr")]
-    inputs = graph.find_nodes(op="placeholder")
+    inputs, output = graph.find_nodes(op="placeholder"), computed[-1]
     call = linear_call(computed[0])
-    return (len(computed) == 2 and call is not None and computed[1].args == (computed[0],)
-            and inputs == [call.input] and call.weight.op == "get_attr")
+    return (call is not None and inputs == [call.input] and call.weight.op == "get_attr"
+            and (len(computed) == 2 or last is not None) and output.args == (last or computed[0],))

@@ -6,15 +6,15 @@ import functools
 import itertools
 import linecache
 import types
-import typing
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from ._branch import FROZEN_PREFIX, adapted, frozen
 from ._errors import UnsupportedModelError
 
 M = TypeVar("M", bound=nn.Module)
@@ -24,29 +24,22 @@ _STATE: dict[str, Any] = {
     "meta": dict, "_replace_hooks": list, "_create_node_hooks": list, "_erase_node_hooks": list,
     "_deepcopy_hooks": list, "_tracer_extras": dict, "_tracer_cls": lambda: None, "shape_env": lambda: None}
 _RESERVED = frozenset({*_STATE, "graph", "_graph", "code", "_code", "recompile", "_user_class"})
-_COPYING = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__")
+_COPYING = frozenset("""__deepcopy__ __copy__ __reduce__ __reduce_ex__ __getstate__ __setstate__ __new__
+    __getattribute__ __init_subclass__""".split())
 
 
-class Region(fx.GraphModule):
-    """A module whose forward is generated from `graph`. Its class derives from the user's, which keeps precedence.
+class Adapted(nn.Module):
+    """A module of which Python reads adapted weights: `weight` is W + s B A, and `frozen_weight` W itself.
 
-    All regions of one user class with the same code share one class, made by `recompile`: compiled layer by layer,
-    they share one compiled forward too.
+    Its class derives from the user's, which keeps precedence; `_adapted` names the tensors.
     """
 
     _user_class: type[nn.Module]
+    _adapted: tuple[str, ...] = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Calling the class makes what it always made: a plain instance of the user's class."""
         return cls._user_class(*args, **kwargs)
-
-    def recompile(self) -> fx.graph.PythonCode:
-        """Swap in the class that holds the forward generated from the graph as it is now."""
-        code = self._graph.python_code(root_module="self")
-        self.__class__ = _region_class(self._user_class, code)
-        return code
-
-    __str__ = nn.Module.__repr__
 
     def _replicate_for_data_parallel(self) -> Any:
         """As nn.Module does it, but for its call of __new__: a replica has no parameters of its own."""
@@ -55,28 +48,53 @@ class Region(fx.GraphModule):
         twin.__dict__.update(own, _is_replica=True)
         return twin
 
-    def __copy__(self) -> "Region":
+    def __copy__(self) -> "Adapted":
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Region":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Adapted":
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         _copy_attributes(self, twin, memo)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (self._user_class,), self.__dict__, None, None, _restore
+        return _blank, (self._user_class,), (self._adapted, self.__dict__), None, None, _restore
+
+
+class Region(Adapted, fx.GraphModule):  # type: ignore[misc]  # copies are made in another way
+    """A module whose forward is generated from `graph`.
+
+    All regions of one user class with the same code share one class, made by `recompile`: compiled layer by layer,
+    they share one compiled forward too.
+    """
+
+    def recompile(self) -> fx.graph.PythonCode:
+        """Swap in the class that holds the forward generated from the graph as it is now."""
+        code = self._graph.python_code(root_module="self")
+        self.__class__ = _derived(self._user_class, self._adapted, code)  # type: ignore[assignment]
+        return code
+
+    __str__ = nn.Module.__repr__
+
+
+def is_plain_graph(module: nn.Module) -> TypeGuard[fx.GraphModule]:
+    """Whether this is a GraphModule of the caller's, with a class of its own, and no region."""
+    return isinstance(module, fx.GraphModule) and not isinstance(module, Region)
 
 
 def _blank(user_class: type[nn.Module]) -> nn.Module:
     return object.__new__(user_class)
 
 
-def _restore(module: nn.Module, state: dict[str, Any]) -> None:
-    module.__dict__.update(state)
-    convert(module, state["_graph"])
+def _restore(module: nn.Module, state: tuple[tuple[str, ...], dict[str, Any]]) -> None:
+    adapted_names, attributes = state
+    module.__dict__.update(attributes)
+    for name in adapted_names:
+        adapt(module, name)
+    if "_graph" in attributes:
+        convert(module, attributes["_graph"])
 
 
 def convert(module: nn.Module, graph: fx.Graph) -> None:
@@ -84,14 +102,24 @@ def convert(module: nn.Module, graph: fx.Graph) -> None:
     module.__dict__.update({name: make() for name, make in _STATE.items()} | module.__dict__)
     module.__dict__["_graph"] = graph
     graph.owning_module = module  # type: ignore[assignment]
-    module.__class__ = _region_class(type(module), graph.python_code(root_module="self"))
+    cls: Any = type(module)
+    names = getattr(cls, "_adapted", ())
+    module.__class__ = _derived(getattr(cls, "_user_class", cls), names, graph.python_code(root_module="self"))
 
 
-def revert(module: Region) -> None:
-    """Undo `convert`: the user's class, and no attribute of a region."""
-    module.__class__ = module._user_class  # type: ignore[assignment]
-    for name in (*_STATE, "_graph"):
+def adapt(module: nn.Module, attribute: str) -> None:
+    """Let Python read this tensor of a module as adapted, and as it is under its frozen name."""
+    cls: Any = type(module)
+    names = (*getattr(cls, "_adapted", ()), attribute)
+    code = cls._python_code if issubclass(cls, Region) else None
+    module.__class__ = _derived(getattr(cls, "_user_class", cls), names, code)
+
+
+def revert(module: Adapted) -> None:
+    """Undo `convert` and `adapt`: the user's class, and no attribute of a region."""
+    for name in (*_STATE, "_graph") if isinstance(module, Region) else ():
         del module.__dict__[name]
+    module.__class__ = module._user_class  # type: ignore[assignment]
 
 
 def why_not_region(module: nn.Module) -> str | None:
@@ -99,51 +127,99 @@ def why_not_region(module: nn.Module) -> str | None:
     taken = sorted(_RESERVED & (vars(module).keys() | module._modules.keys() | module._parameters.keys()))
     if taken:
         return f"its attribute '{taken[0]}' is one that a graph module needs"
-    return _why_not_class(type(module))  # type: ignore[arg-type]
+    cls: Any = type(module)
+    return _why_not_defined(cls, _RESERVED) or why_not_adapted(cls)
+
+
+def _why_not_defined(cls: type, names: frozenset[str]) -> str | None:
+    """Why a class cannot be derived from if nobody but nn.Module may define these methods, or None.
+
+    A parametrized class has copying methods of torch's that do no more than ours.
+    """
+    for name in sorted(names):
+        for definer in cls.__mro__:
+            value = vars(definer).get(name)
+            made_by = value.__module__ if isinstance(value, types.FunctionType) else definer.__module__
+            if value is not None and made_by.partition(".")[0] not in ("torch", "typing", "builtins", "lorafx"):
+                return f"{definer.__name__} defines '{name}' itself"
+    return None
 
 
 @functools.lru_cache(maxsize=None)
-def _why_not_class(user_class: type[nn.Module]) -> str | None:
-    for name in (*sorted(_RESERVED), *_COPYING, "__getattribute__", "__init_subclass__"):
-        definers = [c for c in user_class.__mro__ if name in vars(c) and c not in (nn.Module, typing.Generic, object)]
-        if definers:
-            return f"{definers[0].__name__} defines '{name}' itself"
+def why_not_adapted(user_class: type) -> str | None:
+    """Why no class can be derived from this one, or None."""
+    if issubclass(user_class, Adapted):
+        return None
     if type(user_class) not in (type, abc.ABCMeta):
         return f"its class has a metaclass of its own, {type(user_class).__name__}"
+    defined = _why_not_defined(user_class, _COPYING)
+    if defined is not None:
+        return defined
     try:
         blank = object.__new__(user_class)
-        blank.__class__ = _make_class(user_class, {})
+        blank.__class__ = _make_class(user_class, Region, {})
     except TypeError as error:
         return f"its class cannot be derived from ({error})"
     return None
 
 
-def _make_class(user_class: type[nn.Module], namespace: dict[str, Any]) -> type[Region]:
-    namespace |= {"__module__": user_class.__module__, "__qualname__": user_class.__qualname__,
-                  "__doc__": user_class.__doc__, "_user_class": user_class}
-    made: type[Region] = types.new_class(user_class.__name__, (user_class, Region),
-                                         exec_body=lambda n: n.update(namespace))
+def _make_class(user_class: type, base: type[Adapted], namespace: dict[str, Any]) -> type[Adapted]:
+    copying = {name: value for name, value in vars(Adapted).items() if name in _COPYING}
+    about = {"__module__": user_class.__module__, "__qualname__": user_class.__qualname__,
+             "__doc__": user_class.__doc__, "_user_class": user_class}
+    bases = (base,) if issubclass(base, user_class) else (user_class, base)  # the former for a plain nn.Module
+    made: type[Adapted] = types.new_class(user_class.__name__, bases,
+                                          exec_body=lambda n: n.update(copying | about | namespace))
     return made
 
 
-_CLASSES: weakref.WeakValueDictionary[Any, type[Region]] = weakref.WeakValueDictionary()
+_CLASSES: weakref.WeakValueDictionary[Any, type[Adapted]] = weakref.WeakValueDictionary()
 _SERIAL = itertools.count()
 
 
-def _region_class(user_class: type[nn.Module], code: fx.graph.PythonCode) -> type[Region]:
-    key = user_class, code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items()))
+def _derived(user_class: type[nn.Module], names: tuple[str, ...], code: fx.graph.PythonCode | None) -> type[Adapted]:
+    """The class, one for each user class, set of adapted names and generated forward."""
+    source = None if code is None else (code.src, tuple(sorted((n, id(value)) for n, value in code.globals.items())))
+    key = user_class, names, source
     if key not in _CLASSES:
-        filename = f"<lorafx {user_class.__qualname__} {next(_SERIAL)}>"
-        source = code.src.strip() + "\n"
-        linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
-        names = dict(code.globals)
-        exec(compile(source, filename, "exec"), names)
-        made = _make_class(user_class, {"forward": names["forward"], "_code": source, "_lineno_map": code._lineno_map,
-                                        "_prologue_start": code._prologue_start})
-        weakref.finalize(made, linecache.cache.pop, filename, None)
+        namespace: dict[str, Any] = {"_adapted": names}
+        for name in names:
+            namespace |= {name: _adapted_property(name), FROZEN_PREFIX + name: _frozen_property(name)}
+        if code is not None:
+            namespace |= _compiled(user_class, code)
+        made = _make_class(user_class, Adapted if code is None else Region, namespace)
+        if code is not None:
+            weakref.finalize(made, linecache.cache.pop, namespace["forward"].__code__.co_filename, None)
         _CLASSES[key] = made
         return made
     return _CLASSES[key]
+
+
+def _compiled(user_class: type[nn.Module], code: fx.graph.PythonCode) -> dict[str, Any]:
+    filename = f"<lorafx {user_class.__qualname__} {next(_SERIAL)}>"
+    source = code.src.strip() + "\n"
+    linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
+    names = dict(code.globals)
+    exec(compile(source, filename, "exec"), names)
+    return {"forward": names["forward"], "_code": source, "_python_code": code, "_lineno_map": code._lineno_map,
+            "_prologue_start": code._prologue_start}
+
+
+def _adapted_property(name: str) -> property:
+    def read(self: nn.Module) -> Tensor:
+        return adapted(self, name)
+
+    def write(self: nn.Module, value: Any) -> None:  # of what is no Parameter: those are registered
+        vars(self)[name] = value
+
+    return property(read, write, doc=f"{name} + s B A, over the active adapters.")
+
+
+def _frozen_property(name: str) -> property:
+    def read(self: nn.Module) -> Any:
+        return frozen(self, name)
+
+    return property(read, doc=f"{name} without adapters.")
 
 
 def keep_attributes(module: fx.GraphModule) -> None:
@@ -184,7 +260,7 @@ def share(model: M) -> M:
     for buffer in model.buffers():  # a view of a parameter stays one
         if buffer.untyped_storage()._cdata in storages:
             memo[id(buffer)] = buffer.detach()
-    graphs = [m for m in model.modules() if isinstance(m, fx.GraphModule) and not isinstance(m, Region)]
+    graphs = [m for m in model.modules() if is_plain_graph(m)]
     for module in graphs:  # their own deepcopy drops hooks and plain attributes
         memo[id(module)] = type(module).__new__(type(module))
     try:
@@ -211,7 +287,8 @@ def same_kind(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
 
 def _copy_attributes(module: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
     twin.__dict__.update(copy.deepcopy(module.__dict__, memo))
-    twin.__dict__["_graph"].owning_module = twin
+    if "_graph" in twin.__dict__:
+        twin.__dict__["_graph"].owning_module = twin
 
 
 def _check_shared(model: nn.Module, twin: nn.Module) -> None:

@@ -86,24 +86,25 @@ def summary(model: nn.Module) -> Summary:
         0     4 x 4     default 2  1
         <BLANKLINE>
         skipped:
-          1: its module is a graph break: Conv1d: it calls `Conv1d._conv_forward`: ...
+          1: no linear call on it was found, and its module is a graph break: Conv1d: it calls ...
         <BLANKLINE>
         graph breaks:
           (the model): Sequential: forward loops ...
           1: Conv1d: it calls `Conv1d._conv_forward`: _conv_forward branches or loops ...
     """
     record = injection(model)
-    found = {site.name: site for site in read(model).sites}
+    program = read(model)
     rows = []
     for name, branch in branches(model).items():
         present = {adapter: factors_at(branch, adapter) for adapter in record.configs}
         factors = {adapter: f for adapter, f in present.items() if f is not None}
         if factors:
             first = next(iter(factors.values()))
-            ranks = {adapter: f.A.shape[0] for adapter, f in factors.items()}
+            ranks = {adapter: f.A.shape[-2] for adapter, f in factors.items()}
             scales = {adapter: f.scale for adapter, f in factors.items()}
-            calls = len(found[name].calls) if name in found else 0
-            rows.append(SiteRow(name, first.A.shape[1], first.B.shape[0], calls, ranks, scales))
+            site = program.site(name)
+            calls = len(site.calls) if site is not None else 0
+            rows.append(SiteRow(name, first.A.shape[-1], first.B.shape[-2], calls, ranks, scales))
     regions = [module for module in model.modules() if isinstance(module, Region)]
     code = {type(module): f"# {type(module).__name__}\n{module.code}" for module in regions}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -5,7 +5,7 @@ import difflib
 import fnmatch
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -28,6 +28,13 @@ class Rule:
     signature: tuple[str, ...]
     transposed: bool = False
 
+    def operands(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The input and the weight among the arguments of a call; None, None if it has arguments of other names."""
+        given = dict(zip(self.signature, args)) | {_SPELLINGS.get(name, name): kwargs[name] for name in kwargs}
+        if not given.keys() <= set(self.signature) or len(args) > len(self.signature):
+            return None, None
+        return given.get("input"), given.get("weight")
+
 
 _LINEAR = ("input", "weight", "bias")
 _PRODUCT = ("input", "weight")
@@ -39,13 +46,21 @@ RULES: dict[Any, Rule] = {rule.target: rule for rule in (
     Rule("matmul", "matmul", _PRODUCT, transposed=True),
     Rule("mm", torch.mm, _PRODUCT, transposed=True),
     Rule("mm", "mm", _PRODUCT, transposed=True),
+    Rule("bmm", torch.bmm, _PRODUCT, transposed=True),
+    Rule("bmm", "bmm", _PRODUCT, transposed=True),
+    Rule("baddbmm", torch.baddbmm, ("bias", "input", "weight"), transposed=True),
     Rule("aten.linear", torch.ops.aten.linear.default, _LINEAR),
     Rule("aten.addmm", torch.ops.aten.addmm.default, ("bias", "input", "weight"), transposed=True),
     Rule("aten.matmul", torch.ops.aten.matmul.default, _PRODUCT, transposed=True),
     Rule("aten.mm", torch.ops.aten.mm.default, _PRODUCT, transposed=True),
 )}
+# Functions that make several linear calls: {function: {argument that is a weight: the names of the equal blocks of its
+# rows that are weights by themselves, if it has any}}.
+COMPOSITES: dict[Any, dict[str, tuple[str, ...]]] = {F.multi_head_attention_forward: {
+    "in_proj_weight": ("q", "k", "v"), "q_proj_weight": (), "k_proj_weight": (), "v_proj_weight": (),
+    "out_proj_weight": ()}}
 # The names that torch gives some of these arguments.
-_SPELLINGS = {"mat1": "input", "mat2": "weight", "other": "weight"}
+_SPELLINGS = {"mat1": "input", "mat2": "weight", "other": "weight", "batch1": "input", "batch2": "weight"}
 
 # Ways of transposing a matrix: {target: the other arguments with which it does, as a set of alternatives}.
 _SWAPS = ((0, 1), (1, 0), (-1, -2), (-2, -1))
@@ -54,6 +69,7 @@ TRANSPOSES: dict[Any, tuple[tuple[Any, ...], ...]] = {
     "transpose": _SWAPS, torch.transpose: _SWAPS, torch.ops.aten.transpose.int: _SWAPS,
     "permute": ((1, 0), ((1, 0),)), torch.permute: (((1, 0),),), torch.ops.aten.permute.default: (([1, 0],),),
 }
+SWAPS_BY_NAME = frozenset({"T", "mT", "t", "transpose", "permute", "swapaxes"})  # where only the name is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +104,10 @@ class Site:
 
     The weight is stored as (out, in), or as (in, out) if `transposed`, which is when all of its calls compute x W.
     `aliases` are the other names of the same weight that linear calls go through and that share the branch;
-    `tied_to` names other owners of the weight, such as an embedding; `read_by` says what else reads it through the
-    site's own module.
+    `tied_to` names other owners of the weight, such as an embedding. `kind` is the kind of its first linear call, or
+    "weight" if no graph makes one: then Python does, and reads W + s B A. A stack of `experts` weights, (experts, out,
+    in), has a branch an expert. `rows` are the first and the number of the rows of W that the site is, if not all;
+    `blocks` names blocks of rows that may be sites by themselves, `name[block]`.
     """
 
     name: str
@@ -100,12 +118,27 @@ class Site:
     transposed: bool = False
     aliases: tuple[str, ...] = ()
     tied_to: tuple[str, ...] = ()
-    read_by: tuple[str, ...] = ()
+    experts: int | None = None
+    rows: tuple[int, int] | None = None
+    blocks: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names that mean this site."""
         return self.name, *self.aliases
+
+    def block(self, key: str) -> "Site | None":
+        """The site of some rows of this one's weight: a named block, `q`, or rows [start, stop), `0:64`."""
+        rows = self.blocks.get(key)
+        match = re.fullmatch(r"(\d+):(\d+)", key)
+        if rows is None and match and int(match[1]) < int(match[2]) <= self.out_features:
+            rows = int(match[1]), int(match[2]) - int(match[1])
+            key = next((name for name, block in self.blocks.items() if block == rows), key)
+        if rows is None or self.rows is not None:
+            return None
+        names = [f"{name}[{key}]" for name in self.names]
+        return dataclasses.replace(self, name=names[0], aliases=tuple(names[1:]), out_features=rows[1], rows=rows,
+                                   blocks={})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +156,11 @@ def linear_call(node: fx.Node) -> LinearCall | None:
     rule = RULES.get(node.target) if node.op in ("call_function", "call_method") else None
     if rule is None or isinstance(rule.target, str) != (node.op == "call_method"):
         return None
-    arguments = dict(zip(rule.signature, node.args))
-    arguments |= {_SPELLINGS.get(name, name): value for name, value in node.kwargs.items()}
-    x, weight = arguments.get("input"), arguments.get("weight")
-    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or not arguments.keys() <= set(rule.signature):
+    x, weight = rule.operands(node.args, node.kwargs)
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
         return None
     if rule.transposed and _untransposed(x)[0].op == "get_attr":
-        return None  # a product of two tensors of the module makes a weight; it is no call on an input
+        return None  # with a matrix on the left there is no row of inputs
     matrix, swapped = _untransposed(weight)
     return LinearCall(rule, x, matrix, rule.transposed != swapped)
 
@@ -147,8 +178,48 @@ def is_transpose(node: fx.Node) -> bool:
     return node.args[1:] in TRANSPOSES.get(node.target, ())
 
 
-# Reading rows of a matrix is no linear call of it, and may go on beside one: a tied embedding and head.
-LOOKUPS = frozenset({F.embedding, F.embedding_bag, torch.ops.aten.embedding.default})
+def readers_of(node: fx.Node, path: tuple[fx.Node, ...] = ()) -> Iterator[tuple[tuple[fx.Node, ...], fx.Node]]:
+    """What uses a matrix, each with the transposes through which it does."""
+    for user in node.users:
+        if is_transpose(user):
+            yield from readers_of(user, (*path, user))
+        else:
+            yield path, user
+
+
+def blocks_of(node: fx.Node, width: int) -> dict[str, tuple[int, int]]:
+    """The blocks into which a graph splits the last dimension of a value, {name: (start, length)}: by chunk and split.
+
+    A block goes by the name of the variable to which forward assigns it, and by its number.
+    """
+    found = {}
+    for user in node.users:
+        lengths = _lengths(user, width)
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        for item in [item for part in user.users for item in (part, *part.users)] if lengths else ():
+            if item.target is operator.getitem and isinstance(item.args[1], int):
+                at = range(len(lengths))[item.args[1]]
+                name = re.sub(r"_\d+$", "", item.name)
+                found[name if name != "getitem" else str(at)] = starts[at], lengths[at]
+        blocks = {str(i): block for i, block in enumerate(zip(starts, lengths))}
+        found |= {name: block for name, block in blocks.items() if block not in found.values()}
+    return found
+
+
+def _lengths(node: fx.Node, width: int) -> list[int]:
+    """The lengths of the parts into which this node cuts its first argument's last dimension, [] if it does not."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    size = node.args[1] if node.args[1:] else node.kwargs.get("chunks", node.kwargs.get("split_size", 0))
+    dim = node.args[2] if node.args[2:] else node.kwargs.get("dim", 0)
+    if name not in ("chunk", "split") or dim != -1 or not size:
+        return []
+    if isinstance(size, int):
+        step = -(-width // size) if name == "chunk" else size
+        return [min(step, width - start) for start in range(0, width, step)]
+    sizes = list(size) if isinstance(size, (list, tuple)) else []
+    return sizes if all(isinstance(length, int) for length in sizes) and sum(sizes) == width else []
+
+
 # Reading these of a tensor computes nothing with its values.
 METADATA = frozenset("""dtype device shape size ndim dim numel layout stride element_size is_contiguous requires_grad
     is_meta is_cuda is_cpu new_zeros new_ones new_empty new_full new_tensor""".split())
@@ -170,19 +241,30 @@ def select(sites: Sequence[Site], targets: Any, exclude: Any, left_alone: Mappin
 
     `left_alone` says of the names that are no sites why they are not, for the error messages.
     """
-    chosen = set(_matched(sites, targets, "targets", left_alone))
-    dropped = set(_matched(sites, exclude, "exclude", left_alone))
-    left = [site for site in sites if site in chosen and site not in dropped]
+    chosen = {site.name: site for site in _matched(sites, targets, "targets", left_alone)}
+    dropped = {site.name for site in _matched(sites, exclude, "exclude", left_alone)}
+    order = {site.name: position for position, site in enumerate(sites)}
+    left = [site for name, site in chosen.items() if name not in dropped]
+    left.sort(key=lambda site: order.get(site.name, order.get(site.name.rpartition("[")[0], -1)))
     if not left:
         raise NoSiteError(f"No linear call is left to adapt: targets={targets!r}, exclude={exclude!r}. {_hint(sites)}")
     return left
+
+
+def blocks_matching(sites: Iterable[Site], pattern: Any) -> list[Site]:
+    """The blocks of rows that a pattern such as `qkv[q]` or `*.qkv[0:64]` means."""
+    match = re.fullmatch(r"(.*)\[([^\[\]]+)\]", pattern) if isinstance(pattern, str) else None
+    if match is None:
+        return []
+    found = [site.block(match[2]) for site in sites if any(name_matches(match[1], name) for name in site.names)]
+    return [block for block in found if block is not None]
 
 
 def _matched(sites: Sequence[Site], patterns: Any, argument: str, left_alone: Mapping[str, str]) -> list[Site]:
     found: list[Site] = []
     for pattern in as_list(patterns):
         test = _predicate(pattern, argument)
-        matched = [site for site in sites if test(site)]
+        matched = [site for site in sites if test(site)] or blocks_matching(sites, pattern)
         if not matched:
             why = _hint(sites, pattern, left_alone)
             raise NoSiteError(f"No linear call matches {argument}={_shown(pattern)}. {why}")

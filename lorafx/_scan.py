@@ -1,105 +1,118 @@
-"""Which weights the Python of a graph break may use by itself, past the modules that own them.
+"""What the Python of a graph break does with weights, read from its source.
 
-A branch lives in the graph of the module that makes the linear call. Where Python does `F.linear(x, self.proj.weight)`
-in a module that cannot be traced, no branch would be in the way, so such weights must be found and left alone. The
-bytecode of `forward`, and of the methods and same-file functions that it reaches, is searched for weights that it
-reads, layers that it hands on by name, and methods of its children other than forward.
-What is not found: layers that Python fetches by other ways (`get_submodule`, a container, all of `self`) and hands to
-functions of other files, and weights fetched through `self.parameters()`, which is how most code asks for a device.
+Whatever Python reads of an adapted weight is adapted (`_weight`), so nothing here decides whether adapters are right.
+It answers two questions about the code that a forward reaches. Which tensors are the weights of linear calls, so that
+they are sites: `F.linear(x, self.w)`, `x @ self.experts[i]`? And which weights are fetched past the attribute that
+holds them, `dict(self.named_parameters())["w"]`, so that they cannot be adapted?
 """
 
+import ast
 import contextlib
-import dis
 import functools
 import inspect
+import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from ._rules import METADATA
-from ._watch import instructions
+from ._rules import METADATA, RULES, COMPOSITES, SWAPS_BY_NAME, Rule
 
-_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
-_QUESTIONS = frozenset({"isinstance", "type", "hasattr", "id", "enumerate", "reversed", "zip", "len"})
-# What only looks at a value, or gives it to a variable that is followed in its turn.
-_ASKING = frozenset({"GET_ITER", "TO_BOOL", "UNARY_NOT", "IS_OP", "STORE_FAST", "POP_TOP"})
-ITEM = "*"  # in a chain: any item of a container
-# Methods of nn.Module that give its weights away.
-_FETCHES = frozenset({"state_dict", "get_parameter", "named_parameters", "parameters"})
-
+Names = tuple[str, ...]
+Chains = frozenset[Names]  # attributes that begin at self: self.a.b[i] is ("a", "b", ITEM)
 Weight = tuple[nn.Module, str]  # owner, attribute
+ITEM = "*"
+_GIVEN = ("?",)  # the chain of what is computed from a function's arguments
+FETCHES = frozenset({"parameters", "named_parameters", "state_dict", "_parameters"})
+_NONE: Chains = frozenset()
 
 
-class Chain(NamedTuple):
-    """`self.a.b` in bytecode: the names, and whether it is "called", "asked" something, or used as a "value"."""
+class Product(NamedTuple):
+    """A linear call in Python: the chain of its weight, whether that is (in, out), and its blocks of rows, if any."""
 
-    names: tuple[str, ...]
-    use: str
-
-
-def weights_used(module: nn.Module, attributes: frozenset[str]) -> set[Weight]:
-    """The weights, under one of these attribute names, that the module's own Python may use by itself."""
-    return set(_used_by(module, "forward", attributes))
+    names: Names
+    kind: str
+    transposed: bool
+    blocks: tuple[str, ...] = ()
 
 
-def _used_by(module: nn.Module, method: str, attributes: frozenset[str]) -> Iterator[Weight]:
+class Facts(NamedTuple):
+    """What the code reached from one method does: products, fetches by the chain they start at, methods of children."""
+
+    products: frozenset[Product]
+    fetches: Chains
+    calls: Chains
+
+
+def products(module: nn.Module, method: str = "forward") -> Iterator[tuple[Weight, Product]]:
+    """The weights that the module's Python uses in linear calls of its own."""
     cls: Any = type(module)
-    chains, elsewhere = _facts(cls, method, attributes)
-    for below in module.modules() if elsewhere else ():
-        yield from ((below, name) for name in below._parameters if name in elsewhere)
-        for name in elsewhere if below is not module else ():
-            if name != "forward" and _is_method(below, name):
-                yield from _used_by(below, name, attributes)
-    for chain in chains:
-        yield from _resolved(module, chain, attributes)
+    facts = _facts(cls, method)
+    for product in facts.products:
+        for owner, attribute, rest in _resolved(module, product.names):
+            if ITEM in rest and _dimensions(owner, attribute) < 3:
+                continue  # rows looked up in a table
+            swapped = sum(name in SWAPS_BY_NAME for name in rest) % 2 == 1
+            yield (owner, attribute), product._replace(transposed=product.transposed != swapped)
+    for child, name in _methods(module, facts):
+        yield from products(child, name)
 
 
-def _resolved(start: nn.Module, chain: Chain, attributes: frozenset[str]) -> Iterator[Weight]:
-    """The weights that a chain of attributes of this very module comes to, if it does."""
-    waiting = [(start, chain.names)]
-    while waiting:
-        module, names = waiting.pop()
-        if not names:
-            if module is not start and chain.use == "value":
-                yield from _own(module, attributes)
-            continue
-        name, rest = names[0], names[1:]
-        children = [module._modules.get(name)] if name != ITEM else list(module._modules.values())
-        waiting += [(child, rest) for child in children if child is not None]
-        if name == ITEM and chain.use == "value":
-            yield from _own(module, attributes)  # the items of a ParameterList
-        elif name in module._parameters:
-            if rest[0] not in METADATA if rest else chain.use != "asked":
-                yield module, name
-        elif not any(children) and not rest and chain.use == "called" and module is not start:
-            if name in _FETCHES:
-                yield from _own(module, attributes)
-            elif name != "forward" and _is_method(module, name):
-                yield from _used_by(module, name, attributes)
+def fetched(module: nn.Module, method: str = "forward") -> Iterator[nn.Module]:
+    """The modules whose weights the module's Python fetches past their attributes."""
+    cls: Any = type(module)
+    facts = _facts(cls, method)
+    for names in facts.fetches:
+        yield from (found for found in _modules(module, names))
+    for child, name in _methods(module, facts):
+        yield from fetched(child, name)
 
 
-def _is_method(module: nn.Module, name: str) -> bool:
-    """Whether a name is a method that the module's author wrote: torch's own do other things than linear calls."""
-    method = inspect.getattr_static(type(module), name, None)
-    return isinstance(method, types.FunctionType) and method.__module__.partition(".")[0] != "torch"
+def _methods(module: nn.Module, facts: Facts) -> Iterator[tuple[nn.Module, str]]:
+    for names in facts.calls:
+        for child in _modules(module, names[:-1]):
+            method = inspect.getattr_static(type(child), names[-1], None)
+            if isinstance(method, types.FunctionType) and _package(method) != "torch":
+                yield child, names[-1]
 
 
-def _own(module: nn.Module, attributes: frozenset[str]) -> Iterator[Weight]:
-    return ((module, name) for name in module._parameters if name in attributes)
+def _modules(module: nn.Module, names: Names) -> list[nn.Module]:
+    """The modules that a chain comes to."""
+    found = [module]
+    for name in names:
+        found = [child for parent in found for key, child in parent._modules.items()
+                 if child is not None and name in (key, ITEM)]
+    return found
 
 
-def weights_kept(module: nn.Module, attributes: frozenset[str]) -> Iterator[Weight]:
-    """The weights that plain attributes of any module hold: in a list, a bound method or a partial function."""
+def _resolved(module: nn.Module, names: Names) -> Iterator[tuple[nn.Module, str, Names]]:
+    """(owner, attribute, what follows) for each tensor that a chain goes through."""
+    for at, name in enumerate(names):
+        for owner in _modules(module, names[:at]):
+            if name == ITEM:
+                keys = list(owner._parameters)
+            elif name in owner._parameters or name in owner._buffers or parametrize.is_parametrized(owner, name):
+                keys = [name]
+            else:
+                keys = []
+            yield from ((owner, key, names[at + 1:]) for key in keys)
+
+
+def _dimensions(owner: nn.Module, attribute: str) -> int:
+    tensor = owner._parameters.get(attribute)
+    return 2 if tensor is None else tensor.ndim
+
+
+def weights_kept(module: nn.Module) -> Iterator[Weight]:
+    """The weights that plain attributes of a module hold: in a list, a bound method or a partial function."""
     below = {id(parameter): (m, name) for m in module.modules() for name, parameter in m._parameters.items()}
     for name, value in vars(module).items():
         for held in reached(value) if name not in TABLES else ():
             if isinstance(held, nn.Parameter) and id(held) in below:
                 yield below[id(held)]
-            elif isinstance(held, types.MethodType) and isinstance(held.__self__, nn.Module):
-                yield from _own(held.__self__, attributes)
 
 
 TABLES = frozenset(vars(nn.Module()))  # nn.Module's own: parameters, submodules, hooks
@@ -124,130 +137,236 @@ def reached(value: Any, depth: int = 4) -> Iterator[Any]:
 
 
 @functools.lru_cache(maxsize=None)
-def _facts(cls: type, method: str, attributes: frozenset[str]) -> tuple[frozenset[Chain], frozenset[str]]:
-    """The chains that start at self, and all attributes that are read of something else, in all code reached."""
-    chains: set[Chain] = set()
-    elsewhere: set[str] = set()
-    for code, self_name in _reachable(cls, method):
-        found, read = _chains(code, self_name)
-        chains |= found
-        elsewhere |= read
-        fetched = {chain.names for chain in found if chain.use == "called"}
-        if "_parameters" in code.co_names or fetched & {("state_dict",), ("get_parameter",), ("named_parameters",)}:
-            elsewhere |= attributes
-        if "getattr" in code.co_names:
-            elsewhere |= attributes & {const for const in code.co_consts if isinstance(const, str)}
-    return frozenset(chains), frozenset(elsewhere)
+def _facts(cls: type, method: str) -> Facts:
+    reader = _Reader(cls)
+    reader.follow_method(method)
+    reader.run()
+    return Facts(frozenset(reader.products), frozenset(reader.fetches), frozenset(reader.calls))
 
 
-def _chains(code: types.CodeType, self_name: str | None) -> tuple[set[Chain], set[str]]:
-    """The chains that start at self or at a local variable that stands for a part of it, and the other attributes."""
-    steps = instructions(code)
-    reads = list(_reads(steps))
-    roots: dict[str, set[tuple[str, ...]]] = {} if self_name is None else {self_name: {()}}
-    for _ in range(3):  # an alias of an alias of an alias
-        for start, end, names in reads:
-            for base in tuple(roots.get(steps[start].argval, ())) if _is_local(steps[start]) else ():
-                for variable, more in _assigned(steps, start, end):
-                    roots.setdefault(variable, set()).add((*base, *names, *more)[:8])
-    chains, elsewhere = set(), set()
-    for start, end, names in reads:
-        found = roots.get(steps[start].argval, set()) if _is_local(steps[start]) else set()
-        item, use = _use(steps, start, end)
-        chains |= {Chain((*base, *names, *item), use) for base in found if base or names}
-        if not found:
-            elsewhere |= {name for name, after in zip(names, (*names[1:], None)) if after not in METADATA}
-    return chains, elsewhere
+class _Reader:
+    """Reads functions from their source, each with what its arguments may be; `cls` is the class of self."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+        self.products: set[Product] = set()
+        self.fetches: set[Names] = set()
+        self.calls: set[Names] = set()
+        self.seen: set[Any] = set()
+        self.waiting: list[tuple[types.FunctionType, dict[str, Chains]]] = []
+
+    def run(self) -> None:
+        """Read everything that has been followed to."""
+        while self.waiting:
+            function, bound = self.waiting.pop()
+            tree = _tree(function.__code__)
+            if tree is None:
+                self.fetches |= {()} if FETCHES & {*function.__code__.co_names} else set()
+            else:
+                _Body(self, function, bound, tree).read()
+
+    def follow(self, function: types.FunctionType, bound: dict[str, Chains]) -> None:
+        """Read this function too, unless it has been with these arguments."""
+        if _package(function) == __name__.partition(".")[0]:
+            return  # what reads adapted weights
+        key = function.__code__, tuple(sorted((name, chains) for name, chains in bound.items()))
+        if key not in self.seen and len(self.seen) < 500:
+            self.seen.add(key)
+            self.waiting.append((function, bound))
+
+    def follow_method(
+        self, name: str, arguments: Mapping[str, Chains] | None = None, above: type | None = None
+    ) -> None:
+        """Read the methods or properties of this name that the class and its bases define, `above` one of them."""
+        mro = self.cls.__mro__
+        for base in mro[mro.index(above) + 1:] if above in mro else mro:
+            for function in _functions(vars(base).get(name)) if base not in (nn.Module, object) else ():
+                names = function.__code__.co_varnames[:function.__code__.co_argcount]
+                self.follow(function, {**(arguments or {}), **({names[0]: frozenset({()})} if names else {})})
 
 
-def _is_local(step: dis.Instruction) -> bool:
-    return step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and isinstance(step.argval, str)
+class _Body(ast.NodeVisitor):
+    """Reads one function's body in the order of its text, twice, since a loop may come back to what it has stored."""
+
+    def __init__(self, reader: _Reader, function: types.FunctionType, bound: dict[str, Chains], tree: ast.AST) -> None:
+        self.reader, self.function, self.tree = reader, function, tree
+        arguments = function.__code__.co_varnames[:len(inspect.signature(function, follow_wrapped=False).parameters)]
+        self.locals: dict[str, Chains] = dict.fromkeys(arguments, frozenset({_GIVEN})) | bound
+        self.innocent: set[ast.AST] = set()
+
+    def read(self) -> None:
+        """Visit the body."""
+        self._excuse_questions()
+        for _ in range(2):
+            for part in getattr(self.tree, "body", []):
+                self.visit(part)
+
+    def value(self, node: ast.AST | None) -> Chains:
+        """The chains whose tensors or modules an expression's value may be or be made of."""
+        if isinstance(node, ast.Name):
+            return self.locals.get(node.id, _NONE)
+        if isinstance(node, ast.Attribute):
+            return _NONE if node.attr in METADATA else self._longer(node.value, node.attr)
+        if isinstance(node, ast.Subscript):
+            return self._longer(node.value, ITEM)
+        if isinstance(node, ast.Call):
+            return self.value(node.func).union(*map(self.value, (*node.args, *(k.value for k in node.keywords))))
+        if isinstance(node, (ast.BinOp, ast.BoolOp, ast.IfExp, ast.Tuple, ast.List, ast.Starred, ast.NamedExpr,
+                             ast.ListComp, ast.GeneratorExp, ast.UnaryOp)):
+            return _NONE.union(*map(self.value, ast.iter_child_nodes(node)))
+        return _NONE
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.generic_visit(node)
+        for target in node.targets:
+            self._store(target, self.value(node.value))
+
+    def visit_For(self, node: ast.For) -> None:
+        self._store(node.target, self._longer(node.iter, ITEM))
+        self.generic_visit(node)
+
+    def visit_comprehension(self, node: ast.comprehension) -> None:
+        self._store(node.target, self._longer(node.iter, ITEM))
+        self.generic_visit(node)
+
+    def _visit_comprehensions_first(self, node: Any) -> None:
+        for generator in node.generators:
+            self.visit(generator)
+        self.generic_visit(node)
+
+    visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = _visit_comprehensions_first
+
+    def _longer(self, node: ast.AST, name: str) -> Chains:
+        return frozenset(chain if chain == _GIVEN else (*chain, name)[:8] for chain in self.value(node))
+
+    def _store(self, target: ast.AST, chains: Chains) -> None:
+        for name in ast.walk(target):
+            if isinstance(name, ast.Name) and chains:
+                self.locals[name.id] = self.locals.get(name.id, _NONE) | chains
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        self.generic_visit(node)
+        if isinstance(node.op, ast.MatMult):
+            self._note(RULES["matmul"], node.left, node.right)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.generic_visit(node)
+        if node.attr in FETCHES and node not in self.innocent:
+            self.reader.fetches |= (self.value(node.value) - {_GIVEN}) or {()}
+        if self.value(node.value) == {()}:
+            self.reader.follow_method(node.attr)  # a property; methods are followed with their arguments too
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.generic_visit(node)
+        self.reader.calls |= {chain for chain in self.value(node.func) if len(chain) > 1 and chain[-1] != "forward"}
+        if isinstance(node.func, ast.Attribute):
+            if self.value(node.func.value) == {()}:
+                self._follow_own(node.func.attr, node)
+            if isinstance(node.func.value, ast.Call) and getattr(node.func.value.func, "id", None) == "super":
+                self.reader.follow_method(node.func.attr, above=_definer(self.reader.cls, self.function))
+            rule = RULES.get(node.func.attr)
+            if rule is not None and len(node.args) == 1:
+                self._note(rule, node.func.value, node.args[0])
+        called = self._called(node.func)
+        try:
+            rule, composite = RULES.get(called), COMPOSITES.get(called)
+        except TypeError:  # what is called cannot be a key
+            return
+        given = {keyword.arg or "": keyword.value for keyword in node.keywords}
+        if rule is not None:
+            self._note(rule, *rule.operands(node.args, given))
+        elif composite is not None:
+            arguments = dict(zip(inspect.signature(called).parameters, node.args)) | given
+            for name, blocks in composite.items():
+                for chain in self.value(arguments.get(name)) - {_GIVEN}:
+                    self.reader.products.add(Product(chain, "linear", False, blocks))
+        elif isinstance(called, types.FunctionType) and _package(called) != "torch":
+            arguments = dict(zip(called.__code__.co_varnames[:called.__code__.co_argcount], node.args)) | given
+            bound = {name: self.value(argument) for name, argument in arguments.items()}
+            if any(chains - {_GIVEN} for chains in bound.values()):
+                self.reader.follow(called, bound)
+
+    def _note(self, rule: Rule, x: Any, weight: Any) -> None:
+        """Note a product: of x with a weight, or of a weight, on the left, with x."""
+        left, right = self.value(x), self.value(weight)
+        for chain in right if _GIVEN not in right and (_GIVEN in left or not left) else ():
+            self.reader.products.add(Product(chain, rule.kind, rule.transposed))
+        for chain in left if rule.transposed and _GIVEN not in left and (_GIVEN in right or not right) else ():
+            self.reader.products.add(Product(chain, rule.kind, False))
+
+    def _follow_own(self, name: str, node: ast.Call) -> None:
+        """Read a method of self with the arguments of this call."""
+        method = inspect.getattr_static(self.reader.cls, name, None)
+        for function in _functions(method)[:1]:
+            names = function.__code__.co_varnames[not isinstance(method, staticmethod):function.__code__.co_argcount]
+            given = dict(zip(names, node.args)) | {k.arg: k.value for k in node.keywords if k.arg}
+            self.reader.follow_method(name, {key: self.value(argument) for key, argument in given.items()})
+
+    def _called(self, node: ast.AST) -> Any:
+        """The global that an expression such as `F.linear` names, or None."""
+        if isinstance(node, ast.Name):
+            known = self.function.__globals__.get(node.id, _cell(self.function, node.id))
+            return None if node.id in self.locals else known
+        if isinstance(node, ast.Attribute):
+            holder = self._called(node.value)
+            return getattr(holder, node.attr, None) if isinstance(holder, types.ModuleType) else None
+        return None
+
+    def _excuse_questions(self) -> None:
+        """Find the fetches of which only a dtype, device or the like is asked: next(self.parameters()).dtype."""
+        asked = {id(node.value) for node in ast.walk(self.tree) if isinstance(node, ast.Attribute)
+                 and (node.attr in METADATA or node.attr in _KINDS)}
+
+        def only_asked(names: set[str], within: ast.AST) -> bool:
+            return all(id(node) in asked for node in ast.walk(within) if isinstance(node, ast.Name)
+                       and node.id in names and isinstance(node.ctx, ast.Load))
+
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "next" and id(node) in asked:
+                self.innocent |= {*ast.walk(node.args[0])}
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+                if getattr(node.value.func, "id", None) == "next" and isinstance(node.targets[0], ast.Name):
+                    self.innocent |= {*ast.walk(node.value)} if only_asked({node.targets[0].id}, self.tree) else set()
+            elif isinstance(node, (ast.GeneratorExp, ast.ListComp)):
+                names = {n.id for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)}
+                if only_asked(names, node):
+                    self.innocent |= {n for g in node.generators for n in ast.walk(g.iter)}
 
 
-def _reads(steps: list[dis.Instruction]) -> Iterator[tuple[int, int, tuple[str, ...]]]:
-    """(start, end, names) of each local variable with the attributes read of it, and of attributes of anything else."""
-    at = 0
-    while at < len(steps):
-        start = at
-        at += 1
-        while at < len(steps) and steps[at].opname in _LOADS:
-            at += 1
-        names = tuple(step.argval for step in steps[start + (steps[start].opname not in _LOADS):at])
-        if names or _is_local(steps[start]):
-            yield start, at, names
+_KINDS = frozenset({"is_floating_point", "is_complex", "data_ptr"})
 
 
-# (the function whose first argument the value is, the instructions after it, of which the last stores the value or an
-# item of it in a variable, and which of the two).
-_ASSIGNMENTS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
-    (None, "STORE_FAST", ()),
-    (None, "LOAD_CONST BINARY_SUBSCR STORE_FAST", (ITEM,)),
-    (None, "LOAD_FAST BINARY_SUBSCR STORE_FAST", (ITEM,)),
-    (None, "GET_ITER FOR_ITER STORE_FAST", (ITEM,)),
-    ("reversed", "CALL GET_ITER FOR_ITER STORE_FAST", (ITEM,)),
-    ("enumerate", "CALL GET_ITER FOR_ITER UNPACK_SEQUENCE STORE_FAST STORE_FAST", (ITEM,)),
-)
+def _package(function: types.FunctionType) -> str:
+    return (function.__module__ or "").partition(".")[0]
 
 
-def _assigned(steps: list[dis.Instruction], start: int, end: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(variable, ITEM or nothing) for what is stored of the value that ends before `end`, or of its items in a loop."""
-    given_to = steps[start - 1].argval if steps[start - 1].opname == "LOAD_GLOBAL" else None
-    for function, opnames, more in _ASSIGNMENTS:
-        after = steps[end:end + len(opnames.split())]
-        if [step.opname for step in after] == opnames.split() and function in (None, given_to):
-            yield after[-1].argval, more
+def _definer(cls: type, function: types.FunctionType) -> type | None:
+    """The class of the MRO in which this function is a method."""
+    return next((base for base in cls.__mro__ if function in _functions(vars(base).get(function.__name__))), None)
 
 
-def _use(steps: list[dis.Instruction], start: int, end: int) -> tuple[tuple[str, ...], str]:
-    """Whether an item of the chain is taken, and what is done with it."""
-    item: tuple[str, ...] = ()
-    method = steps[end - 1]
-    opnames = [step.opname for step in steps[end:end + 2]] + ["", ""]
-    if opnames[1] == "BINARY_SUBSCR" and opnames[0] in ("LOAD_CONST", "LOAD_FAST"):
-        item, end = (ITEM,), end + 2
-        if steps[end].opname in _LOADS:
-            return item, "asked"  # what is read of it is found as an attribute of anything
-    before, after = steps[start - 1], steps[end] if end < len(steps) else steps[-1]
-    if method.opname == "LOAD_METHOD" or "NULL|self" in method.argrepr or "PUSH_NULL" in (before.opname, after.opname):
-        return item, "called"
-    compared = after.opname == "LOAD_CONST" and end + 1 < len(steps) and steps[end + 1].opname == "IS_OP"
-    asked = before.opname == "LOAD_GLOBAL" and before.argval in _QUESTIONS
-    if asked or compared or "JUMP" in after.opname or after.opname in _ASKING:
-        return item, "asked"
-    return item, "value"
+def _cell(function: types.FunctionType, name: str) -> Any:
+    names = function.__code__.co_freevars
+    if name in names:
+        with contextlib.suppress(ValueError):
+            return (function.__closure__ or ())[names.index(name)].cell_contents
+    return None
 
 
-def _reachable(cls: type, method: str) -> Iterator[tuple[types.CodeType, str | None]]:
-    """(code, its name for self) of a method, of the methods it names and of the functions of its file that it names."""
-    seen: set[types.CodeType] = set()
-    waiting = [(code, True) for code in _codes(getattr(cls, method, None))]
-    names_of_self: dict[types.CodeType, str] = {}
-    while waiting:
-        code, is_method = waiting.pop()
-        if code in seen:
-            continue
-        seen.add(code)
-        self_name = names_of_self.get(code) or (code.co_varnames[0] if is_method and code.co_varnames else None)
-        yield code, self_name
-        for inner in (const for const in code.co_consts if isinstance(const, types.CodeType)):
-            if self_name is not None:
-                names_of_self[inner] = self_name
-            waiting.append((inner, False))
-        for name in code.co_names:
-            for base in cls.__mro__:
-                if base not in (nn.Module, object) and name in vars(base):
-                    waiting += [(found, True) for found in _codes(vars(base)[name])]
-                for function in _codes_with_globals(vars(base).get("forward")):
-                    found = function.__globals__.get(name)
-                    if getattr(found, "__module__", None) == base.__module__:
-                        waiting += [(code, False) for code in _codes(found)]
+@functools.lru_cache(maxsize=None)
+def _tree(code: types.CodeType) -> ast.AST | None:
+    """The syntax tree of a function, or None where its source is not to be had."""
+    try:
+        source = textwrap.dedent(inspect.getsource(code))
+        parsed = ast.parse(source)
+    except (OSError, SyntaxError, TypeError):
+        return None
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    found = [node for node in ast.walk(parsed) if isinstance(node, kinds)]
+    return next((node for node in found if getattr(node, "name", "<lambda>") == code.co_name), None)
 
 
-def _codes(function: object) -> list[types.CodeType]:
-    return [function.__code__ for function in _codes_with_globals(function)]
-
-
-def _codes_with_globals(function: object) -> list[types.FunctionType]:
+def _functions(function: object) -> list[types.FunctionType]:
     """A function and all that it wraps: properties, static and class methods, decorators' closures."""
     if isinstance(function, property):
         function = function.fget
@@ -258,7 +377,7 @@ def _codes_with_globals(function: object) -> list[types.FunctionType]:
     if not isinstance(function, types.FunctionType):
         return []
     held = [value for value in _enclosed(function) if value is not function]
-    return [function, *(inner for value in held for inner in _codes_with_globals(value))]
+    return [function, *(inner for value in held for inner in _functions(value))]
 
 
 def _enclosed(function: types.FunctionType) -> Iterator[Any]:

@@ -152,12 +152,12 @@ def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> Non
         found = [(part.pairs[site], weight) for part, weight in parts if site in part.pairs]
         if found:
             wide = functools.reduce(torch.promote_types, (pair.A.dtype for pair, _ in found), torch.float32)
-            A = torch.cat([pair.A.to(wide) for pair, _ in found])  # (sum of ranks, in)
+            A = torch.cat([pair.A.to(wide) for pair, _ in found], dim=-2)  # (sum of ranks, in)
             scaled = [weight * pair.scale * pair.B.to(wide) for pair, weight in found]  # each (out, its rank)
-            B = torch.cat(scaled, dim=1)  # (out, sum of ranks)
+            B = torch.cat(scaled, dim=-1)  # (out, sum of ranks)
             pairs[site] = Pair(A, B, 1.0)
     whole = {name: tensor.clone() for part, _ in parts for name, tensor in part.trained.items()}
-    config = LoRAConfig(rank=max(pair.A.shape[0] for pair in pairs.values()))
+    config = LoRAConfig(rank=max(pair.A.shape[-2] for pair in pairs.values()))
     attach(model, read(model), Adapter(adapter, config, pairs, whole))
 
 

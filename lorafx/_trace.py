@@ -15,8 +15,10 @@ accepts a forward only when Python had nothing to decide. Three rules make that 
 
 import concurrent.futures
 import contextlib
+import gc
 import inspect
 import itertools
+import operator
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -27,16 +29,25 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._graph import RegionGraph
-from ._watch import HIDDEN, PRIMITIVES, Unsound, Watch, instruction, loads_method
+from ._watch import HIDDEN, PRIMITIVES, Unsound, Watch, instruction, loads_method, stored_names
 
 Tracing = Callable[[nn.Module], RegionGraph]
 
 
 @contextlib.contextmanager
 def tracing() -> Iterator[Tracing]:
-    """The tracer, in a thread of its own: the caller's function modes, default device and profiler are not in there."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        yield lambda module: thread.submit(trace, module).result()
+    """The tracer, in a thread of its own: the caller's function modes, default device and profiler are not in there.
+
+    Nor is the garbage collector, whose callbacks would look like calls of the traced code.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            yield lambda module: thread.submit(trace, module).result()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def trace(module: nn.Module) -> RegionGraph:
@@ -133,7 +144,9 @@ class Value(fx.Proxy):
         if name != "UNPACK_SEQUENCE":
             raise Unsound("it iterates over a tensor or an attribute")
         items: Any = self.tracer.create_proxy("call_function", unpack, (self, count), {})
-        return iter([items[i] for i in range(count)])
+        names = stored_names(sys._getframe(1), count)
+        return iter([self.tracer.create_proxy("call_function", operator.getitem, (items, i), {}, name)
+                     for i, name in zip(range(count), names)])
 
 
 def unpack(value: Any, count: int) -> tuple[Any, ...]:
@@ -205,6 +218,8 @@ class _Self:
             raise Unsound(f"{cls.__name__} computes its attributes")
         declared = inspect.getattr_static(cls, name, _MISSING)
         target = f"{path}.{name}" if path else name
+        if isinstance(declared, property):
+            return tracer.create_proxy("get_attr", target, (), {})  # computed by Python, again at each call
         if inspect.isdatadescriptor(declared):
             raise Unsound(f"it reads '{name}', which is computed by Python")
         if name not in vars(module) and isinstance(declared, types.FunctionType) and not path:

@@ -189,6 +189,12 @@ def instruction(frame: types.FrameType) -> tuple[str, int]:
     return dis.opname[code[at]], code[at + 1]
 
 
+def stored_names(frame: types.FrameType, count: int) -> list[str | None]:
+    """The variables in which this frame, which is unpacking `count` items, stores them; None for one without."""
+    after = [step for step in instructions(frame.f_code) if step.offset > frame.f_lasti][:count]
+    return [step.argval if step.opname == "STORE_FAST" else None for step in after]
+
+
 def loads_method(name: str, argument: int) -> bool:
     """Whether this instruction reads an attribute to call it right away, as in `x.view(...)`."""
     return name == "LOAD_METHOD" or (name == "LOAD_ATTR" and sys.version_info >= (3, 12) and bool(argument & 1))

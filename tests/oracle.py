@@ -32,7 +32,7 @@ def oracle(base: nn.Module, sites: list[Any], factors: dict[str, list[tuple[Tens
         for name in site.names:
             key = name if name in tensors else f"{name}.weight".lstrip(".")
             delta = sum(scale * B @ A for A, B, scale in factors[site.name])
-            replaced[key] = tensors[key] + (delta.T if site.transposed and factors[site.name] else delta)
+            replaced[key] = tensors[key] + (delta.mT if site.transposed and factors[site.name] else delta)
     return functional_call(base, replaced, args, tie_weights=False)
 
 

@@ -35,6 +35,11 @@ def object_read_live(self, x):
     return F.linear(x, self.w) * self.settings.scale
 
 
+@sound(change=lambda model: setattr(model, "scale", 7.0))
+def property_read_live(self, x):
+    return F.linear(x, self.w) * self.computed
+
+
 @sound()
 def list_appended_to(self, x):
     self.calls.append(x.sum())

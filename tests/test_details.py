@@ -128,9 +128,6 @@ def test_traps_of_other_kinds():
     patched.forward = lambda x: x
     with pytest.raises(Unsound, match="this instance has a forward of its own"):
         trace(patched)
-    for cls in (Keywords, Named):
-        with pytest.raises(lorafx.NoSiteError):
-            lorafx.inject(cls())
 
 
 def test_a_metaclass_is_not_woken():
@@ -161,9 +158,9 @@ def test_a_model_that_grows_after_injection():
     x = torch.randn(4, 3)
     torch.testing.assert_close(lorafx.merge(model)(x), model(x))
     assert len(lorafx.eject(model)) == 2
-    nn.utils.parametrizations.weight_norm(model[0])
-    with pytest.raises(lorafx.UnsupportedModelError, match="The adapters at '0' cannot be folded, since the model has"):
-        lorafx.merge(model)
+    with pytest.raises(lorafx.UnsupportedModelError, match="writes into the weight of a Linear, which is adapted"):
+        nn.utils.parametrizations.weight_norm(model[0])
+    model[0] = nn.Linear(3, 3)
 
 
 def test_a_module_trained_whole_survives_assignment():

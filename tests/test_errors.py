@@ -30,7 +30,8 @@ SETTINGS = {
     "one of several": ({"targets": ["q_proj", "k_proj"]}, NoSiteError, "targets='k_proj'.*such as .*'q_proj'"),
     "regex": ({"targets": re.compile("q")}, NoSiteError, "No linear call matches targets='q'"),
     "no linear call": ({"targets": "conv"}, NoSiteError,
-                       r"'conv' cannot be adapted: its module is a graph break: Conv1d: it calls .* branches or loops"),
+                       r"'conv' cannot be adapted: no linear call on it was found, and its module is a graph "
+                       "break: Conv1d: it calls .* branches or loops"),
     "predicate": ({"targets": lambda site: False}, NoSiteError, "No linear call matches targets=<function"),
     "kind of target": ({"targets": 3}, ConfigError, "targets takes names, globs, .* or a function of a Site, not 3"),
     "nothing": ({"targets": []}, NoSiteError, r"No linear call is left to adapt: targets=\[\]"),
@@ -116,7 +117,8 @@ def with_lora_attribute(model: nn.Module) -> nn.Module:
 MODELS = {
     "no module": (lambda: 3, UnsupportedModelError, "A model is an nn.Module, not a int"),
     "no linear": (lambda: nn.Sequential(nn.ReLU()), NoSiteError, "This model makes no linear call on a weight of"),
-    "no linear but matrices": (lambda: nn.LSTM(3, 3), NoSiteError, "'weight_ih_l0' cannot be adapted: its module is"),
+    "no linear but matrices": (lambda: nn.LSTM(3, 3), NoSiteError,
+                               "'weight_ih_l0' cannot be adapted: no linear call on it was found"),
     "closure": (lambda: with_closure(Net()), UnsupportedModelError,
                 "This Net holds a function, 'act', that closes over a part of the model"),
     "closure over a weight": (lambda: with_closure_over_a_weight(Net()), UnsupportedModelError, "'act', that"),

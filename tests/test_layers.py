@@ -10,12 +10,14 @@ import lorafx
 LEVELS = {
     "_errors": 0,
     "_kernels": 1, "_adapter": 1, "_rules": 1, "_graph": 1, "_watch": 1,
-    "_trace": 2, "_scan": 2, "_region": 2, "_branch": 2,
-    "_program": 3, "_formats": 3, "_guard": 3,
-    "_merge": 4, "_attach": 4,
-    "_switch": 5, "_report": 5,
-    "_inject": 6,
-    "__init__": 7,
+    "_trace": 2, "_scan": 2, "_weight": 2,
+    "_branch": 3,
+    "_region": 4,
+    "_program": 5, "_formats": 5, "_guard": 5,
+    "_merge": 6, "_attach": 6,
+    "_switch": 7, "_report": 7,
+    "_inject": 8,
+    "__init__": 9,
 }
 FOLDER = Path(lorafx.__file__).parent
 

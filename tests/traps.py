@@ -67,7 +67,8 @@ def trap(reason: str, *calls: Any, change: Callable[[nn.Module], Any] | None = N
 
 
 def build(forward: Any) -> nn.Module:
-    own = {"forward": forward, "helped": lambda self, x, scale: x * scale, "__module__": __name__}
+    own = {"forward": forward, "helped": lambda self, x, scale: x * scale, "__module__": __name__,
+           "computed": property(lambda self: self.scale if self.training else 3.0)}
     model = type("Trap", (nn.Module,), own)()
     model.fc = nn.Linear(3, 3)
     model.w = nn.Parameter(torch.randn(3, 3))
@@ -301,11 +302,6 @@ def negates(self, x):
 def unpacks_with_a_star(self, x):
     _, *rest = x.shape
     return F.linear(x, self.w).reshape(-1, *rest)
-
-
-@trap("computed by Python")
-def property_of_the_module(self, x):
-    return F.linear(x, self.w) * self.computed
 
 
 @trap("`with` block")
