@@ -6,17 +6,19 @@ import hashlib
 import inspect
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, check_name, join, pattern_matches
-from ._branch import (FROZEN, FROZEN_PREFIX, RECORD, Branch, Factors, Injection, Own, Trained, branch_name,
-                      factor_dtype, injection, new_pair, set_trainable, sets_of, split_block, submodule,
+from ._branch import (FROZEN_PREFIX, RECORD, Branch, Factors, Injection, Own, Trained, branch_name,
+                      factor_dtype, injection, new_pair, set_trainable, split_block, submodule,
                       through_branches)
 from ._errors import AdapterError, ConfigError, MismatchError, NoSiteError, UnsupportedModelError
 from ._program import Place, Program, places_of_sites, tensor_at
-from ._region import adapt, convert, is_plain_graph, keep_attributes, same_kind
+from ._region import adapt, convert, is_plain_graph, keep_attributes, same_kind, why_not_adapted
 from ._rules import Call, Site, blocks_matching, name_matches, near, only_metadata, readers_of, select
+from ._scan import weights_kept
 
 # What data-parallel and compile wrappers put before every name when a wrapped model is saved.
 WRAPPERS = ("module.", "_orig_mod.")
@@ -76,16 +78,9 @@ def _trained_tensors(base: Mapping[str, nn.Parameter], config: LoRAConfig) -> di
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{name: Parameter} of the base under every name, the frozen ones where an adapter's are in their place."""
-    found = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        held = module._modules.get("trained")
-        frozen = sets_of(held)[FROZEN] if isinstance(held, Trained) else {}
-        for name, parameter in module._parameters.items() if not isinstance(module, Own) else ():
-            parameter = frozen.get(name, parameter)
-            if parameter is not None:
-                found[join(path, name)] = parameter
-    return found
+    """{name: Parameter} of the base, under every name."""
+    return {join(path, name): parameter for path, module in model.named_modules(remove_duplicate=False)
+            if not isinstance(module, Own) for name, parameter in module._parameters.items() if parameter is not None}
 
 
 def fit(model: nn.Module, program: Program, adapter: Adapter, source: str, made_for: str | None) -> Adapter:
@@ -154,12 +149,9 @@ def fingerprint(program: Program) -> str:
 
 
 def weight_at(places: Mapping[str, Place], site: Site) -> Tensor:
-    """The frozen tensor of which a site is all or some rows."""
-    owner, attribute = places[split_block(site.name)[0]]
-    held = owner._modules.get("trained")
-    kept = sets_of(held)[FROZEN].get(attribute) if isinstance(held, Trained) else None
-    found: Tensor = tensor_at(owner, attribute) if kept is None else kept
-    return found
+    """The base's tensor of which a site is all or some rows."""
+    tensor: Tensor = tensor_at(*places[split_block(site.name)[0]])
+    return tensor
 
 
 def attach(model: nn.Module, program: Program, adapter: Adapter) -> None:
@@ -192,7 +184,14 @@ def _check_room(model: nn.Module, places: Mapping[str, Place], sites: list[Site]
         needed.append((owner, branch_name(attribute, split_block(name)[1]), Branch, name))
         if attribute not in getattr(type(owner), "_adapted", ()):
             needed.append((owner, FROZEN_PREFIX + attribute, Branch, name))
-    needed += [(submodule(model, name.rpartition(".")[0]), "trained", Trained, name) for name in adapter.trained]
+    for name in adapter.trained:
+        owner, attribute = submodule(model, name.rpartition(".")[0]), name.rpartition(".")[2]
+        cls: Any = type(owner)
+        why = "it is a GraphModule" if is_plain_graph(owner) else why_not_adapted(cls)
+        if why is not None or any(kept == (owner, attribute) for kept in weights_kept(owner)):
+            raise UnsupportedModelError(f"'{name}' cannot be trained whole: "
+                                        f"{why or 'its module also holds it in another attribute'}.")
+        needed.append((owner, "trained", Trained, name))
     for owner, name, kind, at in needed:
         held = owner._modules.get(name)
         taken = name in owner._modules or inspect.getattr_static(owner, name, None) is not None
@@ -210,7 +209,7 @@ def _branch(places: Mapping[str, Place], site: Site) -> Branch:
     for name in site.names:
         owner, attribute = places[split_block(name)[0]]
         owner._modules[branch_name(attribute, block)] = branch
-        if not (in_graph_modules or is_plain_graph(owner) or attribute in getattr(type(owner), "_adapted", ())):
+        if not (in_graph_modules or is_plain_graph(owner)):
             adapt(owner, attribute)
     return branch
 
@@ -263,14 +262,10 @@ def _hold_trained(model: nn.Module, adapter: Adapter) -> None:
     base = base_parameters(model)
     new = {id(base[name]): same_kind(base[name], tensor) for name, tensor in adapter.trained.items()}
     for module in [m for m in model.modules() if not isinstance(m, Own)]:
-        held = module._modules.get("trained")
-        whole = held if isinstance(held, Trained) else Trained()
-        frozen, own = sets_of(whole)[FROZEN], Own()
-        for name, parameter in module._parameters.items():
-            parameter = frozen.get(name, parameter)
-            if parameter is not None and id(parameter) in new:
-                frozen[name] = parameter
-                own._parameters[name] = new[id(parameter)]
+        own = Own()
+        own._parameters |= {name: new[id(p)] for name, p in module._parameters.items() if id(p) in new}
         if own._parameters:
-            module._modules["trained"] = whole
-            whole._modules[adapter.name] = own
+            module._modules.setdefault("trained", Trained())
+            submodule(module, "trained")._modules[adapter.name] = own
+            for name in own._parameters:
+                adapt(module, name)

@@ -79,28 +79,22 @@ class Branch(Own):
 
 
 class Trained(Own):
-    """The parameters of one base module that adapters train whole: a set for each of them, and the frozen set.
+    """The parameters of one base module that adapters train whole, a set for each of these adapters.
 
-    The module itself holds, under the usual names, the set of the active adapter, or else the frozen one.
+    `used` names the set that stands in the place of the base's own.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._modules[FROZEN] = Own()
+        self.used: str | None = None
 
+    def sets(self) -> dict[str, dict[str, nn.Parameter]]:
+        """{adapter: {name: Parameter}}."""
+        return {name: module._parameters for name, module in self._modules.items()}  # type: ignore[union-attr, misc]
 
-FROZEN = "_frozen"  # no adapter's name begins like this
-
-
-def sets_of(held: Trained) -> dict[str, dict[str, nn.Parameter]]:
-    """{adapter or FROZEN: {name: Parameter}}."""
-    return {name: module._parameters for name, module in held._modules.items()}  # type: ignore[union-attr, misc]
-
-
-def chosen_set(held: Trained, live: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The set of the adapter among these that has one, or the frozen set."""
-    sets = sets_of(held)
-    return next((sets[name] for name in live if name in sets), sets[FROZEN])
+    def choose(self, live: Iterable[str]) -> str | None:
+        """The adapter among these that has a set."""
+        return next((name for name in live if name in self._modules), None)
 
 
 def factors_at(branch: Branch, adapter: str) -> Factors | None:
@@ -229,13 +223,23 @@ def frozen(owner: nn.Module, attribute: str) -> Any:
     return getattr(cls, attribute).__get__(owner)  # a parametrization's property
 
 
+def chosen(owner: nn.Module, attribute: str) -> Any:
+    """W, or what an active adapter that trains the module whole has in its place."""
+    held = owner._modules.get("trained")
+    if isinstance(held, Trained) and held.used is not None:
+        tensors = held._modules[held.used]._parameters  # type: ignore[union-attr]
+        if attribute in tensors:
+            return tensors[attribute]
+    return frozen(owner, attribute)
+
+
 def adapted(owner: nn.Module, attribute: str) -> Tensor:
     """What Python reads of a module under this name: W + sum s B A, over the active adapters at its sites.
 
     It is an `AdaptedWeight`, or the sum itself where no subclass of Tensor can go: in functions that are being
     compiled or transformed, and in the layers of torch that would not take their fused paths with one.
     """
-    matrix = frozen(owner, attribute)
+    matrix = chosen(owner, attribute)
     name = branch_name(attribute)
     parts: list[Part] = []
     for key, module in owner._modules.items():
@@ -295,8 +299,8 @@ def refresh(model: nn.Module) -> None:
     live = injection(model).live
     for branch in branches(model).values():
         branch._live = tuple((name, weight) for name, weight in live.items() if name in branch._modules)
-    for _, owner, held in trained(model):
-        owner._parameters.update(chosen_set(held, live))
+    for _, _, held in trained(model):
+        held.used = held.choose(live)
 
 
 def set_trainable(model: nn.Module) -> None:

@@ -9,8 +9,8 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from ._adapter import join
-from ._branch import (FROZEN, RECORD, Branch, Own, branches, chosen_set, factors_at, injection, sets_of, split_block,
-                      submodule, thawed, trained, weights_of)
+from ._branch import (RECORD, Branch, Own, branches, factors_at, injection, split_block, submodule, thawed, trained,
+                      weights_of)
 from ._errors import TiedWeightError, UnsupportedModelError
 from ._program import Place, places_of_sites, read
 from ._region import Adapted, is_plain_graph, revert, same_kind, share
@@ -37,8 +37,6 @@ def eject(model: M) -> M:
     """
     record = injection(model)
     twin = share(model)
-    for _, owner, held in trained(twin):
-        owner._parameters.update(sets_of(held)[FROZEN])
     for module in list(twin.modules()):
         if is_plain_graph(module):
             _erase_branches(module)
@@ -100,8 +98,7 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
     twin = eject(model)
     clones: dict[nn.Parameter, nn.Parameter] = {}
     for path, _, whole_set in trained(model):
-        own = chosen_set(whole_set, chosen)
-        for name, parameter in own.items() if own is not sets_of(whole_set)[FROZEN] else ():
+        for name, parameter in whole_set.sets().get(whole_set.choose(chosen) or "", {}).items():
             base = submodule(twin, path)._parameters[name]
             assert base is not None
             clones.setdefault(parameter, same_kind(base, parameter.detach().clone()))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from ._branch import FROZEN_PREFIX, adapted, frozen
+from ._branch import FROZEN_PREFIX, adapted, chosen
 from ._errors import UnsupportedModelError
 
 M = TypeVar("M", bound=nn.Module)
@@ -110,6 +110,8 @@ def convert(module: nn.Module, graph: fx.Graph) -> None:
 def adapt(module: nn.Module, attribute: str) -> None:
     """Let Python read this tensor of a module as adapted, and as it is under its frozen name."""
     cls: Any = type(module)
+    if attribute in getattr(cls, "_adapted", ()):
+        return
     names = (*getattr(cls, "_adapted", ()), attribute)
     code = cls._python_code if issubclass(cls, Region) else None
     module.__class__ = _derived(getattr(cls, "_user_class", cls), names, code)
@@ -217,9 +219,9 @@ def _adapted_property(name: str) -> property:
 
 def _frozen_property(name: str) -> property:
     def read(self: nn.Module) -> Any:
-        return frozen(self, name)
+        return chosen(self, name)
 
-    return property(read, doc=f"{name} without adapters.")
+    return property(read, doc=f"{name} without the branches beside it.")
 
 
 def keep_attributes(module: fx.GraphModule) -> None:

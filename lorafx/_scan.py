@@ -197,9 +197,9 @@ class _Body(ast.NodeVisitor):
     def read(self) -> None:
         """Visit the body."""
         self._excuse_questions()
-        for _ in range(2):
-            for part in getattr(self.tree, "body", []):
-                self.visit(part)
+        body = getattr(self.tree, "body")
+        for part in (body if isinstance(body, list) else [body]) * 2:
+            self.visit(part)
 
     def value(self, node: ast.AST | None) -> Chains:
         """The chains whose tensors or modules an expression's value may be or be made of."""

@@ -9,8 +9,8 @@ from torch import nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, join
 from ._attach import attach, check_free
-from ._branch import (FROZEN, branches, check_adapter, factors_at, holders, injection, refresh, set_trainable,
-                      sets_of, trained, weights_of)
+from ._branch import (branches, check_adapter, factors_at, holders, injection, refresh, set_trainable,
+                      trained, weights_of)
 from ._errors import AdapterError
 from ._program import read
 
@@ -80,7 +80,6 @@ def named_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[t
     """
     if adapter is not None:
         check_adapter(model, adapter)
-    refresh(model)  # load_state_dict(assign=True) and to_empty part a module trained whole from its adapter's set
     wanted = injection(model).active if adapter is None else (adapter,)
     holding, seen = set(holders(model)), set()
     for path, module in model.named_modules():
@@ -120,7 +119,7 @@ def remove(model: nn.Module, adapter: str) -> None:
         holder._modules.pop(adapter, None)
     refresh(model)
     for _, owner, held in list(trained(model)):
-        if sets_of(held).keys() == {FROZEN}:
+        if not held._modules:
             del owner._modules["trained"]
 
 
@@ -169,8 +168,12 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
         factors = factors_at(branch, adapter)
         if factors is not None:
             pairs[site] = Pair(factors.A.detach(), factors.B.detach(), factors.scale)
+    lost = [site for site in injection(model).configs[adapter].targets if site not in pairs]
+    if lost:
+        raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module was replaced after "
+                           "injection, as resize_token_embeddings does with a head: do that before lorafx.inject.")
     whole: dict[nn.Parameter, str] = {}
     for path, _, held in trained(model):
-        for name, parameter in sets_of(held).get(adapter, {}).items():
+        for name, parameter in held.sets().get(adapter, {}).items():
             whole.setdefault(parameter, join(path, name))
     return Adapter(adapter, injection(model).configs[adapter], pairs, {name: p.detach() for p, name in whole.items()})

@@ -100,6 +100,8 @@ class AdaptedWeight(Tensor):
         kwargs = kwargs or {}
         if args and isinstance(args[0], cls) and _writes(func):
             args[0]._refuse_writing()
+        if func in _FLAG:
+            return args[0].matrix.requires_grad  # as the base's Python would see it
         if func is Tensor.data_ptr:
             raise UnsupportedModelError(f"A kernel asks for the memory of {args[0].label}, but it is adapted, and "
                                         "W + s B A is nowhere in memory: exclude this site.")
@@ -267,6 +269,9 @@ _SAME: dict[Any, _Same] = {
     **dict.fromkeys(_named("__getitem__"), _items),
     **dict.fromkeys(_named("chunk", "split", "split_with_sizes"), _pieces),
 }
+
+
+_FLAG = _named("requires_grad")
 
 
 def _right_product(

@@ -103,7 +103,8 @@ class TestTrainable:
         assert fingerprint(block) == before
         trained = model(TOKENS)
         assert not torch.equal(trained, base(TOKENS))
-        assert torch.equal(model.state_dict()["down.weight"], model.down.trained.default.weight)
+        assert torch.equal(model.state_dict()["down.weight"], block.down.weight)
+        assert model.down.weight is model.down.trained.default.weight
         with lorafx.disabled(model):
             assert torch.equal(model(TOKENS), base(TOKENS))
         assert torch.equal(model(TOKENS), trained)
