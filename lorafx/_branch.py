@@ -247,10 +247,13 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
             parts += module.parts()
     if not parts:
         return matrix  # type: ignore[no-any-return]
-    if matrix.dtype not in NARROW and (torch.compiler.is_compiling() or _functorch_active() or (
+    compiling, make = torch.compiler.is_compiling(), AdaptedWeight.of
+    if matrix.dtype not in NARROW and (compiling or _functorch_active() or (
             sys._getframe(2).f_globals.get("__name__") in _FUSED and not _needs_grad(parts))):
         return whole(matrix, parts)
-    return AdaptedWeight.of(matrix, parts, f"the {attribute} of a {type(owner).__name__}")
+    if compiling:  # the compiler cannot make the tensor: its graph ends here
+        make = torch.compiler.disable(make, reason="Python reads an adapted weight of a narrow dtype")
+    return make(matrix, parts, f"the {attribute} of a {type(owner).__name__}")
 
 
 # Layers of torch that read their children's weights for a fused kernel, and ask for plain tensors.
