@@ -252,7 +252,8 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
             sys._getframe(2).f_globals.get("__name__") in _FUSED and not _needs_grad(parts))):
         return whole(matrix, parts)
     if compiling:  # the compiler cannot make the tensor: its graph ends here
-        make = torch.compiler.disable(make, reason="Python reads an adapted weight of a narrow dtype")
+        make = torch.compiler.disable(  # type: ignore[no-untyped-call]
+            make, reason="Python reads an adapted weight of a narrow dtype")
     return make(matrix, parts, f"the {attribute} of a {type(owner).__name__}")
 
 

@@ -23,11 +23,16 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def oracle(base: nn.Module, sites: list[Any], factors: dict[str, list[tuple[Tensor, Tensor, float]]],
-           *args: Any) -> Any:
-    """base(*args) with the delta of {site: [(A, B, scale)]} added to each weight, under every name of it."""
+Factors = dict[str, list[tuple[Tensor, Tensor, float]]]  # {site: [(A, B, scale)]}
+
+
+Factors = dict[str, list[tuple[Tensor, Tensor, float]]]  # {site: [(A, B, scale)]}
+
+
+def oracle(base: nn.Module, sites: list[Any], factors: Factors, *args: Any) -> Any:
+    """base(*args) with the delta of each site added to its weight, under every name of it; differentiable."""
     tensors = dict(base.named_parameters(remove_duplicate=False))
-    replaced = {}
+    replaced: dict[str, Tensor] = {}
     for site in sites:
         for name in site.names:
             key = name if name in tensors else f"{name}.weight".lstrip(".")
@@ -36,14 +41,54 @@ def oracle(base: nn.Module, sites: list[Any], factors: dict[str, list[tuple[Tens
     return functional_call(base, replaced, args, tie_weights=False)
 
 
-def factors_of(model: nn.Module, weights: dict[str, float]) -> dict[str, list[tuple[Tensor, Tensor, float]]]:
+class Oracle:
+    """A copy of a base whose weights W are Parameters W + sum s B A, and the gradients of A and B by the chain rule."""
+
+    def __init__(self, base: nn.Module, sites: list[Any], factors: Factors) -> None:
+        self.model = copy.deepcopy(base).requires_grad_()
+        self.uses: list[tuple[nn.Parameter, Any, Tensor, Tensor, float]] = []
+        made: dict[Any, nn.Parameter] = {}
+        tensors = dict(self.model.named_parameters(remove_duplicate=False))
+        for site in sites:
+            names = [name.partition("[")[0] for name in site.names]
+            keys = tuple(name if name in tensors else f"{name}.weight".lstrip(".") for name in names)
+            weight = made.setdefault(keys, nn.Parameter(tensors[keys[0]].detach().clone()))
+            for key in keys:
+                owner, _, attribute = key.rpartition(".")
+                self.model.get_submodule(owner).register_parameter(attribute, weight)
+            for A, B, scale in factors[site.name]:
+                block = _block(site, weight.data)
+                block += (scale * B @ A).detach()
+                self.uses.append((weight, site, A, B, scale))
+
+    def gradients(self) -> list[Tensor]:
+        """Of A and B, in the order of sites, from the gradients of W."""
+        found = []
+        for weight, site, A, B, scale in self.uses:
+            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            block = _block(site, gradient)
+            found += [scale * B.mT @ block, scale * block @ A.mT]
+        return [tensor.detach() for tensor in found]
+
+
+def _block(site: Any, weight: Tensor) -> Tensor:
+    """The part of a weight that a site is, as (out, in): of a block, q, k or v, a third of the rows."""
+    matrix = weight.mT if site.transposed else weight
+    if site.name.endswith("]"):
+        return matrix.chunk(3)["qkv".index(site.name[-2])]
+    return matrix
+
+
+def factors_of(model: nn.Module, weights: dict[str, float]) -> Factors:
     """{site: [(A, B, weight * scale)]}, read from the state_dict's names and the modules' scales."""
-    found: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
+    found: Factors = {}
     for path, module in model.named_modules():
         owner, _, adapter = path.rpartition(".")
         if isinstance(getattr(module, "A", None), nn.Parameter) and adapter in weights:
             parent, _, name = owner.rpartition(".")
-            site = parent if name == "lora" else ".".join(filter(None, (parent, name.removeprefix("lora_"))))
+            attribute, bracket, block = name.partition("[")
+            site = parent if attribute == "lora" else ".".join(filter(None, (parent, attribute.removeprefix("lora_"))))
+            site += bracket + block
             found.setdefault(site, []).append((module.A, module.B, weights[adapter] * module.scale))
     return found
 

@@ -1,0 +1,108 @@
+"""Every invariant on every model of the zoo."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from oracle import Oracle, factors_of, fingerprint, frozen, randomise
+from torch import Tensor, nn
+from zoo import ROWS, Row
+
+import lorafx
+
+
+def outputs(row: Row, model: nn.Module, training: bool = False, grad: bool = True) -> tuple[Tensor, ...]:
+    torch.manual_seed(1)
+    with torch.set_grad_enabled(grad):
+        return row.run(model.train(training))
+
+
+def total(found: Any) -> Tensor:
+    return sum(tensor.double().square().sum() for tensor in found) / sum(tensor.numel() for tensor in found)
+
+
+def assert_close(row: Row, got: Any, wanted: Any) -> None:
+    """To rounding, which is relative to the largest output."""
+    for a, b in zip(got, wanted, strict=True):
+        allowed = (1e-9 if a.dtype == torch.float64 else 2e-4) * max(float(b.detach().abs().max()) if b.numel() else 0, 1)
+        torch.testing.assert_close(a, b, rtol=0, atol=allowed)
+
+
+@pytest.fixture(params=ROWS, ids=[row.name for row in ROWS])
+def row(request: Any) -> Row:
+    return request.param
+
+
+def test_sites_are_those_counted_by_hand(row):
+    assert len(lorafx.sites(row.build())) == row.sites
+
+
+def test_identity_and_the_callers_model(row, tmp_path):
+    """Injected equals the frozen original bitwise, with the same random numbers; training it leaves the original."""
+    base = row.build().eval()
+    before, expected = fingerprint(base), frozen(base)
+    model = lorafx.inject(base, rank=2, targets="linear")
+    for training in (True, False):
+        for grad in (True, False):
+            wanted = outputs(row, expected, training, grad)
+            state = torch.get_rng_state()
+            got = outputs(row, model, training, grad)
+            assert torch.equal(torch.get_rng_state(), state)
+            if grad and not training and not row.exact:
+                assert_close(row, got, wanted)  # torch's fused kernels are for weights that train nothing
+            else:
+                assert all(map(torch.equal, got, wanted)), (training, grad)
+    assert all(map(torch.equal, outputs(row, frozen(lorafx.eject(model))), outputs(row, expected)))
+    optimizer = torch.optim.SGD(lorafx.parameters(model), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        total(outputs(row, model, training=True)).backward()
+        optimizer.step()
+    assert fingerprint(base) == before
+
+
+def test_no_silent_site(row):
+    """Each B gets a gradient, and changes the outputs when it alone is not zero."""
+    model = lorafx.inject(row.build().eval(), rank=2, targets="linear")
+    reference = outputs(row, model, grad=False)
+    total(outputs(row, model)).backward()
+    unused = {name + suffix for name in row.unused for suffix in (".lora.default.B", "")}
+    for name, parameter in lorafx.named_parameters(model):
+        site = name.removesuffix(".lora.default.B")
+        if not name.endswith(".B") or site in unused:
+            continue
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        with torch.no_grad():
+            parameter.normal_()
+            assert not all(map(torch.equal, outputs(row, model, grad=False), reference)), name
+            parameter.zero_()
+
+
+def test_adapted_outputs_and_gradients(row, tmp_path):
+    """With B not zero: equal to the oracle, in outputs and gradients; merged, copied, pickled, saved and loaded."""
+    base = row.build().eval()
+    model = randomise(lorafx.inject(base, rank=2, targets="linear"))
+    result = outputs(row, model)
+    if not any(nn.utils.parametrize.is_parametrized(module) for module in base.modules()):
+        factors = factors_of(model, {"default": 1.0})
+        twin = Oracle(base, lorafx.sites(base), factors)
+        expected = outputs(row, twin.model)
+        assert_close(row, result, expected)
+        total(result).backward(), total(expected).backward()
+        tensors = [tensor for site in lorafx.sites(base) for part in factors[site.name] for tensor in part[:2]]
+        assert_close(row, [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors], twin.gradients())
+        result = outputs(row, model)
+    for grad in (True, False):
+        merged = lorafx.merge(model, untie=True)
+        assert_close(row, outputs(row, merged, grad=grad), outputs(row, model, grad=grad))
+    assert all(map(torch.equal, outputs(row, copy.deepcopy(model)), result))
+    lorafx.save(model, tmp_path / "adapter.safetensors")
+    assert all(map(torch.equal, outputs(row, lorafx.load(base, tmp_path / "adapter.safetensors")), result))
+    try:
+        plain = pickle.dumps(base)
+    except (pickle.PicklingError, AttributeError, RuntimeError):
+        plain = None  # nor does the original
+    if plain is not None:
+        assert all(map(torch.equal, outputs(row, pickle.loads(pickle.dumps(model))), result))
