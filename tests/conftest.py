@@ -10,6 +10,8 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True,
 hypothesis.settings.register_profile("search", deadline=None, max_examples=1000, database=None)
 hypothesis.settings.load_profile("default")
 
+torch.set_num_threads(1)  # the models are too small for more
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -46,6 +46,7 @@ class Oracle:
 
     def __init__(self, base: nn.Module, sites: list[Any], factors: Factors) -> None:
         self.model = copy.deepcopy(base).requires_grad_()
+        self.outputs: Any = None
         self.uses: list[tuple[nn.Parameter, Any, Tensor, Tensor, float]] = []
         made: dict[Any, nn.Parameter] = {}
         tensors = dict(self.model.named_parameters(remove_duplicate=False))

@@ -9,6 +9,7 @@ import torch
 from oracle import Oracle, factors_of, fingerprint, frozen, randomise
 from torch import Tensor, nn
 from zoo import ROWS, Row
+from zoo_transformers import ROWS as TRANSFORMERS
 
 import lorafx
 
@@ -26,11 +27,15 @@ def total(found: Any) -> Tensor:
 def assert_close(row: Row, got: Any, wanted: Any) -> None:
     """To rounding, which is relative to the largest output."""
     for a, b in zip(got, wanted, strict=True):
-        allowed = (1e-9 if a.dtype == torch.float64 else 2e-4) * max(float(b.detach().abs().max()) if b.numel() else 0, 1)
+        largest = float(b.detach().abs().max()) if b.numel() else 0
+        allowed = (1e-9 if a.dtype == torch.float64 else 2e-4) * max(largest, 1)
         torch.testing.assert_close(a, b, rtol=0, atol=allowed)
 
 
-@pytest.fixture(params=ROWS, ids=[row.name for row in ROWS])
+EVERY = [*ROWS, *TRANSFORMERS]
+
+
+@pytest.fixture(params=EVERY, ids=[row.name for row in EVERY])
 def row(request: Any) -> Row:
     return request.param
 
@@ -64,20 +69,35 @@ def test_identity_and_the_callers_model(row, tmp_path):
 
 
 def test_no_silent_site(row):
-    """Each B gets a gradient, and changes the outputs when it alone is not zero."""
-    model = lorafx.inject(row.build().eval(), rank=2, targets="linear")
+    """Each B gets the gradient that its weight's gives it, and changes the outputs when it alone is not zero."""
+    base = row.build().eval()
+    model = lorafx.inject(base, rank=2, targets="linear")
     reference = outputs(row, model, grad=False)
     total(outputs(row, model)).backward()
-    unused = {name + suffix for name in row.unused for suffix in (".lora.default.B", "")}
+    check_gradients(row, base, model)
     for name, parameter in lorafx.named_parameters(model):
-        site = name.removesuffix(".lora.default.B")
-        if not name.endswith(".B") or site in unused:
-            continue
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-        with torch.no_grad():
-            parameter.normal_()
-            assert not all(map(torch.equal, outputs(row, model, grad=False), reference)), name
-            parameter.zero_()
+        if name.endswith(".B"):
+            with torch.no_grad():
+                parameter.normal_()
+                assert not all(map(torch.equal, outputs(row, model, grad=False), reference)), name
+                parameter.zero_()
+
+
+def check_gradients(row: Row, base: nn.Module, model: nn.Module) -> Oracle | None:
+    """Compare the gradients of A and B with the oracle's, if the base's weights are Parameters."""
+    if any(nn.utils.parametrize.is_parametrized(module) for module in base.modules()):
+        assert all(p.grad.any() for name, p in lorafx.named_parameters(model) if name.endswith(".B"))
+        return None
+    sites, factors = lorafx.sites(base), factors_of(model, {"default": 1.0})
+    twin = Oracle(base, sites, factors)
+    twin.outputs = outputs(row, twin.model)
+    total(twin.outputs).backward()
+    tensors = [tensor for site in sites for part in factors[site.name] for tensor in part[:2]]
+    expected = twin.gradients()
+    assert_close(row, [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors], expected)
+    dead = [site.name for site, gradient in zip(sites, expected[1::2]) if not gradient.any()]
+    assert set(dead) <= row.no_gradient
+    return twin
 
 
 def test_adapted_outputs_and_gradients(row, tmp_path):
@@ -85,15 +105,11 @@ def test_adapted_outputs_and_gradients(row, tmp_path):
     base = row.build().eval()
     model = randomise(lorafx.inject(base, rank=2, targets="linear"))
     result = outputs(row, model)
-    if not any(nn.utils.parametrize.is_parametrized(module) for module in base.modules()):
-        factors = factors_of(model, {"default": 1.0})
-        twin = Oracle(base, lorafx.sites(base), factors)
-        expected = outputs(row, twin.model)
-        assert_close(row, result, expected)
-        total(result).backward(), total(expected).backward()
-        tensors = [tensor for site in lorafx.sites(base) for part in factors[site.name] for tensor in part[:2]]
-        assert_close(row, [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors], twin.gradients())
-        result = outputs(row, model)
+    total(result).backward()
+    twin = check_gradients(row, base, model)
+    if twin is not None:
+        assert_close(row, result, twin.outputs)
+    result = outputs(row, model)
     for grad in (True, False):
         merged = lorafx.merge(model, untie=True)
         assert_close(row, outputs(row, merged, grad=grad), outputs(row, model, grad=grad))

@@ -21,7 +21,7 @@ class Row:
     build: Callable[[], nn.Module]
     run: Callable[[nn.Module], tuple[Tensor, ...]]
     sites: int
-    unused: frozenset[str] = frozenset()  # sites on which what `run` returns does not depend
+    no_gradient: frozenset[str] = frozenset()  # sites whose weights get none in the original either
     exact: bool = True  # whether grad mode and requires_grad leave the original's kernels as they are
 
 
@@ -34,14 +34,14 @@ PADDING = torch.arange(5).expand(2, 5) >= torch.tensor([[5], [3]])
 ROWS: list[Row] = []
 
 
-def row(sites: int, *calls: Any, unused: tuple[str, ...] = (), exact: bool = True) -> Callable[[Any], Any]:
+def row(sites: int, *calls: Any) -> Callable[[Any], Any]:
     """Register a module class, called with each of these arguments, (X,) by default: a tuple, or a dict of keywords."""
     def register(cls: Any) -> Any:
         def run(model: nn.Module) -> tuple[Tensor, ...]:
             results = [model(**call) if isinstance(call, dict) else model(*call) for call in calls or ((X,),)]
             return tuple(tensor for result in results for tensor in flat(result))
 
-        ROWS.append(Row(cls.__name__, lambda: cls().double(), run, sites, frozenset(unused), exact))
+        ROWS.append(Row(cls.__name__, lambda: cls().double(), run, sites))
         return cls
     return register
 
@@ -76,16 +76,16 @@ torch_row("attention of three widths", lambda: nn.MultiheadAttention(8, 2, kdim=
           lambda m: m(X, drawn(2, 3, 6), drawn(2, 3, 4)), exact=False)
 torch_row("attention without biases", lambda: nn.MultiheadAttention(8, 2, bias=False, add_bias_kv=True), ATTENTION,
           lambda m: m(X, X, X, need_weights=False), exact=False)
-torch_row("encoder layer", lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), ATTENTION + 2, lambda m: m(X),
-          exact=False)
+torch_row("encoder layer", lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), ATTENTION + 2,
+          lambda m: m(X), exact=False)
 torch_row("encoder layer, norm first", lambda: nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True),
           ATTENTION + 2, lambda m: m(X, src_key_padding_mask=PADDING), exact=False)
 torch_row("encoder", lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
           2 * (ATTENTION + 2), lambda m: m(X, src_key_padding_mask=PADDING)[~PADDING], exact=False)
 torch_row("decoder", lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2),
           2 * (2 * ATTENTION + 2), lambda m: m(X, MEMORY), exact=False)
-torch_row("transformer", lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True), (ATTENTION + 2) + (2 * ATTENTION + 2),
-          lambda m: m(X, MEMORY), exact=False)
+torch_row("transformer", lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True),
+          (ATTENTION + 2) + (2 * ATTENTION + 2), lambda m: m(X, MEMORY), exact=False)
 torch_row("recurrent", lambda: nn.Sequential(nn.LSTM(8, 8), First(), nn.Linear(8, 3)), 1, lambda m: m(X))
 torch_row("convolutions", lambda: nn.Sequential(nn.Conv1d(5, 5, 3, padding=1), nn.BatchNorm1d(5), nn.Linear(8, 3)), 1,
           lambda m: m(X))
@@ -339,7 +339,7 @@ class Questions(Two):
         return x
 
 
-@row(1, unused=())
+@row(1)
 class TiedHead(nn.Module):
     def __init__(self):
         super().__init__()
