@@ -22,6 +22,10 @@ class UnsupportedModelError(LorafxError, TypeError):
     """The model is wrapped, compiled, patched, lazy or already adapted, so that a rewrite would not be sound."""
 
 
+class AdaptedWeightError(LorafxError, RuntimeError):
+    """Python does with an adapted weight what would lose the adapter: it writes into it, or rounds it away."""
+
+
 class NotInjectedError(LorafxError, TypeError):
     """The function needs a model made by `lorafx.inject` or `lorafx.load`."""
 

@@ -9,11 +9,8 @@ def add_branch(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tens
     """y + scale * (x A^T) B^T, in y's dtype.
 
     x (..., in), y (..., out), A (rank, in), B (out, rank). A and B are cast to x's dtype, never x to theirs:
-    the weights are the narrow side, so no copy of an activation is saved for the backward pass. With stacks of A and
-    B, x and y are stacks too.
+    the weights are the narrow side, so no copy of an activation is saved for the backward pass.
     """
-    if A.ndim > 2:  # a stack of matrices, for a stack of inputs
-        return torch.add(y, x @ A.mT.to(x.dtype) @ B.mT.to(x.dtype), alpha=scale)
     h = F.linear(x, A.to(x.dtype))  # (..., rank)
     return torch.add(y, F.linear(h, B.to(x.dtype)), alpha=scale)  # (..., out)
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,8 +13,8 @@ from torch.nn.utils import parametrize
 from ._adapter import FLOATS, join
 from ._branch import Own, frozen, hooks, site_name, submodule, tensor_names, thawed, through_branches
 from ._region import is_plain_graph, why_not_adapted, why_not_region
-from ._rules import (RULES, COMPOSITES, Call, LinearCall, Site, blocks_matching, blocks_of, linear_call, only_metadata,
-                     readers_of)
+from ._rules import (RULES, Call, LinearCall, Site, blocks_matching, blocks_of, linear_call, only_metadata, readers_of,
+                     roles, untransposed)
 from ._scan import fetched, products, weights_kept
 from ._trace import Tracing, tracing
 from ._watch import Unsound
@@ -152,6 +151,8 @@ class _Reader:
                 if call is not None and call.weight is node and call.input is not node:
                     if weight is None:
                         self.skipped[join(path, user.name)] = f"its weight '{node.target}' is computed by Python"
+                    elif len(weight.shape) > 2:
+                        weight.add_use(place, call.transposed)
                     elif user.users:  # else its result is lost, and an adapter there would have no effect
                         weight.add_call(Call(path, owner, place[1], user, call.transposed), call.rule.kind, place[0])
                         weight.blocks |= blocks_of(through_branches(self.modules[path], user), weight.shape[0])
@@ -300,11 +301,10 @@ def _computed_from(
     call = made.get(node)
     if call is not None and call.weight.op != "get_attr":
         yield from ((source, call.transposed, ()) for source in _sources(call.weight))
-    for name, blocks in COMPOSITES.get(node.target, {}).items():
-        arguments = dict(zip(inspect.signature(node.target).parameters, node.args)) | node.kwargs  # type: ignore
-        weight = arguments.get(name)
+    for weight, role in roles(node.target, node.args, node.kwargs):
         if isinstance(weight, fx.Node):
-            yield from ((source, False, blocks) for source in _sources(weight))
+            matrix, swapped = untransposed(weight)
+            yield from ((source, role.transposed != swapped, role.blocks) for source in _sources(matrix))
     rule = RULES.get(node.target) if call is None and node.op in ("call_function", "call_method") else None
     if rule is not None and rule.transposed:  # w @ x
         x, other = rule.operands(node.args, node.kwargs)

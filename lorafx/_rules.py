@@ -3,11 +3,12 @@
 import dataclasses
 import difflib
 import fnmatch
+import inspect
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,11 +55,32 @@ RULES: dict[Any, Rule] = {rule.target: rule for rule in (
     Rule("aten.matmul", torch.ops.aten.matmul.default, _PRODUCT, transposed=True),
     Rule("aten.mm", torch.ops.aten.mm.default, _PRODUCT, transposed=True),
 )}
-# Functions that make several linear calls: {function: {argument that is a weight: the names of the equal blocks of its
-# rows that are weights by themselves, if it has any}}.
-COMPOSITES: dict[Any, dict[str, tuple[str, ...]]] = {F.multi_head_attention_forward: {
-    "in_proj_weight": ("q", "k", "v"), "q_proj_weight": (), "k_proj_weight": (), "v_proj_weight": (),
-    "out_proj_weight": ()}}
+
+
+class Role(NamedTuple):
+    """What an argument of a function is to it: a weight, (in, out) if `transposed`, perhaps of several equal blocks of
+    rows that are weights by themselves."""
+
+    transposed: bool = False
+    blocks: tuple[str, ...] = ()
+
+
+# Functions that make linear calls of no rule: {function: {argument that is a weight: Role}}.
+COMPOSITES: dict[Any, dict[str, Role]] = {
+    F.multi_head_attention_forward: {
+        "in_proj_weight": Role(blocks=("q", "k", "v")), "q_proj_weight": Role(), "k_proj_weight": Role(),
+        "v_proj_weight": Role(), "out_proj_weight": Role()},
+    F.grouped_mm: {"mat_b": Role(transposed=True)},
+}
+
+
+def roles(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, Role]]:
+    """(argument, Role) of each weight among the arguments of a call."""
+    if function in COMPOSITES:
+        given = {**dict(zip(inspect.signature(function).parameters, args)), **kwargs}
+        yield from ((given[name], role) for name, role in COMPOSITES[function].items() if name in given)
+
+
 # The names that torch gives some of these arguments.
 _SPELLINGS = {"mat1": "input", "mat2": "weight", "other": "weight", "batch1": "input", "batch2": "weight"}
 
@@ -159,13 +181,13 @@ def linear_call(node: fx.Node) -> LinearCall | None:
     x, weight = rule.operands(node.args, node.kwargs)
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
         return None
-    if rule.transposed and _untransposed(x)[0].op == "get_attr":
+    if rule.transposed and untransposed(x)[0].op == "get_attr":
         return None  # with a matrix on the left there is no row of inputs
-    matrix, swapped = _untransposed(weight)
+    matrix, swapped = untransposed(weight)
     return LinearCall(rule, x, matrix, rule.transposed != swapped)
 
 
-def _untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
+def untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
     """The node of the matrix that this one is a transpose of, if it is, and whether it is."""
     swapped = False
     while is_transpose(node):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ._rules import METADATA, RULES, COMPOSITES, SWAPS_BY_NAME, Rule
+from ._rules import METADATA, RULES, SWAPS_BY_NAME, Rule, roles
 
 Names = tuple[str, ...]
 Chains = frozenset[Names]  # attributes that begin at self: self.a.b[i] is ("a", "b", ITEM)
@@ -269,18 +269,16 @@ class _Body(ast.NodeVisitor):
                 self._note(rule, node.func.value, node.args[0])
         called = self._called(node.func)
         try:
-            rule, composite = RULES.get(called), COMPOSITES.get(called)
+            rule = RULES.get(called)
         except TypeError:  # what is called cannot be a key
             return
         given = {keyword.arg or "": keyword.value for keyword in node.keywords}
         if rule is not None:
             self._note(rule, *rule.operands(node.args, given))
-        elif composite is not None:
-            arguments = dict(zip(inspect.signature(called).parameters, node.args)) | given
-            for name, blocks in composite.items():
-                for chain in self.value(arguments.get(name)) - {_GIVEN}:
-                    self.reader.products.add(Product(chain, "linear", False, blocks))
-        elif isinstance(called, types.FunctionType) and _package(called) != "torch":
+        for weight, role in roles(called, node.args, given):
+            for chain in self.value(weight) - {_GIVEN}:
+                self.reader.products.add(Product(chain, "linear", role.transposed, role.blocks))
+        if isinstance(called, types.FunctionType) and _package(called) != "torch":
             arguments = dict(zip(called.__code__.co_varnames[:called.__code__.co_argcount], node.args)) | given
             bound = {name: self.value(argument) for name, argument in arguments.items()}
             if any(chains - {_GIVEN} for chains in bound.values()):

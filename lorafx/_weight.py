@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map
 
-from ._errors import UnsupportedModelError
+from ._errors import AdaptedWeightError
 from ._rules import RULES, Rule
 
 NARROW = (torch.float16, torch.bfloat16)
@@ -84,7 +84,7 @@ class AdaptedWeight(Tensor):
     def whole(self) -> Tensor:
         """The sum; refused if it would round the adapter away."""
         if self.matrix.dtype in NARROW and not all(part.rounding for part in self.parts):
-            raise UnsupportedModelError(
+            raise AdaptedWeightError(
                 f"Python needs {self.label} as a whole, but rounding W + s B A to {self.matrix.dtype} would lose most "
                 "of a small adapter: cast the model to float32, exclude this site, or accept it with rounding=True.")
         return whole(self.matrix, self.parts)
@@ -103,8 +103,8 @@ class AdaptedWeight(Tensor):
         if func in _FLAG:
             return args[0].matrix.requires_grad  # as the base's Python would see it
         if func is Tensor.data_ptr:
-            raise UnsupportedModelError(f"A kernel asks for the memory of {args[0].label}, but it is adapted, and "
-                                        "W + s B A is nowhere in memory: exclude this site.")
+            raise AdaptedWeightError(f"A kernel asks for the memory of {args[0].label}, but it is adapted, and "
+                                     "W + s B A is nowhere in memory: exclude this site.")
         if isinstance(func, types.FunctionType) and (names := _asking(func)):
             return _without_asking(func, names)(*args, **kwargs)
         if func in _SAME and isinstance(args[0], cls):
@@ -134,7 +134,7 @@ class AdaptedWeight(Tensor):
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
     def _refuse_writing(self) -> NoReturn:
-        raise UnsupportedModelError(
+        raise AdaptedWeightError(
             f"Something writes into {self.label}, which is adapted: what Python reads of it is W + s B A, and would be "
             "lost. Write into W, `frozen_...` of the same module, load a state_dict, or do it before lorafx.inject.")
 

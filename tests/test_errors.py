@@ -234,4 +234,4 @@ def test_a_name_taken_when_loading(tmp_path):
 
 def test_every_error_is_a_lorafx_error():
     errors = [value for value in vars(lorafx).values() if isinstance(value, type) and issubclass(value, Exception)]
-    assert len(errors) == 9 and all(issubclass(error, lorafx.LorafxError) for error in errors)
+    assert len(errors) == 10 and all(issubclass(error, lorafx.LorafxError) for error in errors)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo_calls  # noqa: F401  # adds its rows to the table
 from oracle import Oracle, factors_of, fingerprint, frozen, randomise
 from torch import Tensor, nn
 from zoo import ROWS, Row

@@ -51,7 +51,7 @@ def spectrum() -> dict[str, Tensor]:
 
 def add(auto: str, inputs: Inputs, name: str, sites: int, *outputs: str,
         no_gradient: tuple[str, ...] = (), sizes: dict[str, Any] = SIZES, **fields: Any) -> None:
-    """Register the class that `auto` makes of this model type's config; `outputs` are what run returns of its output."""
+    """Register the class that `auto` makes of this model type; `outputs` are what run returns of its output."""
     def build() -> nn.Module:
         torch.manual_seed(0)
         config = CONFIG_MAPPING[name](**{**sizes, **TOKENS, **fields})

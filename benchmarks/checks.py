@@ -1,0 +1,253 @@
+"""Whether adapters do nothing before training, and each of them something after: for lorafx and for PEFT alike."""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, fx, nn
+from transformers.pytorch_utils import Conv1D
+
+import lorafx
+
+RANK = 4
+SEED = 0
+
+
+@dataclasses.dataclass
+class Adapted:
+    """What one library did with a model; `error` says what it raised, and None stands for what was not found out.
+
+    The fields from `sites` to `breaks` are lorafx's own.
+    """
+
+    layers: int | None = None
+    sites: int | None = None
+    regions: int | None = None
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    breaks: dict[str, str] = dataclasses.field(default_factory=dict)
+    identity: dict[str, bool] = dataclasses.field(default_factory=dict)
+    silent: list[str] = dataclasses.field(default_factory=list)
+    without_gradient: list[str] = dataclasses.field(default_factory=list)
+    unused: list[str] = dataclasses.field(default_factory=list)
+    unnamed: list[str] = dataclasses.field(default_factory=list)
+    finished: bool = False
+    error: str = ""
+
+    def identical(self) -> bool | None:
+        """Whether the output before training was the original's, in all modes that were compared."""
+        return all(self.identity.values()) if self.identity else None
+
+    def no_silent(self) -> bool | None:
+        """Whether every adapter at a weight that the model uses changed the output and got a gradient."""
+        if not self.identity or not self.finished:
+            return None
+        return not (self.silent or self.without_gradient or self.unnamed)
+
+    def problems(self) -> list[str]:
+        """What failed, one sentence each."""
+        found = [f"raised {self.error}"] if self.error else []
+        found += [f"not identical in {mode}" for mode, same in self.identity.items() if not same]
+        for names, what in ((self.silent, "silent"), (self.without_gradient, "without a gradient"),
+                            (self.unnamed, "neither adapted nor named")):
+            if names:
+                found.append(f"{len(names)} {what}, such as {names[0]}")
+        return found
+
+
+@dataclasses.dataclass
+class Layer:
+    """An adapted layer: its name, A (rank, in), B (out, rank), the original's weight, and which of its rows it is."""
+
+    name: str
+    A: nn.Parameter
+    B: nn.Parameter
+    weight: nn.Parameter
+    rows: slice = dataclasses.field(default_factory=lambda: slice(None))
+
+    @contextlib.contextmanager
+    def random(self) -> Iterator[None]:
+        """B is random inside, N(0, 1 / rank), and zero again after."""
+        with torch.no_grad():
+            self.B.normal_(0, self.B.shape[-1] ** -0.5)
+            yield
+            self.B.zero_()
+
+    def unchanged(self, model: nn.Module, inputs: Any, expected: Sequence[Tensor]) -> bool:
+        """Whether the output is the expected one although B is random."""
+        with self.random():
+            return same(outputs(model, inputs), expected)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All floating point tensors in an output, however deep, but for those of caches."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex():
+            yield value
+    elif isinstance(value, Mapping):
+        yield from (tensor for item in value.values() for tensor in tensors(item))
+    elif isinstance(value, (list, tuple)):
+        yield from (tensor for item in value for tensor in tensors(item))
+
+
+def outputs(model: nn.Module, inputs: Mapping[str, Any], mode: str = "eval", grad: bool = False) -> list[Tensor]:
+    """What the model computes, from the same seed every time."""
+    transformers.set_seed(SEED)
+    model.train(mode == "train")
+    with torch.set_grad_enabled(grad):
+        return list(tensors(model(**copy.deepcopy(dict(inputs)))))
+
+
+def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether two outputs are equal bit for bit; NaN equals NaN."""
+    return len(one) == len(other) and all(
+        a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(one, other))
+
+
+def differ(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether two outputs differ by more than rounding: by 1e-6 of the largest value of the tensor."""
+    return any(a.shape != b.shape or bool(((a - b).abs() > 1e-6 * a.abs().max()).any())
+               for a, b in zip(one, other) if a.numel())
+
+
+def check_layers(base: nn.Module, model: nn.Module, layers: Sequence[Layer], fold: Callable[[], nn.Module],
+                 inputs: Any, found: Adapted) -> None:
+    """Which adapters are silent, which get no gradient, and which weights the model does not use.
+
+    `fold` makes a plain model whose weights hold W + s B A.
+    """
+    expected = outputs(base, inputs)
+    quiet = [layer for layer in layers if layer.unchanged(model, inputs, expected)]
+    with contextlib.ExitStack() as stack:
+        for layer in quiet:
+            stack.enter_context(layer.random())
+        any_used = bool(quiet) and differ(outputs(fold(), inputs), expected)
+    for layer in quiet:
+        with layer.random():
+            used = any_used and differ(outputs(fold(), inputs), expected)
+        (found.silent if used else found.unused).append(layer.name)
+    gradients = gradients_of(model, inputs, [(layer.B, slice(None)) for layer in layers])
+    reference = gradients_of(base, inputs, [(layer.weight, layer.rows) for layer in layers])
+    for layer, given, own in zip(layers, gradients, reference):
+        if own and not given and layer.name not in (*found.silent, *found.unused):
+            found.without_gradient.append(layer.name)
+
+
+def gradients_of(model: nn.Module, inputs: Any, wanted: Sequence[tuple[nn.Parameter, slice]]) -> list[bool]:
+    """Whether these rows of parameters get a gradient that is not zero, of a random linear function of all outputs."""
+    parameters = [parameter for parameter, _ in wanted]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    generator = torch.Generator().manual_seed(SEED)
+    found = [tensor for tensor in outputs(model, inputs, grad=True)
+             if tensor.requires_grad and not tensor.is_complex()]
+    loss = sum((tensor * torch.randn(tensor.shape, generator=generator)).sum() for tensor in found)
+    gradients: Sequence[Tensor | None] = [None] * len(parameters)
+    if isinstance(loss, Tensor):
+        gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    return [gradient is not None and bool((gradient[rows] != 0).any())
+            for gradient, (_, rows) in zip(gradients, wanted)]
+
+
+def check(base: nn.Module, model: nn.Module, layers: Sequence[Layer], fold: Callable[[], nn.Module], inputs: Any,
+          modes: Sequence[str], found: Adapted) -> None:
+    """All checks of one library's model against the frozen original; `inputs` are None if it does not run.
+
+    `modes` are those of eval and train in which the original gives the same output twice. With gradients the original
+    may be frozen or train the adapted weights: ATen picks kernels by what requires a gradient.
+    """
+    found.layers = len(layers)
+    trained = copy.deepcopy(base)
+    with torch.no_grad():
+        for layer in layers:
+            layer.A.normal_(0, layer.A.shape[-1] ** -0.5)
+    if inputs is None or "eval" not in modes:
+        return
+    for mode in modes:
+        found.identity[mode] = same(outputs(model, inputs, mode), outputs(base, inputs, mode))
+    check_layers(base, model, layers, fold, inputs, found)
+    if "train" in modes:
+        names = {id(weight): name for name, weight in base.named_parameters()}
+        for layer in layers:
+            trained.get_parameter(names[id(layer.weight)]).requires_grad_(True)
+        result = outputs(model, inputs, "train", grad=True)
+        found.identity["train with gradients"] = any(
+            same(result, outputs(original, inputs, "train", grad=True)) for original in (base, trained))
+
+
+def check_lorafx(base: nn.Module, inputs: Any, modes: Sequence[str], found: Adapted) -> None:
+    """Inject into every linear call, count, and check."""
+    try:
+        sites = lorafx.sites(base)
+    except lorafx.NoSiteError:
+        sites = []
+    found.sites = len(sites)
+    if not sites:
+        found.layers = 0
+        return
+    model = lorafx.inject(base, RANK, targets="linear")
+    summary = lorafx.summary(model)
+    found.skipped, found.breaks = dict(summary.skipped), dict(summary.breaks)
+    found.regions = sum(isinstance(module, fx.GraphModule) for module in model.modules())
+    weights = dict(base.named_parameters(remove_duplicate=False))
+    factors = dict(lorafx.named_parameters(model))
+    layers = []
+    for site in sites:
+        name, bracket, block = site.name.partition("[")  # a block of rows: "attention.in_proj_weight[q]"
+        owner, _, attribute = name.rpartition(".")
+        branch = next(path for path in (f"{name}.lora{bracket}{block}", f"{owner}.lora_{attribute}{bracket}{block}",
+                                        f"lora_{attribute}{bracket}{block}", "lora") if f"{path}.default.A" in factors)
+        weight = weights[name] if name in weights else weights[f"{name}.weight".lstrip(".")]
+        rows = slice(None) if site.rows is None else slice(site.rows[0], sum(site.rows))
+        layers.append(Layer(site.name, factors[f"{branch}.default.A"], factors[f"{branch}.default.B"], weight, rows))
+    check(base, model, layers, lambda: lorafx.merge(model, untie=True), inputs, modes, found)
+    found.layers = len(summary.sites)
+    if found.identity:
+        named = {name for site in sites for name in site.names} | found.skipped.keys()
+        found.unnamed = [path for path, module in base.named_modules()
+                         if isinstance(module, (nn.Linear, Conv1D)) and path not in named
+                         and uses(base, module.weight, inputs)]
+
+
+def uses(model: nn.Module, weight: nn.Parameter, inputs: Any) -> bool:
+    """Whether the output changes when a weight does."""
+    expected, whole = outputs(model, inputs), weight.clone()
+    with torch.no_grad():
+        weight += torch.randn_like(weight)
+        changed = not same(outputs(model, inputs), expected)
+        weight.copy_(whole)
+    return changed
+
+
+def check_peft(base: nn.Module, inputs: Any, modes: Sequence[str], found: Adapted) -> None:
+    """The same with PEFT's all-linear, which adapts stacked experts too."""
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    layers = []
+    for path, module in model.base_model.model.named_modules():
+        if isinstance(module, LoraLayer) and "default" in module.lora_A:
+            path, name = path.replace(".base_layer", ""), getattr(module, "parameter_name", "weight")
+            weight = base.get_submodule(path).get_parameter(name)
+            layers.append(Layer(path if name == "weight" else f"{path}.{name}", module.lora_A["default"].weight,
+                                module.lora_B["default"].weight, weight))
+    check(base, model, layers, lambda: copy.deepcopy(model).merge_and_unload(), inputs, modes, found)
+
+
+def randomise(model: nn.Module) -> None:
+    """Draw matrices from N(0, 1 / inputs), small vectors from N(0, 0.1^2), lest a zero hides an adapter; freeze all."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.numel():
+                continue
+            if parameter.dim() > 1:
+                parameter.normal_(0, (parameter.numel() / parameter.shape[0]) ** -0.5)
+            elif parameter.abs().max() < 0.1:
+                parameter.normal_(0, 0.1)
+        model.requires_grad_(False)
