@@ -201,6 +201,9 @@ def summary(rows: Sequence[Row]) -> str:
         failed = [(row.name, problem) for row in built for problem in getattr(row, library).problems()]
         lines += [f"{title} failed on {len({name for name, _ in failed})} architectures:",
                   *(f"  {name}: {problem}" for name, problem in failed), ""]
+    late = [f"  {row.name}: {name}" for row in built for name, found in (("lorafx", row.lorafx), ("PEFT", row.peft))
+            if not found.finished and not found.error]
+    lines += ["not all checks made within the time limit:", *late, ""]
     for stage, title in (("built", "built, not run"), ("not built", "not built")):
         lines += [f"{title}:", *(f"  {row.name}: {row.reason}" for row in rows if row.stage == stage), ""]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)

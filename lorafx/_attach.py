@@ -11,14 +11,15 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, check_name, join, pattern_matches
-from ._branch import (FROZEN_PREFIX, RECORD, Branch, Factors, Injection, Own, Trained, branch_name,
-                      factor_dtype, injection, new_pair, set_trainable, split_block, submodule,
-                      through_branches)
+from ._branch import (FROZEN_PREFIX, Branch, Factors, Own, Trained, branch_name, factor_dtype, new_pair, split_block,
+                      submodule, through_branches)
 from ._errors import AdapterError, ConfigError, MismatchError, NoSiteError, UnsupportedModelError
 from ._program import Place, Program, places_of_sites, tensor_at
+from ._record import RECORD, Injection, injection, set_trainable
 from ._region import adapt, convert, is_plain_graph, keep_attributes, same_kind, why_not_adapted
-from ._rules import Call, Site, blocks_matching, name_matches, near, only_metadata, readers_of, select
+from ._rules import only_metadata, readers_of
 from ._scan import weights_kept
+from ._sites import Call, Site, blocks_matching, name_matches, near, select
 
 # What data-parallel and compile wrappers put before every name when a wrapped model is saved.
 WRAPPERS = ("module.", "_orig_mod.")

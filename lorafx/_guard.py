@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ._branch import Own, find_injection, hooks
+from ._branch import Own, hooks
 from ._errors import AdapterError, UnsupportedModelError
+from ._record import find_injection
 from ._scan import TABLES, reached
 
 # (module, class, what it is, what to do): looked up only where that module is loaded, so nothing is imported for it.

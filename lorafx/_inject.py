@@ -12,13 +12,14 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from . import _formats
 from ._adapter import LoRAConfig, check_name
 from ._attach import attach, check_free, create, fingerprint, fit, start
-from ._branch import branches, find_injection, injection
+from ._branch import branches
 from ._errors import AdapterError
 from ._guard import check_model
 from ._merge import merge
 from ._program import read
+from ._record import find_injection, injection
 from ._region import share
-from ._rules import Site, as_list, select
+from ._sites import Site, as_list, select
 from ._switch import activate, extract
 
 M = TypeVar("M", bound=nn.Module)

@@ -9,12 +9,12 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from ._adapter import join
-from ._branch import (RECORD, Branch, Own, branches, factors_at, injection, split_block, submodule, thawed, trained,
-                      weights_of)
+from ._branch import Branch, Own, branches, factors_at, split_block, submodule, thawed
 from ._errors import TiedWeightError, UnsupportedModelError
 from ._program import Place, places_of_sites, read
+from ._record import RECORD, injection, trained, weights_of
 from ._region import Adapted, is_plain_graph, revert, same_kind, share
-from ._rules import Site
+from ._sites import Site
 from ._weight import Part, whole
 
 M = TypeVar("M", bound=nn.Module)

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from torch.nn.utils import parametrize
 from ._adapter import FLOATS, join
 from ._branch import Own, frozen, hooks, site_name, submodule, tensor_names, thawed, through_branches
 from ._region import is_plain_graph, why_not_adapted, why_not_region
-from ._rules import (RULES, Call, LinearCall, Site, blocks_matching, blocks_of, linear_call, only_metadata, readers_of,
-                     roles, untransposed)
+from ._rules import blocks_of, computed_from, linear_call, only_metadata, readers_of, sources_of
 from ._scan import fetched, products, weights_kept
+from ._sites import Call, Site, blocks_matching
 from ._trace import Tracing, tracing
 from ._watch import Unsound
 
@@ -159,13 +158,13 @@ class _Reader:
                 elif weight is not None and not only_metadata(user):
                     weight.other = weight.other or f"{_described(user)} in {path or 'the model'}"
         for node in graph.nodes:
-            for source, transposed, stacked in _computed_from(node, made):
+            for source, transposed, stacked in computed_from(node, made):
                 module, attribute = self._place(path, source)[1]
                 parameter = module._parameters.get(attribute)
                 if parameter is not None and parameter.ndim > 1:
                     self.weights[parameter].add_use((module, attribute), transposed, stacked)
         for node, call in made.items():
-            if call.weight.op != "get_attr" and not call.rule.transposed and not _sources(call.weight):
+            if call.weight.op != "get_attr" and not call.rule.transposed and not sources_of(call.weight):
                 self.skipped[join(path, node.name)] = "its weight is computed in forward or given to it"
 
     def note_blocks(self) -> None:
@@ -292,35 +291,6 @@ def _sites(weight: _Weight) -> list[Site]:
         tuple(linear[1:]), tuple(name for name in weight.places if name not in linear),
         experts=experts[0] if experts else None, blocks=stacked or ({} if transposed or experts else weight.blocks))
     return [block for name in stacked if (block := site.block(name)) is not None] or [site]
-
-
-def _computed_from(
-    node: fx.Node, made: Mapping[fx.Node, LinearCall]
-) -> Iterator[tuple[fx.Node, bool, tuple[str, ...]]]:
-    """(get_attr, transposed, blocks of rows) of each tensor from which a weight of this node is computed."""
-    call = made.get(node)
-    if call is not None and call.weight.op != "get_attr":
-        yield from ((source, call.transposed, ()) for source in _sources(call.weight))
-    for weight, role in roles(node.target, node.args, node.kwargs):
-        if isinstance(weight, fx.Node):
-            matrix, swapped = untransposed(weight)
-            yield from ((source, role.transposed != swapped, role.blocks) for source in _sources(matrix))
-    rule = RULES.get(node.target) if call is None and node.op in ("call_function", "call_method") else None
-    if rule is not None and rule.transposed:  # w @ x
-        x, other = rule.operands(node.args, node.kwargs)
-        if isinstance(x, fx.Node) and isinstance(other, fx.Node) and not _sources(other):
-            yield from ((source, False, ()) for source in _sources(x))
-
-
-def _sources(node: fx.Node) -> list[fx.Node]:
-    """The attributes from which a value is computed, if from nothing else: no input, no module's output."""
-    if node.op == "get_attr":
-        return [node]
-    if node.op not in ("call_function", "call_method") or node.target is getattr:
-        return []
-    arguments = [argument for argument in node.all_input_nodes if not only_metadata(argument)]
-    found = [_sources(argument) for argument in arguments]
-    return [source for sources in found for source in sources] if all(found) else []
 
 
 def _described(node: fx.Node) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from ._branch import branches, factors_at, injection
+from ._branch import branches, factors_at
 from ._program import read
+from ._record import injection
 from ._region import Region
 
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, join
 from ._attach import attach, check_free
-from ._branch import (branches, check_adapter, factors_at, holders, injection, refresh, set_trainable,
-                      trained, weights_of)
+from ._branch import branches, factors_at
 from ._errors import AdapterError
 from ._program import read
+from ._record import check_adapter, holders, injection, refresh, set_trainable, trained, weights_of
 
 
 def adapters(model: nn.Module) -> list[str]:

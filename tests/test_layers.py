@@ -10,9 +10,9 @@ import lorafx
 LEVELS = {
     "_errors": 0,
     "_kernels": 1, "_adapter": 1, "_rules": 1, "_graph": 1, "_watch": 1,
-    "_trace": 2, "_scan": 2, "_weight": 2,
-    "_branch": 3,
-    "_region": 4,
+    "_trace": 2, "_source": 2, "_sites": 2, "_weight": 2,
+    "_scan": 3, "_branch": 3,
+    "_record": 4, "_region": 4,
     "_program": 5, "_formats": 5, "_guard": 5,
     "_merge": 6, "_attach": 6,
     "_switch": 7, "_report": 7,
