@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import inspect
+import types
 from collections import defaultdict
 from typing import Any
 
@@ -237,6 +239,9 @@ class _Reader:
                 sites += _sites(weight)
             elif len(weight.shape) > 1 and (weight.through or isinstance(key, nn.Parameter)):
                 self.skipped[next(iter(weight.places))] = reason
+        for path, module in self.modules.items():
+            if isinstance(inspect.getattr_static(type(module), "weight", None), types.FunctionType):
+                self.skipped[path] = f"its weight is packed, as quantised layers have it ({type(module).__name__})"
         order = {name: position for position, name in enumerate(self.names)}
         sites.sort(key=lambda site: order.get(site.name, order.get(site.name.rpartition("[")[0], 0)))
         return Program(self.graphs, sites, self.skipped, self.breaks)
