@@ -18,6 +18,7 @@ class Row:
     run: Callable[[nn.Module], tuple[Tensor, ...]]
     sites: int
     no_gradient: frozenset[str] = frozenset()  # sites whose weights get none in the original either
+    missed: int = 0  # of them lorafx leaves alone, and names
     exact: bool = True  # whether grad mode and requires_grad leave the original's kernels as they are
 
 

@@ -50,7 +50,7 @@ def spectrum() -> dict[str, Tensor]:
 
 
 def add(auto: str, inputs: Inputs, name: str, sites: int, *outputs: str,
-        no_gradient: tuple[str, ...] = (), sizes: dict[str, Any] = SIZES, **fields: Any) -> None:
+        no_gradient: tuple[str, ...] = (), missed: int = 0, sizes: dict[str, Any] = SIZES, **fields: Any) -> None:
     """Register the class that `auto` makes of this model type; `outputs` are what run returns of its output."""
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -65,7 +65,7 @@ def add(auto: str, inputs: Inputs, name: str, sites: int, *outputs: str,
         found = model(**inputs())
         return tuple(getattr(found, output) for output in outputs)
 
-    ROWS.append(Row(name, build, run, sites, frozenset(no_gradient)))
+    ROWS.append(Row(name, build, run, sites, frozenset(no_gradient), missed))
 
 
 def decoder(name: str, sites: int, **more: Any) -> None:

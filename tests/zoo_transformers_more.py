@@ -62,7 +62,8 @@ decoder("gemma4_text", 2 * (GATED + EXPERTS + 2) + 1 + HEAD, **GROUPED, head_dim
         moe_intermediate_size=12, **WINDOWS)  # experts beside the layers, and the layers' embeddings
 decoder("dbrx", 2 * (2 + 1 + 3) + HEAD, sizes={}, vocab_size=100, d_model=32, n_heads=4, n_layers=2, max_seq_len=32,
         attn_config=dict(kv_n_heads=2, clip_qkv=8, rope_theta=100.0),
-        ffn_config=dict(ffn_hidden_size=24, moe_num_experts=4, moe_top_k=4))  # stacks in matrices, cut into experts
+        ffn_config=dict(ffn_hidden_size=24, moe_num_experts=4, moe_top_k=4),
+        missed=2 * 3)  # stacks in matrices, cut into experts, which a forward is given
 decoder("jetmoe", 2 * (1 + EXPERTS + EXPERTS) + HEAD, num_key_value_heads=4, kv_channels=6, num_local_experts=4,
         num_experts_per_tok=4)  # one for keys and values, experts for query and output
 decoder("llama4_text", GATED + (4 + EXPERTS + SHARED) + HEAD, **GROUPED, head_dim=8, intermediate_size_mlp=40,
@@ -134,7 +135,7 @@ LM = 2
 FIRST = 1  # from the embedding's width
 POOLER = 1
 masked("deberta", 2 * (1 + 2 + 1 + 2) + 1 + 1, relative_attention=True, pos_att_type=["c2p", "p2c"], legacy=False,
-       max_relative_positions=8)  # in, two for positions, out; the embedding's weight, transposed, is the head
+       max_relative_positions=8, missed=1)  # in, two for positions, out; the head is an embedding given to it
 masked("convbert", FIRST + 2 * (4 + 2 + 2) + LM, embedding_size=16, num_groups=2, conv_kernel_size=3)
 # convbert: two for the convolution; up and down are in groups, stacks
 masked("longformer", 2 * (PLAIN + 3) + LM, given(input_ids=IDS[:, :8], global_attention_mask=torch.eye(2, 8).long()),
@@ -153,7 +154,7 @@ masked("xmod", 2 * (PLAIN + 2 * 2) + LM, given(input_ids=IDS, lang_ids=torch.ten
        languages=["en_XX", "de_DE"])  # an adapter of two for each of two languages
 masked("perceiver", (1 + 2 + 1) * PLAIN + 1, sizes={}, vocab_size=100, max_position_embeddings=9, num_latents=5,
        d_latents=24, d_model=32, num_self_attends_per_block=2, num_self_attention_heads=4, num_cross_attention_heads=4,
-       qk_channels=16, v_channels=24)  # in, two within, out; the embedding's weight, transposed, is the head
+       qk_channels=16, v_channels=24, missed=1)  # in, two within, out; the head is an embedding given to it
 encoder("canine", (1 + 2 + 1) * PLAIN + POOLER, *POOLED, downsampling_rate=2, upsampling_kernel_size=2,
         num_hash_functions=4, num_hash_buckets=20, local_transformer_stride=4)  # characters, shorter, characters
 add(MODEL, given(input_ids=IDS, entity_ids=IDS[:, :3] % 10, entity_position_ids=IDS[:, :3, None] % 9),
