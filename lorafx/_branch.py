@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from ._adapter import INITS, LoRAConfig, Pair, join
@@ -190,7 +191,8 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     """What Python reads of a module under this name: W + sum s B A, over the active adapters at its sites.
 
     It is an `AdaptedWeight`, or the sum itself where no subclass of Tensor can go: in functions that are being
-    compiled or transformed, and in the layers of torch that would not take their fused paths with one.
+    compiled, transformed or differentiated forward, and in the layers of torch that would not take their fused paths
+    with one.
     """
     matrix = chosen(owner, attribute)
     name = branch_name(attribute)
@@ -201,7 +203,8 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     if not parts:
         return matrix  # type: ignore[no-any-return]
     compiling, make = torch.compiler.is_compiling(), AdaptedWeight.of
-    if matrix.dtype not in NARROW and (compiling or _functorch_active() or (
+    transforming = _functorch_active() or forward_ad._current_level >= 0
+    if matrix.dtype not in NARROW and (compiling or transforming or (
             sys._getframe(2).f_globals.get("__name__") in _FUSED and not _needs_grad(parts))):
         return whole(matrix, parts)
     if compiling:  # the compiler cannot make the tensor: its graph ends here

@@ -202,13 +202,13 @@ class _Reader:
                     f"the Python of {path or 'the model'} ({type(module).__name__}) fetches its weight past its owner")
 
     def move_into_graph_modules(self) -> None:
-        """Turn calls of a linear module by a caller's own GraphModule into call sites of that graph.
+        """Turn calls of a linear module by a model that is itself a GraphModule into call sites of its graph.
 
-        Only if the module does nothing else, nothing is hooked to it, and all its names are called in that graph:
-        otherwise it becomes a region, which serves every caller.
+        Only if nothing else can use the module: it does nothing else, nothing is hooked to it, all its names are called
+        in that graph, and its weight is read nowhere else. Otherwise it becomes a region, which serves every caller.
         """
         for path, module in self.modules.items():
-            if not is_plain_graph(module):
+            if path or not is_plain_graph(module):
                 continue
             called: dict[nn.Module, list[fx.Node]] = defaultdict(list)
             for node in module.graph.find_nodes(op="call_module"):
@@ -218,7 +218,9 @@ class _Reader:
                 targets = {join(path, str(node.target)) for node in nodes}
                 graph = self.graphs.get(self.paths[child]) if names == targets else None
                 if graph is not None and _only_linear(graph) and not hooks(child):
-                    self._move(path, child, nodes)
+                    weight = next(w for w in self.weights.values() for c in w.calls if c.region == self.paths[child])
+                    if len(weight.through) == 1 and not weight.other:
+                        self._move(path, child, nodes)
 
     def _move(self, path: str, child: nn.Module, nodes: list[fx.Node]) -> None:
         region = self.paths[child]

@@ -53,14 +53,15 @@ class Adapted(nn.Module):
         twin.__dict__.update(self.__dict__)
         return twin
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Adapted":
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        _copy_attributes(self, twin, memo)
-        return twin
+    __deepcopy__ = None  # by __reduce__: a parent that hands attributes on must not hand on a way to be copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (self._user_class,), (self._adapted, self.__dict__), None, None, _restore
+        return _blank, (self._user_class, self._adapted), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "_graph" in state:
+            convert(self, state["_graph"])
 
 
 class Region(Adapted, fx.GraphModule):  # type: ignore[misc]  # copies are made in another way
@@ -84,17 +85,8 @@ def is_plain_graph(module: nn.Module) -> TypeGuard[fx.GraphModule]:
     return isinstance(module, fx.GraphModule) and not isinstance(module, Region)
 
 
-def _blank(user_class: type[nn.Module]) -> nn.Module:
-    return object.__new__(user_class)
-
-
-def _restore(module: nn.Module, state: tuple[tuple[str, ...], dict[str, Any]]) -> None:
-    adapted_names, attributes = state
-    module.__dict__.update(attributes)
-    for name in adapted_names:
-        adapt(module, name)
-    if "_graph" in attributes:
-        convert(module, attributes["_graph"])
+def _blank(user_class: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    return object.__new__(_derived(user_class, names, None))
 
 
 def convert(module: nn.Module, graph: fx.Graph) -> None:
@@ -214,7 +206,10 @@ def _adapted_property(name: str) -> property:
     def write(self: nn.Module, value: Any) -> None:  # of what is no Parameter: those are registered
         vars(self)[name] = value
 
-    return property(read, write, doc=f"{name} + s B A, over the active adapters.")
+    def delete(self: nn.Module) -> None:
+        del vars(self)[name]
+
+    return property(read, write, delete, doc=f"{name} + s B A, over the active adapters.")
 
 
 def _frozen_property(name: str) -> property:
@@ -289,8 +284,7 @@ def same_kind(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
 
 def _copy_attributes(module: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
     twin.__dict__.update(copy.deepcopy(module.__dict__, memo))
-    if "_graph" in twin.__dict__:
-        twin.__dict__["_graph"].owning_module = twin
+    twin.__dict__["_graph"].owning_module = twin
 
 
 def _check_shared(model: nn.Module, twin: nn.Module) -> None:

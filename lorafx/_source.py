@@ -15,6 +15,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ._rules import METADATA, RULES, Rule, roles
@@ -116,7 +117,7 @@ class _Body(ast.NodeVisitor):
         if isinstance(node, ast.Attribute):
             return _NONE if node.attr in METADATA else self._longer(node.value, node.attr)
         if isinstance(node, ast.Subscript):
-            return self._longer(node.value, ITEM)
+            return self.value(node.value) if isinstance(node.slice, ast.Slice) else self._longer(node.value, ITEM)
         if isinstance(node, ast.Call):
             return self.value(node.func).union(*map(self.value, (*node.args, *(k.value for k in node.keywords))))
         if isinstance(node, (ast.BinOp, ast.BoolOp, ast.IfExp, ast.Tuple, ast.List, ast.Starred, ast.NamedExpr,
@@ -164,6 +165,10 @@ class _Body(ast.NodeVisitor):
         if self.value(node.value) == {()}:
             self.reader.follow_method(node.attr)  # a property; methods are followed with their arguments too
 
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, str) and node.value in FETCHES:
+            self.reader.fetches.add(())
+
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
         self.reader.calls |= {chain for chain in self.value(node.func) if len(chain) > 1 and chain[-1] != "forward"}
@@ -181,6 +186,8 @@ class _Body(ast.NodeVisitor):
         except TypeError:  # what is called cannot be a key
             return
         given = {keyword.arg or "": keyword.value for keyword in node.keywords}
+        if called in _SUBSTITUTES:
+            self.reader.fetches |= (self.value(node) - {_GIVEN}) or {()}
         if rule is not None:
             self._note(rule, *rule.operands(node.args, given))
         for weight, role in roles(called, node.args, given):
@@ -239,6 +246,8 @@ class _Body(ast.NodeVisitor):
                     self.innocent |= {n for g in node.generators for n in ast.walk(g.iter)}
 
 
+# What calls a module with other tensors in the place of its weights, beside which its branch would stand.
+_SUBSTITUTES = frozenset({torch.func.functional_call, torch.nn.utils.stateless.functional_call})
 _KINDS = frozenset({"is_floating_point", "is_complex", "data_ptr"})
 
 

@@ -8,13 +8,14 @@ done with the sum.
 
 import functools
 import operator
+import sys
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
 from ._errors import AdaptedWeightError
@@ -107,14 +108,16 @@ class AdaptedWeight(Tensor):
                                      "W + s B A is nowhere in memory: exclude this site.")
         if isinstance(func, types.FunctionType) and (names := _asking(func)):
             return _without_asking(func, names)(*args, **kwargs)
-        if func in _SAME and isinstance(args[0], cls):
+        if func in _SAME and args and isinstance(args[0], cls):
             return _SAME[func](args[0], func, args[1:], kwargs)
         if func in _PRODUCTS:
             result = _PRODUCTS[func](func, args, kwargs)
             if result is not None:
                 return result
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+        if func in _GRADIENT and sys._getframe(1).f_code is nn.Module.register_parameter.__code__:
+            raise AdaptedWeightError(f"{args[0].label.capitalize()} is adapted, so that what Python reads of it cannot "
+                                     "be another module's Parameter: tie weights before lorafx.inject.")
+        return _plainly(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -134,9 +137,31 @@ class AdaptedWeight(Tensor):
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
     def _refuse_writing(self) -> NoReturn:
-        raise AdaptedWeightError(
-            f"Something writes into {self.label}, which is adapted: what Python reads of it is W + s B A, and would be "
-            "lost. Write into W, `frozen_...` of the same module, load a state_dict, or do it before lorafx.inject.")
+        raise AdaptedWeightError(_WRITING_IS_LOST.format(self.label))
+
+
+_WRITING_IS_LOST = (
+    "Something writes into {}, which is adapted: what Python reads of it is W + s B A, and what is written there would "
+    "be lost. Write into W, `frozen_...` of the same module, load a state_dict, or do it before lorafx.inject.")
+
+
+class SumView(Tensor):
+    """A view of the sum W + sum s L R, into which nothing may be written: it is a temporary."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (args and isinstance(args[0], cls) and _writes(func)) or isinstance((kwargs or {}).get("out"), cls):
+            raise AdaptedWeightError(_WRITING_IS_LOST.format("a view of a weight"))
+        return _plainly(func, args, kwargs or {})
+
+
+def _plainly(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call as on plain tensors; what it returns is one, but a view remains unwritable."""
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*args, **kwargs)
+        if type(result) in (Tensor, SumView) and result._is_view():
+            return result.as_subclass(SumView)
+    return result
 
 
 def _wrapped(matrix: Tensor, parts: tuple[Part, ...], label: str) -> AdaptedWeight:
@@ -179,7 +204,7 @@ _WRITING = frozenset("""__set__ __setitem__ __delitem__ __iadd__ __isub__ __imul
 def _asking(function: types.FunctionType) -> list[str]:
     """The names by which a Python function of torch asks whether an argument overrides it."""
     return [name for name in function.__code__.co_names if name.startswith("has_torch_function")
-            and name in function.__globals__]
+            and name in function.__globals__ and "__class__" not in function.__code__.co_freevars]
 
 
 def _without_asking(function: types.FunctionType, names: list[str]) -> types.FunctionType:
@@ -218,7 +243,9 @@ def _transposed(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs:
 
 def _items(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Some matrices of a stack (..., m, n), or the rows of one that a slice takes."""
-    if weight.ndim > 2 and not isinstance(args[0], tuple):
+    plain = isinstance(args[0], (int, slice, list)) or isinstance(args[0], Tensor) and (
+        args[0].ndim < 2 and (args[0].dtype != torch.bool or args[0].ndim == 1))
+    if weight.ndim > 2 and plain:
         parts = [part._replace(left=part.left[args[0]], right=part.right[args[0]]) for part in weight.parts]
         return weight.of_same(weight.matrix[args[0]], parts)
     if isinstance(args[0], slice) and args[0].step in (None, 1):
@@ -251,8 +278,7 @@ def _rows(weight: AdaptedWeight, start: int, length: int) -> Tensor:
 
 
 def _on_sum(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(weight, *args, **kwargs)
+    return _plainly(func, (weight, *args), kwargs)
 
 
 def _named(*names: str) -> list[Any]:
@@ -272,6 +298,7 @@ _SAME: dict[Any, _Same] = {
 
 
 _FLAG = _named("requires_grad")
+_GRADIENT = _named("grad_fn")
 
 
 def _right_product(
@@ -300,24 +327,24 @@ def _by_rule(rule: Rule, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     x, weight = rule.operands(args, kwargs)
     if isinstance(weight, AdaptedWeight) and isinstance(x, Tensor) and not isinstance(x, AdaptedWeight):
         parts = weight.parts if rule.transposed else [part.transposed for part in weight.parts]
-        return _right_product(_on_matrices(func, args, kwargs), x, parts, torch.matmul)
+        return _right_product(_with_matrix(weight, func, args, kwargs), x, parts, torch.matmul)
     if isinstance(x, AdaptedWeight) and type(weight) is Tensor and weight.ndim > 1 and rule.transposed:
-        return _left_product(_on_matrices(func, args, kwargs), weight, x.parts)
+        return _left_product(_with_matrix(x, func, args, kwargs), weight, x.parts)
     return None
 
 
-def _on_matrices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The same call with W in the place of W + sum s L R."""
+def _with_matrix(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same call with W in the place of this W + sum s L R, which may not be the only one."""
     def matrix(value: Any) -> Any:
-        return value.matrix if isinstance(value, AdaptedWeight) else value
+        return weight.matrix if value is weight else value
 
     return func(*tree_map(matrix, args), **tree_map(matrix, kwargs))
 
 
 def _grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """x M for groups of rows of x, each with its own matrix; the kernel wants ranks that are multiples of 16 bytes."""
-    x, weight = args[:2]
-    if not isinstance(weight, AdaptedWeight) or isinstance(x, AdaptedWeight) or weight.ndim != 3:
+    x, weight = (*args, None, None)[:2]
+    if not isinstance(weight, AdaptedWeight) or not isinstance(x, Tensor) or isinstance(x, AdaptedWeight):
         return None
     more = {name: kwargs[name] for name in kwargs if name in ("offs", "out_dtype")}
 
@@ -329,14 +356,14 @@ def _grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result: Tensor = func(x, matrix, *args[2:], **more)
         return result
 
-    return _right_product(_on_matrices(func, args, kwargs), x, [even(part) for part in weight.parts], times)
+    return _right_product(_with_matrix(weight, func, args, kwargs), x, [even(part) for part in weight.parts], times)
 
 
 def _lookup(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rows of a matrix by their numbers: W[i] + s L[i] R."""
-    weight, indices = args[:2]
-    if not isinstance(weight, AdaptedWeight) or any(part.axis == -2 and part.start for part in weight.parts):
-        return None
+    weight, indices, padding, scaled, sparse = (*args, None, None, -1, False, False)[:5] if len(args) < 3 else args
+    if kwargs or not isinstance(weight, AdaptedWeight) or padding >= 0 or scaled or sparse:
+        return None  # the gradient has rules of its own
     rows = func(weight.matrix, indices, *args[2:], **kwargs)
     for part in weight.parts:
         if part.size != weight.shape[part.axis]:
