@@ -233,6 +233,9 @@ def uses(model: nn.Module, weight: nn.Parameter, inputs: Any) -> bool:
 
 def check_peft(base: nn.Module, inputs: Any, modes: Sequence[str], found: Adapted) -> None:
     """The same with PEFT's all-linear, which adapts stacked experts too."""
+    if not any(isinstance(module, (nn.Linear, Conv1D)) for module in base.modules()):
+        found.layers = 0
+        return
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
     model = peft.get_peft_model(copy.deepcopy(base), config)
     layers = []

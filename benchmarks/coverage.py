@@ -105,19 +105,19 @@ def sentence(error: BaseException) -> str:
 def child(row: Row, seconds: float, connection: Connection) -> None:
     """Examine one model in a process of its own, silently, and send the row."""
     def stop(*_: Any) -> None:
-        raise TimeLimit(f"more than {seconds:g} s")
+        raise TimeLimit(f"more than {seconds:g} s of processor time")
 
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     warnings.simplefilter("ignore")
     began = time.perf_counter()
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and again: one in a finaliser is lost
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1)  # and again: one in a finaliser is lost
     try:
         examine(row)
     except (TimeLimit, Exception) as error:
         row.reason = sentence(error)
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     row.seconds = time.perf_counter() - began
     connection.send(row)
 
@@ -137,7 +137,7 @@ def examine_all(names: Sequence[str], seconds: float, jobs: int) -> list[Row]:
                 running[receiver] = row, process, time.perf_counter()
             ready = wait(list(running), timeout=1)
             late = [connection for connection, (_, _, began) in running.items()
-                    if time.perf_counter() - began > 2 * seconds + 10 and connection not in ready]
+                    if time.perf_counter() - began > 6 * seconds + 10 and connection not in ready]
             for connection in (*ready, *late):
                 row, process, _ = running.pop(connection)
                 if connection in late:
@@ -221,7 +221,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these model types, and no others")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows to this file too, as JSON")
-    parser.add_argument("--seconds-per-model", type=float, default=20.0, metavar="S", help="more is given up")
+    parser.add_argument("--seconds-per-model", type=float, default=20.0, metavar="S",
+                        help="of processor time; more is given up")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="models at a time, in a process each")
     options = parser.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -203,8 +203,7 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     if not parts:
         return matrix  # type: ignore[no-any-return]
     compiling, make = torch.compiler.is_compiling(), AdaptedWeight.of
-    transforming = _functorch_active() or forward_ad._current_level >= 0
-    if matrix.dtype not in NARROW and (compiling or transforming or (
+    if matrix.dtype not in NARROW and (compiling or _transforming() or (
             sys._getframe(2).f_globals.get("__name__") in _FUSED and not _needs_grad(parts))):
         return whole(matrix, parts)
     if compiling:  # the compiler cannot make the tensor: its graph ends here
@@ -215,7 +214,11 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
 
 # Layers of torch that read their children's weights for a fused kernel, and ask for plain tensors.
 _FUSED = ("torch.nn.modules.activation", "torch.nn.modules.transformer")
-_functorch_active = torch._C._are_functorch_transforms_active
+
+
+def _transforming() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _needs_grad(parts: list[Part]) -> bool:
