@@ -4,6 +4,7 @@ import json
 import pickle
 
 import claims
+import coverage
 import finetune
 import pytest
 import torch
@@ -86,6 +87,15 @@ def test_finetune(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out" / "lora").iterdir()} == {
         "prose_16.safetensors", "prose_16.pth", "table_16.safetensors", "table_16.pth", "both_16.safetensors"}
     assert "LoRA on prose" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_coverage(capsys):
+    rows = {row.name: row for row in coverage.main(["--only", "llama", "siglip", "mixtral", "rwkv", "--jobs", "2"])}
+    for name, layers in (("llama", 2 * 7), ("siglip", 31)):
+        assert rows[name].lorafx.identical() and rows[name].lorafx.no_silent() and rows[name].lorafx.layers >= layers
+    assert rows["siglip"].peft.silent and "AdaptedWeightError" in rows["rwkv"].lorafx.error
+    assert "1 silent, such as vision_model.head.attention.out_proj" in capsys.readouterr().out
 
 
 def test_claims(tmp_path, capsys):
