@@ -239,6 +239,6 @@ def new_pair(config: LoRAConfig, site: Site, weight: Tensor) -> Pair:
     stack = () if site.experts is None else (site.experts,)
     A = torch.empty(*stack, rank, site.in_features, dtype=dtype, device=weight.device)
     B = torch.zeros(*stack, site.out_features, rank, dtype=dtype, device=weight.device)
-    if A.numel():
+    if A.numel() and not A.is_meta:
         INITS[config.init](A)
     return Pair(A, B, config.site_scale(site.name))
