@@ -44,7 +44,8 @@ def inject(
         alpha: the scale is s = alpha / rank, or 1 without it.
         targets: "square" (in == out), "linear" (all), a name, dotted suffix or glob, a compiled regular expression that
             matches the whole name, a function of a Site, or a list of these. `lorafx.sites(model)` lists the names. (A
-            layer that is itself called `linear` is "*linear".)
+            layer that is itself called `linear` is "*linear".) A name may end in a block of the weight's rows: "qkv[q]"
+            by the name that forward gives it, or "qkv[0:64]".
         exclude: sites to leave out, in the same forms.
         dropout: not supported yet; must be 0.
         rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
