@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, check_name, join, pattern_matches
-from ._branch import (FROZEN_PREFIX, Branch, Factors, Own, Trained, branch_name, factor_dtype, new_pair, split_block,
+from ._branch import (FROZEN_PREFIX, Branch, Factors, Own, Trained, adapted_names, branch_name, factor_dtype, new_pair,
                       submodule, through_branches)
 from ._errors import AdapterError, ConfigError, MismatchError, NoSiteError, UnsupportedModelError
 from ._program import Place, Program, places_of_sites, tensor_at
@@ -19,7 +19,7 @@ from ._record import RECORD, Injection, injection, set_trainable
 from ._region import adapt, convert, is_plain_graph, keep_attributes, same_kind, why_not_adapted
 from ._rules import only_metadata, readers_of
 from ._scan import weights_kept
-from ._sites import Call, Site, blocks_matching, name_matches, near, select
+from ._sites import Call, Site, blocks_matching, name_matches, near, select, split_block
 
 # What data-parallel and compile wrappers put before every name when a wrapped model is saved.
 WRAPPERS = ("module.", "_orig_mod.")
@@ -162,11 +162,11 @@ def attach(model: nn.Module, program: Program, adapter: Adapter) -> None:
     _check_room(model, places, sites, adapter)
     edits: dict[str, list[tuple[Call, str, bool]]] = defaultdict(list)
     for site in sites:
-        owner, attribute = places[split_block(site.name)[0]]
-        branch = branch_name(attribute, split_block(site.name)[1])
-        if branch not in owner._modules:
+        base, block = split_block(site.name)
+        owner, attribute = places[base]
+        if branch_name(attribute, block) not in owner._modules:
             for call in site.calls:
-                name = join(call.owner, branch_name(call.attribute, split_block(site.name)[1]))
+                name = join(call.owner, branch_name(call.attribute, block))
                 edits[call.region].append((call, name, call.transposed != site.transposed))
         held = _branch(places, site)
         held._modules[adapter.name] = Factors(*adapter.pairs[site.name], adapter.config.rounding).train(held.training)
@@ -181,9 +181,10 @@ def attach(model: nn.Module, program: Program, adapter: Adapter) -> None:
 def _check_room(model: nn.Module, places: Mapping[str, Place], sites: list[Site], adapter: Adapter) -> None:
     needed: list[tuple[nn.Module, str, type[Own], str]] = []
     for name in (name for site in sites for name in site.names):
-        owner, attribute = places[split_block(name)[0]]
-        needed.append((owner, branch_name(attribute, split_block(name)[1]), Branch, name))
-        if attribute not in getattr(type(owner), "_adapted", ()):
+        base, block = split_block(name)
+        owner, attribute = places[base]
+        needed.append((owner, branch_name(attribute, block), Branch, name))
+        if attribute not in adapted_names(owner):
             needed.append((owner, FROZEN_PREFIX + attribute, Branch, name))
     for name in adapter.trained:
         owner, attribute = submodule(model, name.rpartition(".")[0]), name.rpartition(".")[2]
@@ -203,7 +204,8 @@ def _check_room(model: nn.Module, places: Mapping[str, Place], sites: list[Site]
 
 def _branch(places: Mapping[str, Place], site: Site) -> Branch:
     """The branch at a site, registered under all of its names with the owners of its weight."""
-    (first, attribute), block = places[split_block(site.name)[0]], split_block(site.name)[1]
+    base, block = split_block(site.name)
+    first, attribute = places[base]
     held = first._modules.get(branch_name(attribute, block))
     branch = held if isinstance(held, Branch) else Branch(site.transposed, site.rows).train(first.training)
     in_graph_modules = {call.owner for call in site.calls if call.node.op == "call_module"}
@@ -238,7 +240,7 @@ def _read_frozen(region: nn.Module, graph: fx.Graph) -> None:
     """Let the linear calls that have a branch beside them, and questions for a shape or dtype, read W itself."""
     for node in graph.find_nodes(op="get_attr"):
         owner, _, attribute = str(node.target).rpartition(".")
-        if attribute not in getattr(type(submodule(region, owner)), "_adapted", ()):
+        if attribute not in adapted_names(submodule(region, owner)):
             continue
         target, readers = join(owner, FROZEN_PREFIX + attribute), [*readers_of(node)]
         frozen_readers = {user for _, user in readers

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from ._adapter import INITS, LoRAConfig, Pair, join
 from ._kernels import add_branch
-from ._sites import Site
+from ._sites import Site, split_block
 from ._weight import NARROW, AdaptedWeight, Part, whole
 
 
@@ -134,12 +134,6 @@ def site_name(owner: str, attribute: str) -> str:
     return owner if attribute == "weight" else join(owner, attribute)
 
 
-def split_block(name: str) -> tuple[str, str]:
-    """A site's name without its block, and the block: ("attn.qkv", "[q]")."""
-    base, bracket, block = name.partition("[")
-    return base, bracket + block
-
-
 def branches(model: nn.Module) -> dict[str, Branch]:
     """{site: Branch}, each branch once, under its site's first name."""
     found = {}
@@ -162,10 +156,16 @@ def tensor_names(module: nn.Module) -> list[str]:
 FROZEN_PREFIX = "frozen_"
 
 
+def adapted_names(owner: nn.Module) -> tuple[str, ...]:
+    """The attributes of which Python reads adapted tensors at this module."""
+    names: tuple[str, ...] = getattr(type(owner), "_adapted", ())
+    return names
+
+
 def thawed(owner: nn.Module, attribute: str) -> str:
     """The name of the tensor that an attribute reads: `weight` for the `frozen_weight` of an adapted module."""
     name = attribute.removeprefix(FROZEN_PREFIX)
-    return name if name in getattr(type(owner), "_adapted", ()) else attribute
+    return name if name in adapted_names(owner) else attribute
 
 
 def frozen(owner: nn.Module, attribute: str) -> Any:

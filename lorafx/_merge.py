@@ -9,12 +9,12 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from ._adapter import join
-from ._branch import Branch, Own, branches, factors_at, split_block, submodule, thawed
+from ._branch import Branch, Own, branches, factors_at, submodule, thawed
 from ._errors import TiedWeightError, UnsupportedModelError
 from ._program import Place, places_of_sites, read
 from ._record import RECORD, injection, trained, weights_of
 from ._region import Adapted, is_plain_graph, revert, same_kind, share
-from ._sites import Site
+from ._sites import Site, split_block
 from ._weight import Part, whole
 
 M = TypeVar("M", bound=nn.Module)
@@ -124,8 +124,7 @@ def _fold(places: list[Place], parts: list[Part]) -> None:
         raise UnsupportedModelError(
             f"The {attribute} of a {type(owner).__name__} is computed before every call, by a hook such as the old "
             "weight_norm's: remove that from the model (torch.nn.utils.remove_weight_norm) before lorafx.inject.")
-    detached = [part._replace(left=part.left.detach(), right=part.right.detach()) for part in parts]
-    total = whole(weight.detach(), detached)
+    total = whole(weight.detach(), [part.detached for part in parts])
     folded = same_kind(weight, total) if isinstance(weight, nn.Parameter) else total
     for owner, attribute in places:
         table: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers

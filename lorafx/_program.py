@@ -16,7 +16,7 @@ from ._branch import Own, frozen, hooks, site_name, submodule, tensor_names, tha
 from ._region import is_plain_graph, why_not_adapted, why_not_region
 from ._rules import blocks_of, computed_from, linear_call, only_metadata, readers_of, sources_of
 from ._scan import fetched, products, weights_kept
-from ._sites import Call, Site, blocks_matching
+from ._sites import Call, Site, blocks_matching, sort_key
 from ._trace import Tracing, tracing
 from ._watch import Unsound
 
@@ -207,31 +207,25 @@ class _Reader:
         Only if nothing else can use the module: it does nothing else, nothing is hooked to it, all its names are called
         in that graph, and its weight is read nowhere else. Otherwise it becomes a region, which serves every caller.
         """
-        for path, module in self.modules.items():
-            if path or not is_plain_graph(module):
-                continue
-            called: dict[nn.Module, list[fx.Node]] = defaultdict(list)
-            for node in module.graph.find_nodes(op="call_module"):
-                called[submodule(module, node.target)].append(node)
-            for child, nodes in called.items():
-                names = {name for name, m in self.every_path if m is child}
-                targets = {join(path, str(node.target)) for node in nodes}
-                graph = self.graphs.get(self.paths[child]) if names == targets else None
-                if graph is not None and _only_linear(graph) and not hooks(child):
-                    weight = next(w for w in self.weights.values() for c in w.calls if c.region == self.paths[child])
-                    if len(weight.through) == 1 and not weight.other:
-                        self._move(path, child, nodes)
+        model = self.modules[""]
+        called: dict[nn.Module, list[fx.Node]] = defaultdict(list)
+        for node in model.graph.find_nodes(op="call_module") if is_plain_graph(model) else ():
+            called[submodule(model, str(node.target))].append(node)
+        for child, nodes in called.items():
+            names = {name for name, m in self.every_path if m is child}
+            graph = self.graphs.get(self.paths[child]) if names == {str(node.target) for node in nodes} else None
+            if graph is not None and _only_linear(graph) and not hooks(child):
+                weight = next(w for w in self.weights.values() for c in w.calls if c.region == self.paths[child])
+                if len(weight.through) == 1 and not weight.other:
+                    self._move(weight, child, nodes)
 
-    def _move(self, path: str, child: nn.Module, nodes: list[fx.Node]) -> None:
-        region = self.paths[child]
-        weight = next(w for w in self.weights.values() for call in w.calls if call.region == region)
-        old = next(call for call in weight.calls if call.region == region)
-        weight.calls.remove(old)
-        at = weight.through.index((child, old.attribute))
-        del self.graphs[region], weight.through[at], weight.transposed[at]
+    def _move(self, weight: _Weight, child: nn.Module, nodes: list[fx.Node]) -> None:
+        """Put the calls of a linear module by the model's graph in the place of the one call that the weight has."""
+        [old] = weight.calls
+        del self.graphs[old.region], weight.calls[:], weight.through[:], weight.transposed[:]
         for node in nodes:
             if node.users:
-                weight.add_call(Call(path, str(node.target), old.attribute, node, old.transposed), weight.kind, child)
+                weight.add_call(Call("", str(node.target), old.attribute, node, old.transposed), weight.kind, child)
 
     def program(self) -> Program:
         sites: list[Site] = []
@@ -244,8 +238,7 @@ class _Reader:
         for path, module in self.modules.items():
             if isinstance(inspect.getattr_static(type(module), "weight", None), types.FunctionType):
                 self.skipped[path] = f"its weight is packed, as quantised layers have it ({type(module).__name__})"
-        order = {name: position for position, name in enumerate(self.names)}
-        sites.sort(key=lambda site: order.get(site.name, order.get(site.name.rpartition("[")[0], 0)))
+        sites.sort(key=sort_key(self.names))
         return Program(self.graphs, sites, self.skipped, self.breaks)
 
     def _why_not_site(self, weight: _Weight) -> str | None:

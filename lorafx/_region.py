@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from ._branch import FROZEN_PREFIX, adapted, chosen
+from ._branch import FROZEN_PREFIX, adapted, adapted_names, chosen
 from ._errors import UnsupportedModelError
 
 M = TypeVar("M", bound=nn.Module)
@@ -95,16 +95,16 @@ def convert(module: nn.Module, graph: fx.Graph) -> None:
     module.__dict__["_graph"] = graph
     graph.owning_module = module  # type: ignore[assignment]
     cls: Any = type(module)
-    names = getattr(cls, "_adapted", ())
-    module.__class__ = _derived(getattr(cls, "_user_class", cls), names, graph.python_code(root_module="self"))
+    code = graph.python_code(root_module="self")
+    module.__class__ = _derived(getattr(cls, "_user_class", cls), adapted_names(module), code)
 
 
 def adapt(module: nn.Module, attribute: str) -> None:
     """Let Python read this tensor of a module as adapted, and as it is under its frozen name."""
     cls: Any = type(module)
-    if attribute in getattr(cls, "_adapted", ()):
+    if attribute in adapted_names(module):
         return
-    names = (*getattr(cls, "_adapted", ()), attribute)
+    names = (*adapted_names(module), attribute)
     code = cls._python_code if issubclass(cls, Region) else None
     module.__class__ = _derived(getattr(cls, "_user_class", cls), names, code)
 

@@ -77,11 +77,10 @@ def _dimensions(owner: nn.Module, attribute: str) -> int:
 
 def weights_kept(module: nn.Module) -> Iterator[Weight]:
     """The weights that plain attributes of a module hold: in a list, a bound method or a partial function."""
-    below = {id(parameter): (m, name) for m in module.modules() for name, parameter in m._parameters.items()}
-    for name, value in vars(module).items():
-        for held in reached(value) if name not in TABLES else ():
-            if isinstance(held, nn.Parameter) and id(held) in below:
-                yield below[id(held)]
+    kept = {id(held) for name, value in vars(module).items() if name not in TABLES
+            for held in reached(value) if isinstance(held, nn.Parameter)}
+    for owner in module.modules() if kept else ():
+        yield from ((owner, name) for name, parameter in owner._parameters.items() if id(parameter) in kept)
 
 
 TABLES = frozenset(vars(nn.Module()))  # nn.Module's own: parameters, submodules, hooks

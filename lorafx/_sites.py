@@ -83,6 +83,18 @@ class Site:
                                    blocks={})
 
 
+def split_block(name: str) -> tuple[str, str]:
+    """A site's name without its block, and the block: ("attn.qkv", "[q]")."""
+    base, bracket, block = name.partition("[")
+    return base, bracket + block
+
+
+def sort_key(names: Iterable[str]) -> Callable[[Site], int]:
+    """Where a site is in the order of these names; a block of rows is where its weight is."""
+    order = {name: position for position, name in enumerate(names)}
+    return lambda site: order.get(site.name, order.get(split_block(site.name)[0], -1))
+
+
 SELECTORS: dict[str, Callable[[Site], bool]] = {
     "square": lambda site: site.in_features == site.out_features,
     "linear": lambda site: True,
@@ -96,9 +108,8 @@ def select(sites: Sequence[Site], targets: Any, exclude: Any, left_alone: Mappin
     """
     chosen = {site.name: site for site in _matched(sites, targets, "targets", left_alone)}
     dropped = {site.name for site in _matched(sites, exclude, "exclude", left_alone)}
-    order = {site.name: position for position, site in enumerate(sites)}
     left = [site for name, site in chosen.items() if name not in dropped]
-    left.sort(key=lambda site: order.get(site.name, order.get(site.name.rpartition("[")[0], -1)))
+    left.sort(key=sort_key(site.name for site in sites))
     if not left:
         raise NoSiteError(f"No linear call is left to adapt: targets={targets!r}, exclude={exclude!r}. {_hint(sites)}")
     return left

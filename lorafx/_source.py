@@ -32,7 +32,6 @@ class Product(NamedTuple):
     """A linear call in Python: the chain of its weight, whether that is (in, out), and its blocks of rows, if any."""
 
     names: Names
-    kind: str
     transposed: bool
     blocks: tuple[str, ...] = ()
 
@@ -47,6 +46,7 @@ class Facts(NamedTuple):
 
 @functools.lru_cache(maxsize=None)
 def facts_of(cls: type, method: str) -> Facts:
+    """What a method of a class does, and all code that it reaches."""
     reader = _Reader(cls)
     reader.follow_method(method)
     reader.run()
@@ -192,7 +192,7 @@ class _Body(ast.NodeVisitor):
             self._note(rule, *rule.operands(node.args, given))
         for weight, role in roles(called, node.args, given):
             for chain in self.value(weight) - {_GIVEN}:
-                self.reader.products.add(Product(chain, "linear", role.transposed, role.blocks))
+                self.reader.products.add(Product(chain, role.transposed, role.blocks))
         if isinstance(called, types.FunctionType) and package(called) != "torch":
             arguments = dict(zip(called.__code__.co_varnames[:called.__code__.co_argcount], node.args)) | given
             bound = {name: self.value(argument) for name, argument in arguments.items()}
@@ -203,9 +203,9 @@ class _Body(ast.NodeVisitor):
         """Note a product: of x with a weight, or of a weight, on the left, with x."""
         left, right = self.value(x), self.value(weight)
         for chain in right if _GIVEN not in right and (_GIVEN in left or not left) else ():
-            self.reader.products.add(Product(chain, rule.kind, rule.transposed))
+            self.reader.products.add(Product(chain, rule.transposed))
         for chain in left if rule.transposed and _GIVEN not in left and (_GIVEN in right or not right) else ():
-            self.reader.products.add(Product(chain, rule.kind, False))
+            self.reader.products.add(Product(chain, False))
 
     def _follow_own(self, name: str, node: ast.Call) -> None:
         """Read a method of self with the arguments of this call."""
@@ -252,6 +252,7 @@ _KINDS = frozenset({"is_floating_point", "is_complex", "data_ptr"})
 
 
 def package(function: types.FunctionType) -> str:
+    """The top-level package that a function is of."""
     return (function.__module__ or "").partition(".")[0]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
 from ._errors import AdaptedWeightError
+from ._kernels import delta
 from ._rules import RULES, Rule
 
 NARROW = (torch.float16, torch.bfloat16)
@@ -40,6 +41,11 @@ class Part(NamedTuple):
         return self._replace(left=self.right.mT, right=self.left.mT, axis=-3 - self.axis)
 
     @property
+    def detached(self) -> "Part":
+        """The addend without a gradient."""
+        return self._replace(left=self.left.detach(), right=self.right.detach())
+
+    @property
     def size(self) -> int:
         """How long the block is along its axis."""
         return int(self.left.shape[-2] if self.axis == -2 else self.right.shape[-1])
@@ -51,8 +57,8 @@ def whole(matrix: Tensor, parts: Sequence[Part]) -> Tensor:
     wide = torch.promote_types(wide, matrix.dtype)
     total = matrix.to(wide)
     for part in parts:
-        delta = part.scale * (part.left.to(wide) @ part.right.to(wide))
-        total = total + _padded(delta, part.axis, part.start, matrix.shape[part.axis])
+        added = delta(part.right, part.left, part.scale, wide)
+        total = total + _padded(added, part.axis, part.start, matrix.shape[part.axis])
     return total.to(matrix.dtype)
 
 
@@ -125,8 +131,9 @@ class AdaptedWeight(Tensor):
     ) -> Any:
         """What reaches an operator has not been computed in parts: it gets the sum, or W if only W's shape matters."""
         name = func.overloadpacket.__name__
-        if func._schema.is_mutable and any(isinstance(value, cls) for value in tree_iter((args[:1], kwargs))):
-            next(value for value in tree_iter((args[:1], kwargs)) if isinstance(value, cls))._refuse_writing()
+        for value in tree_iter((args[:1], kwargs)) if func._schema.is_mutable else ():
+            if isinstance(value, cls):
+                value._refuse_writing()
         if name in ("detach", "alias"):
             return _wrapped(args[0].matrix, args[0].parts, args[0].label)
         only_shape = name.startswith("new_") or name.endswith("_like")
@@ -178,7 +185,7 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, about: Any, *factors: Tensor) -> Tensor:
-        ctx.parts, ctx.shape = about[0], matrix.shape
+        ctx.parts = about[0]
         ctx.save_for_backward(*factors)
         return _wrapped(matrix, *about)
 
@@ -228,8 +235,7 @@ def _cast(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[
 
 
 def _detached(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    parts = [part._replace(left=part.left.detach(), right=part.right.detach()) for part in weight.parts]
-    return weight.of_same(weight.matrix.detach(), parts)
+    return weight.of_same(weight.matrix.detach(), [part.detached for part in weight.parts])
 
 
 def _transposed(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
