@@ -7,7 +7,7 @@ on one x, or calls of modules that do nothing else, run as one call of `joined`.
 import copy
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch.nn.functional as F
@@ -94,7 +94,7 @@ def lower(module: nn.Module, graph: fx.Graph, join: bool) -> fx.Graph:
     lowered = copy.deepcopy(graph)
     for node in list(lowered.nodes):
         _fuse(module, lowered, node)
-    for members in _groups(module, lowered) if join else ():
+    for members in _members(module, lowered) if join else ():
         _join(lowered, members)
     return lowered
 
@@ -163,23 +163,33 @@ def _is_member(module: nn.Module, node: fx.Node) -> bool:
     return node.target is adapted_linear and all(operand is None or operand.op == "get_attr" for operand in operands)
 
 
-def _groups(module: nn.Module, graph: fx.Graph) -> list[list[fx.Node]]:
-    """The members that can be computed where the first of each group is: on one value that nothing changes between."""
+def _members(module: nn.Module, graph: fx.Graph) -> list[list[fx.Node]]:
+    def writes(node: fx.Node) -> bool:
+        called = submodule(module, str(node.target)) if node.op == "call_module" else None
+        return may_write(node) if called is None else not _is_pure(called)
+
+    return groups([node for node in graph.nodes if _is_member(module, node)], writes)
+
+
+def groups(members: Iterable[fx.Node], writes: Callable[[fx.Node], bool]) -> list[list[fx.Node]]:
+    """The members that can be computed where the first of each group is: on one value that nothing changes between.
+
+    `writes` says whether a node may change a value in place.
+    """
     by_input: dict[Any, list[fx.Node]] = defaultdict(list)
-    for node in graph.nodes:
-        if _is_member(module, node):
-            by_input[node.args[0]].append(node)
+    for node in members:
+        by_input[node.args[0]].append(node)
     found: list[list[fx.Node]] = []
-    for members in by_input.values():
+    for sharing in by_input.values():
         group: list[fx.Node] = []
         fresh: set[fx.Node] = set()  # the members and what is computed from them alone
-        for node in _span(members):
-            if node in members:
+        for node in _span(sharing):
+            if node in sharing:
                 group.append(node)
                 fresh.add(node)
             elif node.op != "get_attr" and fresh.issuperset(node.all_input_nodes):
                 fresh.add(node)  # it may write into these, not into x or a weight
-            elif group and _may_write(module, node):
+            elif group and writes(node):
                 found.append(group)
                 group, fresh = [], set()
         found.append(group)
@@ -195,14 +205,14 @@ def _span(members: list[fx.Node]) -> Iterable[fx.Node]:
     yield node
 
 
-def _may_write(module: nn.Module, node: fx.Node) -> bool:
-    """Whether a node may change a value in place."""
-    if node.op == "call_module":
-        return not _is_pure(submodule(module, str(node.target)))
+def may_write(node: fx.Node) -> bool:
+    """Whether a node may change a value in place, as far as names and flags say; a module's call may."""
+    if node.op in ("get_attr", "placeholder", "output"):
+        return False
     name = node.target if isinstance(node.target, str) else node.target.__name__
     in_place = name.endswith("_") and not name.endswith("__") or node.target in _IN_PLACE
     flagged = any(value is True for value in node.args) or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
-    return node.op not in ("get_attr", "placeholder") and (in_place or flagged)
+    return node.op == "call_module" or in_place or flagged
 
 
 _IN_PLACE = {operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
@@ -220,7 +230,8 @@ def _is_pure(module: nn.Module) -> bool:
                 graph = trace(module)
         except Unsound:
             return False
-    return not any(_may_write(module, node) for node in graph.nodes)
+    return not any(may_write(node) for node in graph.nodes if node.op != "call_module") and all(
+        _is_pure(submodule(module, str(node.target))) for node in graph.find_nodes(op="call_module"))
 
 
 def _join(graph: fx.Graph, members: list[fx.Node]) -> None:

@@ -17,6 +17,7 @@ LEVELS = {
     "_program": 6, "_formats": 6, "_guard": 6,
     "_merge": 7, "_attach": 7,
     "_switch": 8, "_report": 8,
+    "_inductor": 5, "_compile": 6,
     "_inject": 9,
     "__init__": 10,
 }
