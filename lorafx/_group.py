@@ -5,20 +5,23 @@ on one x, or calls of modules that do nothing else, run as one call of `joined`.
 """
 
 import copy
+import functools
+import inspect
+import math
 import operator
+import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ._branch import Branch, hooks, submodule
-from ._kernels import Linear, linears
+from ._kernels import Linear, linears, transforming
 from ._rules import linear_call
-from ._trace import tracing
-from ._watch import Unsound
 
 
 class Forward(NamedTuple):
@@ -40,15 +43,30 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Br
 
 
 def joined(x: Tensor, *members: Any) -> list[Tensor]:
-    """What each member gives for x: a module that is one adapted linear call, or (W, b, branches).
+    """What each member gives for x: a module, or the linear call (W, b, branches).
 
-    They are computed one by one if something is hooked to one of them, or if one is sharded, patched, compiled or
-    replaced by itself.
+    The linear calls are computed together, unless something is hooked to one of them, or one is sharded, patched,
+    compiled or replaced by itself. Other modules that stand between them are called in their turn.
     """
     calls = [_call(member) for member in members]
-    if isinstance(x, Tensor) and _all(calls):
-        return linears(x, calls)
-    return [member(x) if isinstance(member, nn.Module) else adapted_linear(x, *member) for member in members]
+    together = [call for call in calls if call is not None]
+    others = any(call is None and linear_forward(member) for member, call in zip(members, calls))
+    if not isinstance(x, Tensor) or others or len(together) < 2:
+        return [_alone(x, member) for member in members]
+    if len(together) < len(members) and (torch.compiler.is_compiling() or x.is_inference() or transforming()):
+        return [_alone(x, member) for member in members]
+    results, version = iter(linears(x, together)), x._version if len(together) < len(members) else 0
+    outputs = []
+    for member, call in zip(members, calls):
+        y = _alone(x, member) if call is None else next(results)
+        if call is not None and len(together) < len(members) and x._version != version:
+            y = _alone(x, member)  # a module before it wrote into x
+        outputs.append(y)
+    return outputs
+
+
+def _alone(x: Tensor, member: Any) -> Any:
+    return member(x) if isinstance(member, nn.Module) else adapted_linear(x, *member)
 
 
 def _call(member: Any) -> Linear | None:
@@ -66,21 +84,18 @@ def _call(member: Any) -> Linear | None:
     return _linear(weight, bias, branches)
 
 
-def _all(calls: list[Linear | None]) -> TypeGuard[list[Linear]]:
-    return None not in calls
-
-
 def _linear(weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Linear:
     return Linear(weight, bias, [addend for branch in branches for addend in branch.addends()])
 
 
 def _is_bare(module: nn.Module) -> bool:
     """Whether calling a module does what its class's forward does and nothing more."""
-    patched = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    called = type(module).__call__ is not nn.Module.__call__ or module._compiled_call_impl is not None
+    patched = called or "forward" in module.__dict__
     return not (patched or hooks(module) or _has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
-def linear_forward(module: nn.Module) -> Forward | None:
+def linear_forward(module: Any) -> Forward | None:
     """What a module computes, if that is one adapted linear call and no more."""
     found: Forward | None = getattr(type(module), "_linear", None)
     return found
@@ -94,8 +109,9 @@ def lower(module: nn.Module, graph: fx.Graph, join: bool) -> fx.Graph:
     lowered = copy.deepcopy(graph)
     for node in list(lowered.nodes):
         _fuse(module, lowered, node)
-    for members in _members(module, lowered) if join else ():
-        _join(lowered, members)
+    members: dict[fx.Node, Any] = {node: node.args[0] for node in lowered.nodes if _is_member(module, node)}
+    for group in groups(members, _is_called_with) if join else ():
+        _join(lowered, group)
     return lowered
 
 
@@ -148,6 +164,11 @@ def _fuse(module: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(old)
 
 
+def _is_called_with(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a node calls a module with this value alone."""
+    return node.op == "call_module" and node.args == (value,) and not node.kwargs
+
+
 def _shared(module: nn.Module, graph: fx.Graph) -> bool:
     """Whether a value is the input of two modules that are adapted linear calls."""
     inputs = [node.args for node in graph.find_nodes(op="call_module") if _is_member(module, node)]
@@ -163,39 +184,33 @@ def _is_member(module: nn.Module, node: fx.Node) -> bool:
     return node.target is adapted_linear and all(operand is None or operand.op == "get_attr" for operand in operands)
 
 
-def _members(module: nn.Module, graph: fx.Graph) -> list[list[fx.Node]]:
-    def writes(node: fx.Node) -> bool:
-        called = submodule(module, str(node.target)) if node.op == "call_module" else None
-        return may_write(node) if called is None else not _is_pure(called)
-
-    members: dict[fx.Node, Any] = {node: node.args[0] for node in graph.nodes if _is_member(module, node)}
-    return groups(members, writes)
-
-
-def groups(members: Mapping[fx.Node, fx.Node], writes: Callable[[fx.Node], bool]) -> list[list[fx.Node]]:
+def groups(members: Mapping[fx.Node, fx.Node], takes: Callable[[fx.Node, fx.Node], bool]) -> list[list[fx.Node]]:
     """The members that can be computed where the first of each group is: on one value that nothing changes between.
 
-    The members are given in the graph's order, each with this value; `writes` says whether a node may change a value in
-    place.
+    The members are given in the graph's order, each with this value. A node between two of them that may change it
+    ends a group, unless the group `takes` the node (given the value) as a member that is none of these.
     """
-    by_input: dict[Any, list[fx.Node]] = defaultdict(list)
+    by_input: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for member, value in members.items():
         by_input[value].append(member)
     found: list[list[fx.Node]] = []
-    for sharing in by_input.values():
+    for value, sharing in by_input.items():
         group: list[fx.Node] = []
         fresh: set[fx.Node] = set()  # the members and what is computed from them alone
         for node in _span(sharing):
-            if node in sharing:
+            if node in sharing or group and takes(node, value):
                 group.append(node)
                 fresh.add(node)
-            elif node.op != "get_attr" and fresh.issuperset(node.all_input_nodes):
+            elif node.all_input_nodes and fresh.issuperset(node.all_input_nodes):
                 fresh.add(node)  # it may write into these, not into x or a weight
-            elif group and writes(node):
+            elif group and may_write(node):
                 found.append(group)
                 group, fresh = [], set()
         found.append(group)
-    return [group for group in found if len(group) > 1]
+    for group in found:
+        while group and group[-1] not in members:
+            group.pop()
+    return [group for group in found if sum(node in members for node in group) > 1]
 
 
 def _span(members: list[fx.Node]) -> Iterable[fx.Node]:
@@ -208,32 +223,40 @@ def _span(members: list[fx.Node]) -> Iterable[fx.Node]:
 
 
 def may_write(node: fx.Node) -> bool:
-    """Whether a node may change a value in place, as far as names and flags say; a module's call may."""
+    """Whether a node may change a value or a mode, as far as can be seen: what is not known may."""
     if node.op in ("get_attr", "placeholder", "output"):
         return False
-    name = node.target if isinstance(node.target, str) else node.target.__name__
-    in_place = name.endswith("_") and not name.endswith("__") or node.target in _IN_PLACE
-    flagged = any(value is True for value in node.args) or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
-    return node.op == "call_module" or in_place or flagged
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__") or name.startswith(("__i", "__set", "__del"))
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if node.op == "call_module" or not callable(node.target) or isinstance(node.target, torch._ops.OpOverloadPacket):
+        return True
+    return node.target not in _pure_functions() or _sets_a_flag(node.target, node)
 
 
-_IN_PLACE = {operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
-             operator.ifloordiv, operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior,
-             operator.ixor, operator.ilshift, operator.irshift}
+@functools.cache
+def _pure_functions() -> frozenset[Any]:
+    """The functions of torch and operator that compute a value; those that write end in an underscore."""
+    torchs = [function for functions in torch.overrides.get_overridable_functions().values() for function in functions]
+    named = {function for function in torchs if not function.__name__.endswith("_")}
+    plain = {value for module in (operator, math) for value in vars(module).values()
+             if isinstance(value, types.BuiltinFunctionType)}
+    written = {value for name, value in vars(operator).items() if name.strip("_") in _WRITERS}
+    return frozenset((named | plain | {getattr, adapted_linear}) - written)
 
 
-def _is_pure(module: nn.Module) -> bool:
-    """Whether a module's forward can be traced and changes nothing in place."""
-    if isinstance(module, fx.GraphModule):
-        graph = module.graph
-    else:
-        try:
-            with tracing() as trace:
-                graph = trace(module)
-        except Unsound:
-            return False
-    return not any(may_write(node) for node in graph.nodes if node.op != "call_module") and all(
-        _is_pure(submodule(module, str(node.target))) for node in graph.find_nodes(op="call_module"))
+_WRITERS = frozenset("""setitem delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub
+    itruediv ixor""".split())
+
+
+def _sets_a_flag(function: Any, node: fx.Node) -> bool:
+    """Whether an argument asks a function to write: into `out`, `inplace`, or a table that it renormalises."""
+    given = dict(node.kwargs)
+    if isinstance(function, types.FunctionType):
+        given |= dict(zip(inspect.signature(function).parameters, node.args))
+    return any(given.get(name) not in (None, False) for name in ("out", "inplace", "max_norm"))
 
 
 def _join(graph: fx.Graph, members: list[fx.Node]) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from . import _group, _kernels
-from ._group import groups, may_write
-from ._kernels import Addend, Linear, merges
+from ._group import groups
+from ._kernels import Addend, Linear, full_precision, merges
 
 
 class Found(NamedTuple):
-    """The nodes of one branch: y + s (x A^T) B^T."""
+    """The nodes of one branch: y + (x A^T) B^T, its scale in B."""
 
     x: fx.Node
     A: fx.Node
@@ -23,13 +23,6 @@ class Found(NamedTuple):
     half: fx.Node  # x A^T
     other: fx.Node  # (x A^T) B^T
     sum: fx.Node
-
-    @property
-    def scale(self) -> float:
-        """s."""
-        scale = self.sum.kwargs.get("alpha", 1.0)
-        assert isinstance(scale, (int, float))
-        return scale
 
     @property
     def linear(self) -> fx.Node | None:
@@ -48,7 +41,7 @@ class JoinBranches(CustomGraphPass):
         """Rewrite the graph in place."""
         found = [branch for node in graph.find_nodes(op="call_function", target=torch.add) for branch in _found(node)]
         members = {node: branch.x for branch in found for node in (branch.half, branch.linear) if node is not None}
-        for group in groups({node: members[node] for node in graph.nodes if node in members}, may_write):
+        for group in groups({node: members[node] for node in graph.nodes if node in members}, lambda *_: False):
             here = [branch for branch in found if branch.half in group]
             if here and all(branch.linear in group for branch in here) and _merges(here):
                 _merge(graph, here, group[0])
@@ -57,12 +50,13 @@ class JoinBranches(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """The same as long as the pass is."""
-        return get_hash_for_files((__file__, str(_group.__file__), str(_kernels.__file__)))
+        precision = str([full_precision(device) for device in ("cpu", "cuda")])
+        return get_hash_for_files((__file__, str(_group.__file__), str(_kernels.__file__)), precision)
 
 
 def _found(node: fx.Node) -> Iterator[Found]:
     """The branch that ends in this sum, if one does."""
-    other = node.args[1]
+    other = node.args[1] if len(node.args) == 2 and not node.kwargs else None
     if not isinstance(other, fx.Node) or other.target is not F.linear or len(other.args) != 2:
         return
     half, B = other.args
@@ -81,9 +75,10 @@ def _found(node: fx.Node) -> Iterator[Found]:
 
 
 def _is_input(value: Any) -> bool:
-    """Whether this is an input of the graph, a cast of one, or None."""
-    source = value.args[0] if isinstance(value, fx.Node) and value.target == "to" else value
-    return source is None or isinstance(source, fx.Node) and source.op == "placeholder"
+    """Whether this is an input of the graph, perhaps cast or scaled, or None."""
+    while isinstance(value, fx.Node) and value.target in ("to", operator.mul) and len(value.all_input_nodes) == 1:
+        value = value.args[0]
+    return value is None or isinstance(value, fx.Node) and value.op == "placeholder"
 
 
 def _value(node: fx.Node) -> Tensor:
@@ -92,20 +87,30 @@ def _value(node: fx.Node) -> Tensor:
 
 
 def _merges(branches: list[Found]) -> bool:
-    x = _value(branches[0].x)
-    calls = [Linear(_value(branch.linear.args[1]), None,  # type: ignore[union-attr, arg-type]
-                    [Addend(_value(branch.A), _value(branch.B), branch.scale)]) for branch in branches]
+    x, calls = _value(branches[0].x), []
+    for branch in branches:
+        weight, bias = _operands(branch)
+        if any(node is not None and _value(node).requires_grad for node in (weight, bias)):
+            return False  # its gradient is not computed there
+        calls.append(Linear(_value(weight), None, [Addend(_value(branch.A), _value(branch.B), 1.0)]))
     return isinstance(x.numel(), int) and merges(x, calls)
+
+
+def _operands(branch: Found) -> tuple[fx.Node, fx.Node | None]:
+    """The weight and the bias of the linear call beside which a branch stands."""
+    assert branch.linear is not None
+    weight, bias = (*branch.linear.args, None)[1:3]
+    assert isinstance(weight, fx.Node) and (bias is None or isinstance(bias, fx.Node))
+    return weight, bias
 
 
 def _merge(graph: fx.Graph, branches: list[Found], first: fx.Node) -> None:
     """Put one `merged_linears` in the place of some branches and the linear calls beside which they stand."""
-    linears = [(*branch.linear.args, None)[1:3] for branch in branches]  # type: ignore[union-attr]
+    linears = [_operands(branch) for branch in branches]
     factors = [tuple(_before(first, factor) for factor in (branch.A, branch.B)) for branch in branches]
     with graph.inserting_before(first):
         node = graph.call_function(merged_linears, (
-            branches[0].x, [W for W, _ in linears], [bias for _, bias in linears], factors,
-            [branch.scale for branch in branches]))
+            branches[0].x, [W for W, _ in linears], [bias for _, bias in linears], factors))
         results = [graph.call_function(operator.getitem, (node, index)) for index in range(len(branches))]
     for branch, result in zip(branches, results):
         branch.sum.replace_all_uses_with(result)
@@ -128,8 +133,9 @@ def _join(graph: fx.Graph, branches: list[Found]) -> None:
 
 
 def _before(place: fx.Node, factor: fx.Node) -> fx.Node:
-    """An input of the graph or a cast of one, the cast now before a place in the graph."""
+    """An input of the graph, perhaps cast or scaled, which now happens before a place in the graph."""
     if factor.op != "placeholder" and place < factor:
+        _before(place, factor.all_input_nodes[0])
         place.prepend(factor)
     return factor
 
@@ -145,26 +151,24 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
 
 def merged_linears(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], factors: list[tuple[Tensor, Tensor]],
-    scales: list[float],
 ) -> tuple[Tensor, ...]:
-    """[x (W + s B A)^T + b for each], for a compiler to trace: neither the sums nor their gradients are kept."""
+    """[x (W + B A)^T + b for each], for a compiler to trace: neither the sums nor their gradients are kept."""
     flat = [tensor for pair in factors for tensor in pair]
     outputs: tuple[Tensor, ...] = _MergedLinears.apply(  # type: ignore[no-untyped-call]
-        x, scales, len(weights), *weights, *biases, *flat)
+        x, len(weights), *weights, *biases, *flat)
     return outputs
 
 
 class _MergedLinears(torch.autograd.Function):
-    """(x, scales, count, W, ..., b, ..., A, B, A, B, ...) -> y, ..., differentiable in x and the A and B."""
+    """(x, count, W, ..., b, ..., A, B, A, B, ...) -> y, ..., differentiable in x and the A and B."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: list[float], count: int, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, count: int, *tensors: Any) -> tuple[Tensor, ...]:
         weights, biases, factors = tensors[:count], tensors[count:2 * count], tensors[2 * count:]
         A, B = factors[::2], factors[1::2]
-        ctx.scales, ctx.count = scales, count
+        ctx.count = count
         ctx.save_for_backward(x, *weights, *A, *B)
-        return tuple(F.linear(x, torch.addmm(W, b, a, alpha=scale), bias)
-                     for W, bias, a, b, scale in zip(weights, biases, A, B, scales))
+        return tuple(F.linear(x, torch.addmm(W, b, a), bias) for W, bias, a, b in zip(weights, biases, A, B))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -174,11 +178,10 @@ class _MergedLinears(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         dYs = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         h = (rows @ torch.cat(A).t()).split_with_sizes([len(a) for a in A], dim=1)
-        G = torch.cat([scale * (dY @ b) for dY, b, scale in zip(dYs, B, ctx.scales)], dim=1)
+        G = torch.cat([dY @ b for dY, b in zip(dYs, B)], dim=1)
         dA = (rows.t() @ G).t().split_with_sizes([len(a) for a in A])
-        dB = [scale * (dY.t() @ part) for dY, part, scale in zip(dYs, h, ctx.scales)]
+        dB = [dY.t() @ part for dY, part in zip(dYs, h)]
         # the transposed sum, which no compiler takes for that of the forward pass and keeps
-        dX = [dY @ torch.addmm(W.t(), a.t(), b.t(), alpha=scale).t()
-              for dY, W, a, b, scale in zip(dYs, weights, A, B, ctx.scales)]
+        dX = [dY @ torch.addmm(W.t(), a.t(), b.t()).t() for dY, W, a, b in zip(dYs, weights, A, B)]
         pairs = [gradient for pair in zip(dA, dB) for gradient in pair]
-        return sum(dX[1:], dX[0]).view(x.shape), None, None, *[None] * (2 * count), *pairs
+        return sum(dX[1:], dX[0]).view(x.shape), None, *[None] * (2 * count), *pairs

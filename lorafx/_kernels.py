@@ -52,11 +52,12 @@ def add_branch(y: Tensor, x: Tensor, addend: Addend) -> Tensor:
 
 
 def _added(y: Tensor, h: Tensor, addend: Addend) -> Tensor:
-    """y + s h B^T, h (..., rank)."""
-    start, length = addend.start, addend.B.shape[0]
+    """y + s h B^T, h (..., rank). B is scaled, before it is cast: inductor of torch 2.13 loses the alpha of a sum."""
+    B = (addend.B if addend.scale == 1 else addend.B * addend.scale).to(h.dtype)
+    start, length = addend.start, B.shape[0]
     if length == y.shape[-1]:
-        return torch.add(y, F.linear(h, addend.B.to(h.dtype)), alpha=addend.scale)
-    block = torch.add(y.narrow(-1, start, length), F.linear(h, addend.B.to(h.dtype)), alpha=addend.scale)
+        return torch.add(y, F.linear(h, B))
+    block = torch.add(y.narrow(-1, start, length), F.linear(h, B))
     return torch.cat([y[..., :start], block, y[..., start + length:]], dim=-1)
 
 
@@ -84,7 +85,8 @@ def linears(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
         return [F.linear(x, call.weight, call.bias) for call in calls]
     if not _is_plain(x, calls):
         return _by_operators(x, calls)
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if torch._C._is_any_autocast_enabled() and not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(
+            x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, calls = x.to(dtype), [_cast(call, dtype) for call in calls]
         with torch._C._DisableAutocast():
@@ -93,8 +95,10 @@ def linears(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
 
 
 def _is_plain(x: Tensor, calls: Sequence[Linear]) -> bool:
-    """Whether the Function can compute these: plain tensors on one device, a frozen base, and no transform."""
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or transforming():
+    """Whether the Function can compute these: plain tensors on one device, a frozen base, no transform, no tracer."""
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or transforming() or _tracing():
+        return False
+    if x.layout is not torch.strided or x.is_nested or not x.ndim:
         return False
     for weight, bias, addends in calls:
         if weight.requires_grad or bias is not None and (bias.requires_grad or type(bias) not in _PLAIN):
@@ -102,7 +106,15 @@ def _is_plain(x: Tensor, calls: Sequence[Linear]) -> bool:
         factors = [factor for addend in addends for factor in addend[:2]]
         if any(type(tensor) not in _PLAIN or tensor.device != x.device for tensor in (weight, *factors)):
             return False
+        if 0 in weight.shape:
+            return False
     return True
+
+
+def _tracing() -> bool:
+    """Whether torch.jit or make_fx is noting down operators."""
+    return torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(
+        torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -115,12 +127,16 @@ def _cast(call: Linear, dtype: torch.dtype) -> Linear:
 def _fused(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
     addends = [addend for call in calls for addend in call.addends]
     drops = {addend.dropout for addend in addends}
-    if drops != {0.0} and len(addends) > 1 and (len(drops) > 1 or not all(addend.shared for addend in addends)):
-        return [y for call in calls for y in linears(x, [call])] if len(calls) > 1 else _by_operators(x, calls)
-    plan = _plan(x, calls, *drops)
+    masks = drops != {0.0} and len(addends) > 1 and (len(drops) > 1 or not all(addend.shared for addend in addends))
     tensors = [tensor for weight, bias, addends in calls for tensor in (
         weight, *(() if bias is None else (bias,)), *(factor for addend in addends for factor in addend[:2]))]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors))
+    if len(calls) > 1 and (masks or trains and not x.requires_grad):  # without dX, each may have a backward of its own
+        return [y for call in calls for y in linears(x, [call])]
+    if masks:
+        return _by_operators(x, calls)
+    plan = _plan(x, calls, *drops)
+    if trains:
         return list(_Linears.apply(x, plan, *tensors))  # type: ignore[no-untyped-call]
     return _computed(x, plan, plan.calls(tensors), saving=False)[0]
 
@@ -189,14 +205,14 @@ def merges(x: Tensor, calls: Sequence[Linear]) -> bool:
     """Whether forming W + s B A is faster, by shapes, and as exact: not where products round float32 operands."""
     if any(factor.dtype != x.dtype for call in calls for addend in call.addends for factor in addend[:2]):
         return False
-    if x.dtype != torch.float64 and not (x.dtype == torch.float32 and _full_precision(x.device.type)):
+    if x.dtype != torch.float64 and not (x.dtype == torch.float32 and full_precision(x.device.type)):
         return False
     sizes = [call.weight.shape for call in calls if call.addends]
     formed, rows = sum(out * into for out, into in sizes), x.numel() // x.shape[-1]
     return bool(rows * sum(map(sum, sizes)) >= 2 * MERGE_FROM * formed)
 
 
-def _full_precision(device: str) -> bool:
+def full_precision(device: str) -> bool:
     """Whether products of float32 matrices are float32 products on this kind of device, not TF32 or bfloat16."""
     settings: dict[str, Any] = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
     return device in settings and settings[device].matmul.fp32_precision in ("none", "ieee")
@@ -218,7 +234,7 @@ class _Linears(torch.autograd.Function):
         x, h, bits, *tensors = ctx.saved_tensors
         plan, needs_dx = ctx.plan, ctx.needs_input_grad[0]
         mask = None if bits is None else unpacked(bits, x)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transforming():
             return _differentiable(x, plan, tensors, mask, gradients, ctx.needs_input_grad)
         with torch._C._DisableAutocast():
             dX, factors = _gradients(x, plan, plan.calls(tensors), h, mask, gradients, needs_dx)
@@ -285,23 +301,24 @@ def _differentiable(
     x: Tensor, plan: _Plan, tensors: Sequence[Tensor], mask: Tensor | None,
     gradients: Sequence[Tensor | None], needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients, by operators that can be differentiated again."""
-    calls, inputs = plan.calls(tensors), [x, x, *tensors]  # the second stands for the plan
-    outputs = []
-    for call in calls:
-        y = F.linear(x, call.weight, call.bias)
-        for addend in call.addends:
-            y = _added(y, F.linear(_masked(x, mask), addend.A.to(x.dtype)), addend)
-        outputs.append(y)
-    given = [(y, gradient) for y, gradient in zip(outputs, gradients) if gradient is not None]
-    wanted = [tensor for tensor, need in zip(inputs, needs) if need]
-    found = iter(torch.autograd.grad([y for y, _ in given], wanted, [gradient for _, gradient in given],
-                                     create_graph=True, allow_unused=True))
+    """The gradients, by operators that can be differentiated again or mapped over.
+
+    Each place has an alias of its own: a factor may stand in several, and x may be computed from the factors.
+    """
+    with torch.enable_grad():
+        x, *tensors = (t.view_as(t) if isinstance(t, Tensor) else t for t in (x, *tensors))
+        outputs = []
+        for call in plan.calls(tensors):
+            y = F.linear(x, call.weight, call.bias)
+            for addend in call.addends:
+                y = _added(y, F.linear(_masked(x, mask), addend.A.to(x.dtype)), addend)
+            outputs.append(y)
+        inputs = [x, x, *tensors]  # the second stands for the plan
+        given = [(y, gradient) for y, gradient in zip(outputs, gradients) if gradient is not None]
+        found = iter(torch.autograd.grad(
+            [y for y, _ in given], [tensor for tensor, need in zip(inputs, needs) if need],
+            [gradient for _, gradient in given], create_graph=True, allow_unused=True))
     return tuple(next(found) if need else None for need in needs)
-
-
-def _copied(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    return matrix.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _stacked(calls: Sequence[Linear], dtype: torch.dtype) -> Tensor:
@@ -309,6 +326,10 @@ def _stacked(calls: Sequence[Linear], dtype: torch.dtype) -> Tensor:
     every = [addend.A for call in calls for addend in call.addends]
     A = torch.cat(every) if len(every) > 1 else every[0]
     return A if A.dtype == dtype else A.to(torch.promote_types(A.dtype, dtype))
+
+
+def _copied(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    return matrix.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _ranks(calls: Sequence[Linear]) -> list[int]:

@@ -17,7 +17,7 @@ from ._program import Place, places_of_sites
 from ._record import RECORD, injection, trained, weights_of
 from ._region import is_plain_graph, same_kind, share
 from ._sites import split_block
-from ._weight import Part, rows_of
+from ._weight import Part, rows_of, whole
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -162,6 +162,8 @@ def folded(matrix: Tensor, parts: Sequence[Part]) -> Tensor:
 
     That happens some rows at a time, in the new tensor itself or, for a narrow W, in one wide buffer.
     """
+    if type(matrix) is not Tensor:  # rows of a sharded one are no views of it
+        return whole(matrix, parts)
     total = torch.empty_like(matrix)
     wide = functools.reduce(torch.promote_types, (part.left.dtype for part in parts), torch.float32)
     wide = torch.promote_types(wide, matrix.dtype)

@@ -268,7 +268,8 @@ def test_operators_of_a_group():
 
 def test_dropout():
     torch.manual_seed(0)
-    x, A, B = torch.ones(200, 300, dtype=torch.float64), torch.eye(300).double(), torch.eye(300).double()
+    x = torch.ones(200, 300, dtype=torch.float64, requires_grad=True)
+    A, B = torch.eye(300).double(), torch.eye(300).double()
     A, B = A.requires_grad_(), B.requires_grad_()
     call = Linear(torch.zeros(300, 300).double(), None, [Addend(A, B, 1.0, dropout=0.2)])
     one, two = linears(x, [call, call])
