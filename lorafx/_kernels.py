@@ -11,7 +11,6 @@ added to y and dX; then some rows of x, y, dX and dY are cast at a time, never a
 (transforms, compilers, tensor subclasses, trained base weights) plain operators compute the same.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -55,7 +54,7 @@ def _added(y: Tensor, h: Tensor, addend: Addend) -> Tensor:
     """y + s h B^T, h (..., rank). B is scaled, before it is cast: inductor of torch 2.13 loses the alpha of a sum."""
     B = (addend.B if addend.scale == 1 else addend.B * addend.scale).to(h.dtype)
     start, length = addend.start, B.shape[0]
-    if length == y.shape[-1]:
+    if length == y.size(-1):
         return torch.add(y, F.linear(h, B))
     block = torch.add(y.narrow(-1, start, length), F.linear(h, B))
     return torch.cat([y[..., :start], block, y[..., start + length:]], dim=-1)
@@ -113,11 +112,12 @@ def _is_plain(x: Tensor, calls: Sequence[Linear]) -> bool:
 
 def _tracing() -> bool:
     """Whether torch.jit or make_fx is noting down operators."""
-    return torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(
-        torch._C._TorchDispatchModeKey.PROXY) is not None
+    return torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 _PLAIN = (Tensor, nn.Parameter)
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_unsafe_view: Any = torch.ops.aten._unsafe_view.default
 
 
 def _cast(call: Linear, dtype: torch.dtype) -> Linear:
@@ -161,11 +161,10 @@ def _by_operators(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
 # W + s B A is formed, and no addend computed by itself, when the rows of x are this many times as many as would make
 # the FLOPs of both ways equal, N (in + out) = 2 in out. Beyond that of FLOPs, since small products run at a lower speed
 # (benchmarks/step.py --rule: float32, two CPU cores).
-MERGE_FROM = 2.0
+MERGE_FROM = 4.0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Plan(NamedTuple):
     """How some calls on one x are computed: all but their tensors."""
 
     biased: tuple[bool, ...]
@@ -192,7 +191,7 @@ class _Plan:
             return call.weight
         weight = call.weight.clone()
         for A, B, scale, start, *_ in call.addends:
-            weight.narrow(0, start, len(B)).addmm_(B, A, alpha=scale)
+            weight.narrow(0, start, B.shape[0]).addmm_(B, A, alpha=scale)
         return weight
 
 
@@ -203,13 +202,16 @@ def _plan(x: Tensor, calls: Sequence[Linear], dropout: float) -> _Plan:
 
 def merges(x: Tensor, calls: Sequence[Linear]) -> bool:
     """Whether forming W + s B A is faster, by shapes, and as exact: not where products round float32 operands."""
+    formed = beside = 0
+    for weight, _, addends in calls:
+        if addends:
+            out, width = weight.shape
+            formed, beside = formed + out * width, beside + out + width
+    if x.numel() // x.shape[-1] * beside < 2 * MERGE_FROM * formed:
+        return False
     if any(factor.dtype != x.dtype for call in calls for addend in call.addends for factor in addend[:2]):
         return False
-    if x.dtype != torch.float64 and not (x.dtype == torch.float32 and full_precision(x.device.type)):
-        return False
-    sizes = [call.weight.shape for call in calls if call.addends]
-    formed, rows = sum(out * into for out, into in sizes), x.numel() // x.shape[-1]
-    return bool(rows * sum(map(sum, sizes)) >= 2 * MERGE_FROM * formed)
+    return x.dtype == torch.float64 or x.dtype == torch.float32 and full_precision(x.device.type)
 
 
 def full_precision(device: str) -> bool:
@@ -234,10 +236,15 @@ class _Linears(torch.autograd.Function):
         x, h, bits, *tensors = ctx.saved_tensors
         plan, needs_dx = ctx.plan, ctx.needs_input_grad[0]
         mask = None if bits is None else unpacked(bits, x)
-        if torch.is_grad_enabled() or transforming():
+        batched = any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+        if torch.is_grad_enabled() or transforming() or batched:
             return _differentiable(x, plan, tensors, mask, gradients, ctx.needs_input_grad)
-        with torch._C._DisableAutocast():
-            dX, factors = _gradients(x, plan, plan.calls(tensors), h, mask, gradients, needs_dx)
+        calls = plan.calls(tensors)
+        if torch._C._is_any_autocast_enabled():
+            with torch._C._DisableAutocast():
+                dX, factors = _gradients(x, plan, calls, h, mask, gradients, needs_dx)
+        else:
+            dX, factors = _gradients(x, plan, calls, h, mask, gradients, needs_dx)
         rest = iter(factors)
         given = [next(rest) if place else None for place in plan.factors]
         return dX, None, *given
@@ -247,18 +254,17 @@ def _computed(
     x: Tensor, plan: _Plan, calls: Sequence[Linear], saving: bool
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """The results, none of them a view; h (N, R) and the mask (N, in) of dropout, where they are needed."""
-    outputs = [F.linear(x, plan.weight(call), call.bias) for call in calls]
-    outputs = [torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y for y in outputs]
+    outputs = [_base(F.linear(x, plan.weight(call), call.bias)) for call in calls]
     if plan.merged and not saving:
         return outputs, None, None
     rows = x.reshape(-1, x.shape[-1])  # (N, in)
     mask = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - plan.dropout) if plan.dropout else None
     h = times(_masked(rows, mask), _stacked(calls, x.dtype).t())  # (N, R)
-    parts = iter(h.split_with_sizes(_ranks(calls), dim=1))
+    parts = iter(_parts(h, calls))
     for y, call in zip(outputs, calls) if not plan.merged else ():
         for (_, B, scale, start, *_), part in zip(call.addends, parts):
-            block = y.view(-1, y.shape[-1]).narrow(1, start, len(B))  # (N, length)
-            add_product(block, part, B.to(h.dtype).t(), scale)
+            block = _columns(y.view(-1, y.shape[-1]), start, B.shape[0])  # (N, length)
+            add_product(block, part, _in(B, h.dtype).t(), scale)
     return outputs, h, mask
 
 
@@ -268,7 +274,7 @@ def _gradients(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dX and [dA, dB, dA, dB, ...] by the formulas above, each in memory of its own."""
     G = torch.empty_like(h)  # (N, R)
-    parts = zip(G.split_with_sizes(_ranks(calls), dim=1), h.split_with_sizes(_ranks(calls), dim=1))
+    parts = zip(_parts(G, calls), _parts(h, calls))
     dX: Tensor | None = None
     dB: list[Tensor | None] = []
     for call, gradient in zip(calls, gradients):
@@ -281,17 +287,17 @@ def _gradients(
                 g.zero_()
                 dB.append(None)
                 continue
-            block = dY.narrow(1, start, len(B))  # (N, length)
-            times(block, B.to(G.dtype), scale, out=g)
-            dB.append(over_rows(block, part, scale).to(B.dtype))
+            block = _columns(dY, start, B.shape[0])  # (N, length)
+            times(block, _in(B, G.dtype), scale, out=g)
+            dB.append(_in(over_rows(block, part, scale), B.dtype))
     if dX is not None:
         A = _stacked(calls, x.dtype)
         if mask is not None:
             dX.addcmul_((G @ A).to(x.dtype), mask.to(x.dtype))
         elif not plan.merged:
             add_product(dX, G, A)
-        dX = torch.ops.aten._unsafe_view(dX, x.shape)
-    dA = over_rows(_masked(x.reshape(-1, x.shape[-1]), mask), G).split_with_sizes(_ranks(calls), dim=1)
+        dX = dX if x.ndim == 2 else _unsafe_view(dX, x.shape)
+    dA = _parts(over_rows(_masked(x.reshape(-1, x.shape[-1]), mask), G), calls)
     addends = [addend for call in calls for addend in call.addends]
     return dX, [gradient for a, b, addend in zip(dA, dB, addends) for gradient in (None if b is None else _copied(
         a.t(), addend.A.dtype), b)]
@@ -332,8 +338,23 @@ def _copied(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _ranks(calls: Sequence[Linear]) -> list[int]:
-    return [len(addend.A) for call in calls for addend in call.addends]
+def _parts(matrix: Tensor, calls: Sequence[Linear]) -> Sequence[Tensor]:
+    """The columns (N, rank) of a matrix (N, R) that belong to each addend."""
+    ranks = [addend.A.shape[0] for call in calls for addend in call.addends]
+    return matrix.split_with_sizes(ranks, dim=1) if len(ranks) > 1 else (matrix,)
+
+
+def _columns(matrix: Tensor, start: int, length: int) -> Tensor:
+    return matrix if length == matrix.shape[1] else matrix.narrow(1, start, length)
+
+
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _base(y: Tensor) -> Tensor:
+    """The same tensor as a view of none: what a Function returns as a view could not be written into."""
+    return _unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

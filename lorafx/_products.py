@@ -10,19 +10,22 @@ from torch import Tensor
 
 def times(left: Tensor, right: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
     """scale * left right, (N, k) (k, R), in right's dtype; if that is wider, rows of left are cast some at a time."""
-    out = right.new_empty(len(left), right.shape[1]) if out is None else out
-    for rows in _blocks(left, right):
+    if left.dtype == right.dtype and out is None and scale == 1:
+        return left @ right
+    out = right.new_empty(left.shape[0], right.shape[1]) if out is None else out
+    if left.dtype == right.dtype:
+        return _product(left, right, scale, out)
+    for rows in _blocks(left):
         _product(left[rows].to(right.dtype), right, scale, out[rows])
     return out
 
 
 def over_rows(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """scale * left^T right, (N, k) (N, R), likewise; for small R this is faster than right^T left."""
-    out = right.new_empty(left.shape[1], right.shape[1])
     if left.dtype == right.dtype:
-        return _product(left.t(), right, scale, out)
-    out.zero_()
-    for rows in _blocks(left, right):
+        return times(left.t(), right, scale)
+    out = right.new_zeros(left.shape[1], right.shape[1])
+    for rows in _blocks(left):
         out.addmm_(left[rows].to(right.dtype).t(), right[rows], alpha=scale)
     return out
 
@@ -32,16 +35,14 @@ def add_product(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0)
     if target.dtype == right.dtype:
         target.addmm_(left, right, alpha=scale)
         return
-    for rows in _blocks(target, right):
+    for rows in _blocks(target):
         target[rows] = target[rows].to(right.dtype).addmm_(left[rows], right, alpha=scale)
 
 
-def _blocks(left: Tensor, right: Tensor) -> list[slice]:
-    """Rows that fill a core's cache once they are cast; all of them if they need not be."""
-    if left.dtype == right.dtype:
-        return [slice(None)]
+def _blocks(left: Tensor) -> list[slice]:
+    """Rows of left that fill a core's cache once they are cast."""
     length = max((1 << (18 if left.device.type == "cpu" else 22)) // left.shape[1], 1)
-    return [slice(start, start + length) for start in range(0, len(left), length)]
+    return [slice(start, start + length) for start in range(0, left.shape[0], length)]
 
 
 def _product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> Tensor:

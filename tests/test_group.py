@@ -231,6 +231,69 @@ def test_several_adapters_in_a_group():
     assert torch.equal(model(X), frozen(base)(X))
 
 
+def two_derivatives(model, x):
+    """The gradients of the norm of dX, with respect to all factors."""
+    [dx] = torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)
+    return torch.autograd.grad(dx.square().sum(), list(lorafx.parameters(model)))
+
+
+@pytest.mark.parametrize("build", [Attention, Twice])
+def test_second_derivatives_of_a_layer_used_twice(build):
+    """A factor that stands in several places, or from which x is computed, is counted once in each."""
+    base = nn.Sequential(build(), nn.Tanh(), build()).double()
+    base[2] = base[0]
+    model = randomise(lorafx.inject(base, rank=2, targets="linear"))
+    x = X.clone().requires_grad_()
+    with mock.patch("lorafx._kernels._is_plain", lambda *_: False):
+        wanted = two_derivatives(model, x)
+    torch.testing.assert_close(two_derivatives(model, x), wanted)
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.actor, self.critic = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.actor(x), self.critic(x)
+
+
+def test_each_output_may_have_a_backward_pass_of_its_own():
+    model = randomise(lorafx.inject(Heads().double()))
+    for output in model(X):
+        output.sum().backward()
+    assert all(parameter.grad is not None for parameter in lorafx.parameters(model))
+
+
+def test_outputs_without_an_active_adapter_need_no_gradient():
+    model = lorafx.inject(Heads(), targets=["actor"])
+    lorafx.add(model, "b", targets=["critic"])
+    assert [y.requires_grad for y in model(X.float())] == [True, False]
+
+
+def test_a_layer_with_a_call_of_its_own_is_called():
+    class Loud(nn.Linear):
+        def __call__(self, x):
+            return super().__call__(x) * 2
+
+    base = Heads()
+    base.actor = Loud(8, 8)
+    assert torch.equal(lorafx.inject(base)(X.float())[0], frozen(base)(X.float())[0])
+
+
+def test_traced_and_mapped():
+    model = randomise(lorafx.inject(Heads().double()))
+    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
+        traced = torch.jit.trace(model, X, check_trace=False)
+    more = torch.cat([X, X])
+    torch.testing.assert_close(traced(more), model(more))
+    x = X.clone().requires_grad_()
+    y, basis = model(x)[0], torch.eye(X.numel(), dtype=X.dtype).view(-1, *X.shape)[:5]
+    [batched] = torch.autograd.grad(y, x, basis, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in basis]
+    torch.testing.assert_close(batched, torch.stack(single))
+
+
 class TestDropout:
     def test_only_in_training_and_only_in_the_branch(self):
         base = Attention().double()
@@ -320,6 +383,48 @@ def test_the_pass_leaves_alone_what_changes_in_between(monkeypatch):
     assert torch.cat not in captured.targets
 
 
+def no_grad_in_between(self, x):
+    with torch.no_grad():
+        gate = self.gate(x)
+    return self.down(gate * self.up(x))
+
+
+def schema_in_between(self, x):
+    x = x * 1
+    gate = self.gate(x)
+    torch.ops.aten.sigmoid_.default(x)
+    return self.down(gate * self.up(x))
+
+
+@pytest.mark.parametrize("forward", [no_grad_in_between, schema_in_between])
+@pytest.mark.parametrize("merge_from", [0.0, float("inf")])
+def test_the_pass_knows_modes_and_schemas(forward, merge_from, monkeypatch):
+    monkeypatch.setattr(_kernels, "MERGE_FROM", merge_from)
+    torch._dynamo.reset()
+    base = type("Changing", (Gated,), {"forward": forward})().double()
+    model = randomise(lorafx.inject(base, rank=2, targets="linear"))
+    x = X.clone().requires_grad_()
+    both = []
+    for f in (torch.compile(model, backend=Captured()), model):
+        gradients = torch.autograd.grad(f(x).square().sum(), [x, *lorafx.parameters(model)], allow_unused=True)
+        both.append([g for g in gradients if g is not None])
+    torch.testing.assert_close(*both)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("merge_from", [0.0, float("inf")])
+def test_what_trains_beside_and_any_shape(dynamic, merge_from, monkeypatch):
+    monkeypatch.setattr(_kernels, "MERGE_FROM", merge_from)
+    torch._dynamo.reset()
+    model = randomise(lorafx.inject(Attention().double(), rank=2, targets="linear", alpha=5.0))
+    model.q.bias.requires_grad_(True)
+    inputs = [model.q.bias, *lorafx.parameters(model)]
+    compiled = torch.compile(model, backend=Captured(), dynamic=dynamic)
+    for x in (X[0], X, torch.cat([X, X])):
+        both = [torch.autograd.grad(f(x).square().sum(), inputs) for f in (compiled, model)]
+        torch.testing.assert_close(*both)
+
+
 def test_the_options_are_the_same_every_time():
     first, second = (lorafx.compile_options()["pre_grad_custom_pass"] for _ in range(2))
     assert first.uuid() == second.uuid() and len(first.uuid()) == 32
@@ -328,9 +433,9 @@ def test_the_options_are_the_same_every_time():
 def test_with_the_compiler_itself():
     torch._dynamo.reset()
     base = Python().double()
-    model = randomise(lorafx.inject(base, rank=2, targets="linear"))
+    model = randomise(lorafx.inject(base, rank=2, targets="linear", alpha=5.0))
     compiled = torch.compile(model, options=lorafx.compile_options(), fullgraph=True)
-    for x in (X, torch.cat([X] * 40)):  # factored, then merged
+    for x in (X, X[0], torch.cat([X] * 80)):  # factored twice, then merged
         y = compiled(x)
         torch.testing.assert_close(y, model(x))
         both = [torch.autograd.grad(z.square().sum(), list(lorafx.parameters(model))) for z in (y, model(x))]

@@ -325,7 +325,7 @@ def test_a_product_that_rounds_its_operands_is_never_merged(monkeypatch):
 
 
 def test_the_form_is_chosen_by_shapes():
-    for rows, merged in ((511, False), (512, True)):  # MERGE_FROM = 2: rows (in + out) >= 4 in out
+    for rows, merged in ((1023, False), (1024, True)):  # MERGE_FROM = 4: rows (in + out) >= 8 in out
         x = torch.empty(rows, 256)
         assert _kernels.merges(x, calls_of(256, (256,), torch.float32)) is merged
 
