@@ -1,5 +1,6 @@
 """LoRA as a torch.fx compiler pass: rewrite a model so that chosen linear calls add s (x A^T) B^T, and fold it back."""
 
+from ._compile import compile_options as compile_options
 from ._errors import AdaptedWeightError as AdaptedWeightError
 from ._errors import AdapterError as AdapterError
 from ._errors import ConfigError as ConfigError

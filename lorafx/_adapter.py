@@ -46,6 +46,7 @@ class LoRAConfig:
     init: str = "gaussian"
     dtype: torch.dtype | None = None
     rounding: bool = False
+    share_dropout: bool = False
 
     def __post_init__(self) -> None:
         for field in ("rank_pattern", "alpha_pattern"):
@@ -60,10 +61,9 @@ class LoRAConfig:
             raise ConfigError("rslora divides alpha by sqrt(rank), but there is no alpha: give one, such as alpha=16.")
         if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ConfigError(f"dropout must be at least 0 and below 1, not {self.dropout!r}.")
-        if self.dropout:
-            raise ConfigError(f"dropout={self.dropout} is not supported yet: leave it at 0.")
-        if not isinstance(self.rounding, bool):
-            raise ConfigError(f"rounding must be True or False, not {self.rounding!r}.")
+        for flag in ("rounding", "share_dropout"):
+            if not isinstance(getattr(self, flag), bool):
+                raise ConfigError(f"{flag} must be True or False, not {getattr(self, flag)!r}.")
         if not isinstance(self.init, str) or self.init not in INITS:
             raise ConfigError(f"init must be one of {', '.join(map(repr, INITS))}, not {self.init!r}.")
         if self.dtype is not None and self.dtype not in FLOATS:

@@ -14,9 +14,11 @@ from ._adapter import Adapter, LoRAConfig, Pair, check_name, join, pattern_match
 from ._branch import (FROZEN_PREFIX, Branch, Factors, Own, Trained, adapted_names, branch_name, factor_dtype, new_pair,
                       submodule, through_branches)
 from ._errors import AdapterError, ConfigError, MismatchError, NoSiteError, UnsupportedModelError
+from ._group import joins
 from ._program import Place, Program, places_of_sites, tensor_at
 from ._record import RECORD, Injection, injection, set_trainable
-from ._region import adapt, convert, is_plain_graph, keep_attributes, same_kind, why_not_adapted
+from ._region import (Region, adapt, convert, is_plain_graph, keep_attributes, same_kind, why_not_adapted,
+                      why_not_region)
 from ._rules import only_metadata, readers_of
 from ._scan import weights_kept
 from ._sites import Call, Site, blocks_matching, name_matches, near, select, split_block
@@ -25,11 +27,11 @@ from ._sites import Call, Site, blocks_matching, name_matches, near, select, spl
 WRAPPERS = ("module.", "_orig_mod.")
 
 
-def start(model: nn.Module, program: Program) -> None:
+def start(model: nn.Module, program: Program, group: bool = True) -> None:
     """Freeze a copy of the user's model and give it a record; no adapter yet."""
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
-    model.__dict__[RECORD] = Injection(flags, program.skipped, program.breaks)
+    model.__dict__[RECORD] = Injection(flags, program.skipped, program.breaks, group)
     if is_plain_graph(model):
         keep_attributes(model)
 
@@ -158,7 +160,7 @@ def weight_at(places: Mapping[str, Place], site: Site) -> Tensor:
 def attach(model: nn.Module, program: Program, adapter: Adapter) -> None:
     """Put an adapter that fits into a started model, inactive; everything that can fail is checked before a change."""
     sites = [site for name in adapter.pairs for site in (program.site(name),) if site is not None]
-    places = places_of_sites(model)
+    places, record = places_of_sites(model), injection(model)
     _check_room(model, places, sites, adapter)
     edits: dict[str, list[tuple[Call, str, bool]]] = defaultdict(list)
     for site in sites:
@@ -169,11 +171,12 @@ def attach(model: nn.Module, program: Program, adapter: Adapter) -> None:
                 name = join(call.owner, branch_name(call.attribute, block))
                 edits[call.region].append((call, name, call.transposed != site.transposed))
         held = _branch(places, site)
-        held._modules[adapter.name] = Factors(*adapter.pairs[site.name], adapter.config.rounding).train(held.training)
+        held._modules[adapter.name] = Factors(*adapter.pairs[site.name], adapter.config).train(held.training)
     for region, calls in edits.items():
-        _write(submodule(model, region), program.graphs[region], calls)
+        _write(submodule(model, region), program.graphs[region], calls, record.group)
     _hold_trained(model, adapter)
-    record = injection(model)
+    if record.group:
+        _join(model, program)
     record.configs[adapter.name] = dataclasses.replace(adapter.config, targets=list(adapter.pairs), exclude=[])
     set_trainable(model)
 
@@ -217,7 +220,16 @@ def _branch(places: Mapping[str, Place], site: Site) -> Branch:
     return branch
 
 
-def _write(region: nn.Module, graph: fx.Graph, calls: list[tuple[Call, str, bool]]) -> None:
+def _join(model: nn.Module, program: Program) -> None:
+    """Let modules compute adapted linear calls on one value together, their own and those of modules that they call."""
+    for path, graph in program.graphs.items():
+        module = submodule(model, path)
+        if not is_plain_graph(module) and joins(module, graph):
+            if isinstance(module, Region) or why_not_region(module) is None:
+                convert(module, graph, True)
+
+
+def _write(region: nn.Module, graph: fx.Graph, calls: list[tuple[Call, str, bool]], join: bool) -> None:
     """Write y -> branch(x, y) after each linear call, and let everything that used y use the branch's output.
 
     Each call comes with its branch's name, and with whether it is the reverse of its site's.
@@ -232,7 +244,7 @@ def _write(region: nn.Module, graph: fx.Graph, calls: list[tuple[Call, str, bool
     if isinstance(region, fx.GraphModule):
         region.recompile()
     else:
-        convert(region, graph)
+        convert(region, graph, join)
     graph.lint()
 
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from ._adapter import INITS, LoRAConfig, Pair, join
-from ._kernels import add_branch
+from ._kernels import Addend, add_branch, transforming
 from ._sites import Site, split_block
 from ._weight import NARROW, AdaptedWeight, Part, whole
 
@@ -22,18 +21,25 @@ class Own(nn.Module):
 class Factors(Own):
     """One adapter at one site: A (rank, in), B (out, rank), scale s; or stacks of A and B, one for each expert.
 
-    `rounding` says whether W + s B A may be rounded to a narrow dtype where Python needs the sum.
+    `rounding`, `dropout` and `share_dropout` are as in its config.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, scale: float, rounding: bool = False) -> None:
+    def __init__(self, A: Tensor, B: Tensor, scale: float, config: LoRAConfig) -> None:
         super().__init__()
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
         self.scale = scale
-        self.rounding = rounding
+        self.rounding = config.rounding
+        self.dropout, self.share_dropout = config.dropout, config.share_dropout
 
     def extra_repr(self) -> str:
-        return f"rank={self.A.shape[-2]}, scale={self.scale:g}"
+        dropout = f", dropout={self.dropout:g}" if self.dropout else ""
+        return f"rank={self.A.shape[-2]}, scale={self.scale:g}{dropout}"
+
+    @property
+    def dropping(self) -> float:
+        """The probability of dropout now: none in eval."""
+        return self.dropout if self.training else 0.0
 
 
 class Branch(Own):
@@ -51,18 +57,21 @@ class Branch(Own):
 
     def forward(self, x: Tensor, y: Tensor, reverse: bool = False) -> Tensor:
         """x (..., in), y (..., out) -> (..., out); in and out the other way round for `reverse`."""
-        for name, weight in self._live:
-            factors: Factors = self._modules[name]  # type: ignore[assignment]
-            A, B = (factors.B.mT, factors.A.mT) if reverse else (factors.A, factors.B)
-            if self.rows is None:
-                y = add_branch(y, x, A, B, weight * factors.scale)
-            elif reverse:
-                y = add_branch(y, x.narrow(-1, self.rows[0], self.rows[1]), A, B, weight * factors.scale)
-            else:
-                start, length = self.rows
-                block = add_branch(y.narrow(-1, start, length), x, A, B, weight * factors.scale)
-                y = torch.cat([y[..., :start], block, y[..., start + length:]], dim=-1)
+        if reverse and self.rows is not None:
+            x = x.narrow(-1, *self.rows)
+        for addend in self.addends():
+            if reverse:
+                addend = addend._replace(A=addend.B.mT, B=addend.A.mT, start=0)
+            y = add_branch(y, x, addend)
         return y
+
+    def addends(self) -> list[Addend]:
+        """What the active adapters add to a linear call."""
+        start = self.rows[0] if self.rows else 0
+        live: list[tuple[Factors, float]] = [(self._modules[name], weight)  # type: ignore[misc]
+                                             for name, weight in self._live]
+        return [Addend(factors.A, factors.B, weight * factors.scale, start, factors.dropping, factors.share_dropout)
+                for factors, weight in live]
 
     def parts(self, live: Mapping[str, float] | None = None) -> list[Part]:
         """What the adapters, the active ones by default, add to the weight as it is stored."""
@@ -72,7 +81,7 @@ class Branch(Own):
             if factors is None:
                 continue
             start = self.rows[0] if self.rows else 0
-            part = Part(factors.B, factors.A, weight * factors.scale, -2, start, factors.rounding)
+            part = Part(factors.B, factors.A, weight * factors.scale, -2, start, factors.rounding, factors.dropping)
             found.append(part.transposed if self.transposed else part)
         return found
 
@@ -203,22 +212,18 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     if not parts:
         return matrix  # type: ignore[no-any-return]
     compiling, make = torch.compiler.is_compiling(), AdaptedWeight.of
-    if matrix.dtype not in NARROW and (compiling or _transforming() or (
+    in_parts = matrix.dtype in NARROW or any(part.dropout for part in parts)
+    if not in_parts and (compiling or transforming() or (
             sys._getframe(2).f_globals.get("__name__") in _FUSED and not _needs_grad(parts))):
         return whole(matrix, parts)
     if compiling:  # the compiler cannot make the tensor: its graph ends here
         make = torch.compiler.disable(  # type: ignore[no-untyped-call]
-            make, reason="Python reads an adapted weight of a narrow dtype")
+            make, reason="Python reads an adapted weight of a narrow dtype, or with dropout")
     return make(matrix, parts, f"the {attribute} of a {type(owner).__name__}")
 
 
 # Layers of torch that read their children's weights for a fused kernel, and ask for plain tensors.
 _FUSED = ("torch.nn.modules.activation", "torch.nn.modules.transformer")
-
-
-def _transforming() -> bool:
-    """Whether a functorch transform or forward-mode differentiation is under way."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _needs_grad(parts: list[Part]) -> bool:

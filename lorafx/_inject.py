@@ -30,7 +30,8 @@ def inject(
     model: M, rank: int = 8, *, alpha: float | None = None, targets: Any = "square", exclude: Any = (),
     dropout: float = 0.0, rslora: bool = False, rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None, trainable: Any = (), init: str = "gaussian",
-    dtype: torch.dtype | None = None, rounding: bool = False, adapter: str = "default",
+    dtype: torch.dtype | None = None, rounding: bool = False, share_dropout: bool = False,
+    adapter: str = "default", group: bool = True,
 ) -> M:
     """A new model in which each chosen linear call y = x W^T + b also adds s (x A^T) B^T; all but A and B is frozen.
 
@@ -44,10 +45,10 @@ def inject(
         alpha: the scale is s = alpha / rank, or 1 without it.
         targets: "square" (in == out), "linear" (all), a name, dotted suffix or glob, a compiled regular expression that
             matches the whole name, a function of a Site, or a list of these. `lorafx.sites(model)` lists the names. (A
-            layer that is itself called `linear` is "*linear".) A name may end in a block of the weight's rows: "qkv[q]"
-            by the name that forward gives it, or "qkv[0:64]".
+            layer that is itself called `linear` is "*linear".) A name may end in a block of a weight's rows: "qkv[q]",
+            as forward names it, or "qkv[0:64]".
         exclude: sites to leave out, in the same forms.
-        dropout: not supported yet; must be 0.
+        dropout: of the branch's input alone, in training: the probability with which an element is zeroed.
         rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
         rank_pattern: {regular expression: rank} for single sites; the first that matches the end of a name wins.
         alpha_pattern: the same for alpha.
@@ -56,7 +57,9 @@ def inject(
         dtype: of A and B; by default float32 for a float16 or bfloat16 weight, and the weight's own otherwise.
         rounding: whether Python that needs an adapted float16 or bfloat16 weight as a whole, and not in a product, may
             get W + s B A rounded to it, which loses most of a small adapter; by default that is an error.
+        share_dropout: let branches that are computed together drop out the same elements, which costs less.
         adapter: the name of this adapter.
+        group: compute linear calls that share an input (query, key, value; gate, up) together, which is faster.
 
     Raises:
         NoSiteError: a pattern matches nothing. ConfigError: a setting is out of its range.
@@ -73,13 +76,13 @@ def inject(
         True
     """
     config = LoRAConfig(rank, alpha, targets, exclude, dropout, rslora, rank_pattern or {}, alpha_pattern or {},
-                        tuple(as_list(trainable)), init, dtype, rounding)
+                        tuple(as_list(trainable)), init, dtype, rounding, share_dropout)
     check_name(adapter)
     check_model(model)
     twin = share(model)
     program = read(twin)
     made = create(twin, program, adapter, config)
-    start(twin, program)
+    start(twin, program, group)
     attach(twin, program, made)
     activate(twin, adapter)
     return twin

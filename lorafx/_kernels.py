@@ -1,20 +1,332 @@
-"""The branch of one linear call, on tensors only: y + s * (x A^T) B^T, and the same as a matrix, s * B A."""
+"""Linear calls with branches, on tensors only: y_k = x W_k^T + b_k + sum s (x A^T) B^T for calls that share x.
+
+One autograd.Function computes all of them and their gradients. With rows x (N, in), R the ranks of all addends
+together, h = x cat(A)^T (N, R) and G = [s dY B] (N, R), by the chain rule
+
+    dA = G^T x      dB = s dY^T h      dX = sum dY_k W_k + G cat(A)
+
+so x is read once for all ranks, nothing of the size of an output is made but the outputs, and x and h are all that is
+saved. Where that Function cannot go (transforms, compilers, tensor subclasses, trained base weights) plain operators
+compute the same.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
-def add_branch(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """y + scale * (x A^T) B^T, in y's dtype.
+class Addend(NamedTuple):
+    """s (x A^T) B^T, added to the features of a call from `start` on; x is dropped out with probability `dropout`."""
 
-    x (..., in), y (..., out), A (rank, in), B (out, rank). A and B are cast to x's dtype, never x to theirs:
-    the weights are the narrow side, so no copy of an activation is saved for the backward pass.
+    A: Tensor  # (rank, in)
+    B: Tensor  # (length, rank)
+    scale: float
+    start: int = 0
+    dropout: float = 0.0
+    shared: bool = False  # whether all addends of calls that share x may drop out the same elements
+
+
+class Linear(NamedTuple):
+    """One linear call, x W^T + b, and what is added to it."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor | None
+    addends: Sequence[Addend]
+
+
+def add_branch(y: Tensor, x: Tensor, addend: Addend) -> Tensor:
+    """y + s (x A^T) B^T, in y's dtype, by plain operators.
+
+    x (..., in), y (..., out). A and B are cast to x's dtype, never x to theirs: the weights are the narrow side, so no
+    copy of an activation is saved for the backward pass.
     """
-    h = F.linear(x, A.to(x.dtype))  # (..., rank)
-    return torch.add(y, F.linear(h, B.to(x.dtype)), alpha=scale)  # (..., out)
+    return _added(y, F.linear(dropped(x, addend.dropout), addend.A.to(x.dtype)), addend)
+
+
+def _added(y: Tensor, h: Tensor, addend: Addend) -> Tensor:
+    """y + s h B^T, h (..., rank)."""
+    start, length = addend.start, addend.B.shape[0]
+    if length == y.shape[-1]:
+        return torch.add(y, F.linear(h, addend.B.to(h.dtype)), alpha=addend.scale)
+    block = torch.add(y.narrow(-1, start, length), F.linear(h, addend.B.to(h.dtype)), alpha=addend.scale)
+    return torch.cat([y[..., :start], block, y[..., start + length:]], dim=-1)
+
+
+def dropped(x: Tensor, probability: float) -> Tensor:
+    """x with elements zeroed at random and the others divided by 1 - probability."""
+    return F.dropout(x, probability) if probability else x
 
 
 def delta(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """scale * B A, of shape (..., out, in), computed in `dtype`: A (..., rank, in), B (..., out, rank)."""
     return scale * (B.to(dtype) @ A.to(dtype))
+
+
+def transforming() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def linears(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
+    """[x W^T + b + sum s (x A^T) B^T for each call], each (..., out), for x (..., in); in x's dtype.
+
+    A and B may be wider than x and W. Each addend drops out elements of x of its own, unless all are `shared`.
+    """
+    if not any(call.addends for call in calls):
+        return [F.linear(x, call.weight, call.bias) for call in calls]
+    if not _is_plain(x, calls):
+        return _by_operators(x, calls)
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, calls = x.to(dtype), [_cast(call, dtype) for call in calls]
+        with torch._C._DisableAutocast():
+            return _fused(x, calls)
+    return _fused(x, calls)
+
+
+def _is_plain(x: Tensor, calls: Sequence[Linear]) -> bool:
+    """Whether the Function can compute these: plain tensors on one device, a frozen base, and no transform."""
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or transforming():
+        return False
+    for weight, bias, addends in calls:
+        if weight.requires_grad or bias is not None and (bias.requires_grad or type(bias) not in _PLAIN):
+            return False
+        factors = [factor for addend in addends for factor in addend[:2]]
+        if any(type(tensor) not in _PLAIN or tensor.device != x.device for tensor in (weight, *factors)):
+            return False
+    return True
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _cast(call: Linear, dtype: torch.dtype) -> Linear:
+    return Linear(call.weight.to(dtype), None if call.bias is None else call.bias.to(dtype), call.addends)
+
+
+def _fused(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
+    addends = [addend for call in calls for addend in call.addends]
+    drops = {addend.dropout for addend in addends}
+    if drops != {0.0} and len(addends) > 1 and (len(drops) > 1 or not all(addend.shared for addend in addends)):
+        return [y for call in calls for y in linears(x, [call])] if len(calls) > 1 else _by_operators(x, calls)
+    plan = _plan(x, calls, *drops)
+    tensors = [tensor for weight, bias, addends in calls for tensor in (
+        weight, *(() if bias is None else (bias,)), *(factor for addend in addends for factor in addend[:2]))]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
+        return list(_Linears.apply(x, plan, *tensors))  # type: ignore[no-untyped-call]
+    return _computed(x, plan, plan.calls(tensors), saving=False)[0]
+
+
+def _by_operators(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
+    """The same by plain operators; A's that share an undropped x are joined."""
+    joined = [addend for call in calls for addend in call.addends if not addend.dropout]
+    h: Iterator[Tensor] = iter(())
+    if len(joined) > 1:
+        A = torch.cat([addend.A.to(x.dtype) for addend in joined])  # (R, in)
+        h = iter(F.linear(x, A).split_with_sizes([len(addend.A) for addend in joined], dim=-1))
+    outputs = []
+    for weight, bias, addends in calls:
+        y = F.linear(x, weight, bias)
+        for addend in addends:
+            alone = len(joined) < 2 or addend.dropout
+            y = add_branch(y, x, addend) if alone else _added(y, next(h), addend)
+        outputs.append(y)
+    return outputs
+
+
+# W + s B A is formed, and no addend computed by itself, when the rows of x are this many times as many as would make
+# the FLOPs of both ways equal, N (in + out) = 2 in out. Beyond that of FLOPs, since small products run at a lower speed
+# (benchmarks/step.py --rule: float32, two CPU cores).
+MERGE_FROM = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How some calls on one x are computed: all but their tensors."""
+
+    biased: tuple[bool, ...]
+    addends: tuple[tuple[tuple[float, int], ...], ...]  # (scale, start) of each call's
+    dropout: float
+    merged: bool
+
+    def calls(self, tensors: Iterable[Tensor]) -> list[Linear]:
+        """The calls of these tensors, W, b, A, B, A, B, ... in a row."""
+        rest = iter(tensors)
+        return [Linear(next(rest), next(rest) if biased else None,
+                       [Addend(next(rest), next(rest), scale, start) for scale, start in addends])
+                for biased, addends in zip(self.biased, self.addends)]
+
+    @property
+    def factors(self) -> list[bool]:
+        """Whether a tensor is an A or a B, for all tensors in a row."""
+        return [place for biased, addends in zip(self.biased, self.addends)
+                for place in [False] * (1 + biased) + [True] * (2 * len(addends))]
+
+    def weight(self, call: Linear) -> Tensor:
+        """W, or W + sum s B A if that is the plan."""
+        if not self.merged or not call.addends:
+            return call.weight
+        weight = call.weight.clone()
+        for A, B, scale, start, *_ in call.addends:
+            weight.narrow(0, start, len(B)).addmm_(B, A, alpha=scale)
+        return weight
+
+
+def _plan(x: Tensor, calls: Sequence[Linear], dropout: float) -> _Plan:
+    addends = tuple(tuple((addend.scale / (1 - dropout), addend.start) for addend in call.addends) for call in calls)
+    return _Plan(tuple(call.bias is not None for call in calls), addends, dropout, not dropout and _merges(x, calls))
+
+
+def _merges(x: Tensor, calls: Sequence[Linear]) -> bool:
+    """Whether forming W + s B A is faster, by shapes, and as exact: not where products round float32 operands."""
+    if any(factor.dtype != x.dtype for call in calls for addend in call.addends for factor in addend[:2]):
+        return False
+    if x.dtype != torch.float64 and not (x.dtype == torch.float32 and _full_precision(x.device.type)):
+        return False
+    sizes = [call.weight.shape for call in calls if call.addends]
+    formed, rows = sum(out * into for out, into in sizes), x.numel() // x.shape[-1]
+    return bool(rows * sum(map(sum, sizes)) >= 2 * MERGE_FROM * formed)
+
+
+def _full_precision(device: str) -> bool:
+    """Whether products of float32 matrices are float32 products on this kind of device, not TF32 or bfloat16."""
+    settings: dict[str, Any] = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
+    return device in settings and settings[device].matmul.fp32_precision in ("none", "ieee")
+
+
+class _Linears(torch.autograd.Function):
+    """(x, plan, W, b, A, B, A, B, ..., W, ...) -> y, ..., differentiable in x and the A and B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs, h, mask = _computed(x, plan, plan.calls(tensors), saving=True)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h, None if mask is None else _packed(mask), *tensors)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, h, packed, *tensors = ctx.saved_tensors
+        plan, needs_dx = ctx.plan, ctx.needs_input_grad[0]
+        mask = None if packed is None else _unpacked(packed, x)
+        if torch.is_grad_enabled():
+            return _differentiable(x, plan, tensors, mask, gradients, ctx.needs_input_grad)
+        with torch._C._DisableAutocast():
+            dX, factors = _gradients(x, plan, plan.calls(tensors), h, mask, gradients, needs_dx)
+        rest = iter(factors)
+        given = [next(rest) if place else None for place in plan.factors]
+        return dX, None, *given
+
+
+def _computed(
+    x: Tensor, plan: _Plan, calls: Sequence[Linear], saving: bool
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """The results, none of them a view; h (N, R) and the mask (N, in) of dropout, where they are needed."""
+    outputs = [F.linear(x, plan.weight(call), call.bias) for call in calls]
+    outputs = [torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y for y in outputs]
+    if plan.merged and not saving:
+        return outputs, None, None
+    rows = x.reshape(-1, x.shape[-1])  # (N, in)
+    mask = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - plan.dropout) if plan.dropout else None
+    h = _masked(rows, mask) @ _stacked(calls, x.dtype).t()  # (N, R)
+    parts = iter(h.split_with_sizes(_ranks(calls), dim=1))
+    for y, call in zip(outputs, calls) if not plan.merged else ():
+        for (_, B, scale, start, *_), part in zip(call.addends, parts):
+            block = y.view(-1, y.shape[-1]).narrow(1, start, len(B))  # (N, length)
+            block.addmm_(part, B.to(x.dtype).t(), alpha=scale)
+    return outputs, h, mask
+
+
+def _gradients(
+    x: Tensor, plan: _Plan, calls: Sequence[Linear], h: Tensor, mask: Tensor | None,
+    gradients: Sequence[Tensor | None], needs_dx: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dX and [dA, dB, dA, dB, ...] by the formulas above, each in memory of its own."""
+    G = torch.empty_like(h)  # (N, R)
+    parts = zip(G.split_with_sizes(_ranks(calls), dim=1), h.split_with_sizes(_ranks(calls), dim=1))
+    dX: Tensor | None = None
+    dB: list[Tensor | None] = []
+    for call, gradient in zip(calls, gradients):
+        dY = None if gradient is None else gradient.reshape(-1, gradient.shape[-1]).contiguous()  # (N, out)
+        if dY is not None and needs_dx:
+            weight = plan.weight(call)
+            dX = dY @ weight if dX is None else dX.addmm_(dY, weight)
+        for (_, B, scale, start, *_), (g, part) in zip(call.addends, parts):
+            if dY is None:
+                g.zero_()
+                dB.append(None)
+                continue
+            block = dY.narrow(1, start, len(B))  # (N, length)
+            _product(block, B.to(x.dtype), scale, out=g)
+            dB.append(_product(block.t(), part, scale).to(B.dtype))
+    if dX is not None:
+        A = _stacked(calls, x.dtype)
+        if mask is not None:
+            dX.addcmul_(G @ A, mask.to(x.dtype))
+        elif not plan.merged:
+            dX.addmm_(G, A)
+        dX = torch.ops.aten._unsafe_view(dX, x.shape)
+    dA = (_masked(x.reshape(-1, x.shape[-1]), mask).t() @ G).split_with_sizes(_ranks(calls), dim=1)  # faster than G^T x
+    addends = [addend for call in calls for addend in call.addends]
+    return dX, [gradient for a, b, addend in zip(dA, dB, addends)
+                for gradient in (None if b is None else a.t().to(addend.A.dtype, copy=True).contiguous(), b)]
+
+
+def _differentiable(
+    x: Tensor, plan: _Plan, tensors: Sequence[Tensor], mask: Tensor | None,
+    gradients: Sequence[Tensor | None], needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients, by operators that can be differentiated again."""
+    calls, inputs = plan.calls(tensors), [x, x, *tensors]  # the second stands for the plan
+    outputs = []
+    for call in calls:
+        y = F.linear(x, call.weight, call.bias)
+        for addend in call.addends:
+            y = _added(y, F.linear(_masked(x, mask), addend.A.to(x.dtype)), addend)
+        outputs.append(y)
+    given = [(y, gradient) for y, gradient in zip(outputs, gradients) if gradient is not None]
+    wanted = [tensor for tensor, need in zip(inputs, needs) if need]
+    found = iter(torch.autograd.grad([y for y, _ in given], wanted, [gradient for _, gradient in given],
+                                     create_graph=True, allow_unused=True))
+    return tuple(next(found) if need else None for need in needs)
+
+
+def _product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """scale * left right."""
+    out = left.new_empty(left.shape[0], right.shape[1]) if out is None else out
+    return torch.mm(left, right, out=out) if scale == 1 else torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
+
+
+def _stacked(calls: Sequence[Linear], dtype: torch.dtype) -> Tensor:
+    """cat(A), (R, in)."""
+    every = [addend.A for call in calls for addend in call.addends]
+    return (torch.cat(every) if len(every) > 1 else every[0]).to(dtype)
+
+
+def _ranks(calls: Sequence[Linear]) -> list[int]:
+    return [len(addend.A) for call in calls for addend in call.addends]
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask.view(x.shape)
+
+
+_BITS = 8
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """A bool tensor as bytes of eight."""
+    flat = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % _BITS)).view(-1, _BITS)
+    return (flat << torch.arange(_BITS, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor, x: Tensor) -> Tensor:
+    """The mask, one bool for each element of x, (N, in)."""
+    bits = packed[:, None] >> torch.arange(_BITS, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten()[:x.numel()].bool().view(-1, x.shape[-1])

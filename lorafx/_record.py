@@ -18,6 +18,7 @@ class Injection:
     requires_grad: dict[str, bool]
     skipped: dict[str, str]
     breaks: dict[str, str]
+    group: bool  # whether linear calls that share an input are computed together
     configs: dict[str, LoRAConfig] = dataclasses.field(default_factory=dict)
     active: dict[str, float] = dataclasses.field(default_factory=dict)
     disabled: int = 0

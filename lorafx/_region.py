@@ -16,14 +16,16 @@ from torch.overrides import TorchFunctionMode
 
 from ._branch import FROZEN_PREFIX, adapted, adapted_names, chosen
 from ._errors import UnsupportedModelError
+from ._group import Forward, forward_of, lower
 
 M = TypeVar("M", bound=nn.Module)
 
 # What `fx.GraphModule` keeps on an instance beside the module's own attributes.
 _STATE: dict[str, Any] = {
     "meta": dict, "_replace_hooks": list, "_create_node_hooks": list, "_erase_node_hooks": list,
-    "_deepcopy_hooks": list, "_tracer_extras": dict, "_tracer_cls": lambda: None, "shape_env": lambda: None}
-_RESERVED = frozenset({*_STATE, "graph", "_graph", "code", "_code", "recompile", "_user_class"})
+    "_deepcopy_hooks": list, "_tracer_extras": dict, "_tracer_cls": lambda: None, "shape_env": lambda: None,
+    "_joining": lambda: True}  # this one is ours
+_RESERVED = frozenset({*_STATE, "graph", "_graph", "code", "_code", "recompile", "_user_class", "_linear"})
 _COPYING = frozenset("""__deepcopy__ __copy__ __reduce__ __reduce_ex__ __getstate__ __setstate__ __new__
     __getattribute__ __init_subclass__""".split())
 
@@ -61,21 +63,23 @@ class Adapted(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if "_graph" in state:
-            convert(self, state["_graph"])
+            convert(self, state["_graph"], state["_joining"])
 
 
 class Region(Adapted, fx.GraphModule):  # type: ignore[misc]  # copies are made in another way
-    """A module whose forward is generated from `graph`.
+    """A module whose forward is generated from `graph`, as it is lowered; `code` shows it.
 
     All regions of one user class with the same code share one class, made by `recompile`: compiled layer by layer,
     they share one compiled forward too.
     """
 
+    _python_code: fx.graph.PythonCode
+    _linear: Forward | None = None  # what it computes, if that is one linear call and no more
+
     def recompile(self) -> fx.graph.PythonCode:
         """Swap in the class that holds the forward generated from the graph as it is now."""
-        code = self._graph.python_code(root_module="self")
-        self.__class__ = _derived(self._user_class, self._adapted, code)  # type: ignore[assignment]
-        return code
+        convert(self, self._graph, self.__dict__["_joining"])
+        return type(self)._python_code
 
     __str__ = nn.Module.__repr__
 
@@ -89,14 +93,17 @@ def _blank(user_class: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     return object.__new__(_derived(user_class, names, None))
 
 
-def convert(module: nn.Module, graph: fx.Graph) -> None:
-    """Make this very module a region: its forward is now the graph's."""
+def convert(module: nn.Module, graph: fx.Graph, join: bool) -> None:
+    """Make this very module a region: its forward is now the graph's. `join`: compute calls on one value together."""
     module.__dict__.update({name: make() for name, make in _STATE.items()} | module.__dict__)
-    module.__dict__["_graph"] = graph
+    module.__dict__.update(_graph=graph, _joining=join)
     graph.owning_module = module  # type: ignore[assignment]
     cls: Any = type(module)
-    code = graph.python_code(root_module="self")
-    module.__class__ = _derived(getattr(cls, "_user_class", cls), adapted_names(module), code)
+    lowered = lower(module, graph, join)
+    code = lowered.python_code(root_module="self")
+    if lowered is not graph:
+        code._lineno_map = {}  # from lines to nodes of `graph`, for a compiler's messages
+    module.__class__ = _derived(getattr(cls, "_user_class", cls), adapted_names(module), code, forward_of(lowered))
 
 
 def adapt(module: nn.Module, attribute: str) -> None:
@@ -105,8 +112,8 @@ def adapt(module: nn.Module, attribute: str) -> None:
     if attribute in adapted_names(module):
         return
     names = (*adapted_names(module), attribute)
-    code = cls._python_code if issubclass(cls, Region) else None
-    module.__class__ = _derived(getattr(cls, "_user_class", cls), names, code)
+    code, forward = (cls._python_code, cls._linear) if issubclass(cls, Region) else (None, None)
+    module.__class__ = _derived(getattr(cls, "_user_class", cls), names, code, forward)
 
 
 def revert(module: Adapted) -> None:
@@ -171,7 +178,10 @@ _CLASSES: weakref.WeakValueDictionary[Any, type[Adapted]] = weakref.WeakValueDic
 _SERIAL = itertools.count()
 
 
-def _derived(user_class: type[nn.Module], names: tuple[str, ...], code: fx.graph.PythonCode | None) -> type[Adapted]:
+def _derived(
+    user_class: type[nn.Module], names: tuple[str, ...], code: fx.graph.PythonCode | None,
+    forward: Forward | None = None,
+) -> type[Adapted]:
     """The class, one for each user class, set of adapted names and generated forward."""
     source = None if code is None else (code.src, tuple(sorted((n, id(value)) for n, value in code.globals.items())))
     key = user_class, names, source
@@ -180,7 +190,7 @@ def _derived(user_class: type[nn.Module], names: tuple[str, ...], code: fx.graph
         for name in names:
             namespace |= {name: _adapted_property(name), FROZEN_PREFIX + name: _frozen_property(name)}
         if code is not None:
-            namespace |= _compiled(user_class, code)
+            namespace |= _compiled(user_class, code) | {"_linear": forward}
         made = _make_class(user_class, Adapted if code is None else Region, namespace)
         if code is not None:
             weakref.finalize(made, linecache.cache.pop, namespace["forward"].__code__.co_filename, None)

@@ -24,11 +24,14 @@ class Rule:
     signature: tuple[str, ...]
     transposed: bool = False
 
+    def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by their names; none if some have other names."""
+        given = dict(zip(self.signature, args)) | {_SPELLINGS.get(name, name): kwargs[name] for name in kwargs}
+        return given if given.keys() <= set(self.signature) and len(args) <= len(self.signature) else {}
+
     def operands(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         """The input and the weight among the arguments of a call; None, None if it has arguments of other names."""
-        given = dict(zip(self.signature, args)) | {_SPELLINGS.get(name, name): kwargs[name] for name in kwargs}
-        if not given.keys() <= set(self.signature) or len(args) > len(self.signature):
-            return None, None
+        given = self.named(args, kwargs)
         return given.get("input"), given.get("weight")
 
 

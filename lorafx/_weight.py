@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
 from ._errors import AdaptedWeightError
-from ._kernels import delta
+from ._kernels import delta, dropped
 from ._rules import RULES, Rule
 
 NARROW = (torch.float16, torch.bfloat16)
@@ -34,6 +34,7 @@ class Part(NamedTuple):
     axis: int = -2
     start: int = 0
     rounding: bool = False  # whether the sum may be rounded to a narrow dtype
+    dropout: float = 0.0  # of what the matrix is multiplied with
 
     @property
     def transposed(self) -> "Part":
@@ -94,6 +95,10 @@ class AdaptedWeight(Tensor):
             raise AdaptedWeightError(
                 f"Python needs {self.label} as a whole, but rounding W + s B A to {self.matrix.dtype} would lose most "
                 "of a small adapter: cast the model to float32, exclude this site, or accept it with rounding=True.")
+        if any(part.dropout for part in self.parts):
+            raise AdaptedWeightError(
+                f"Python needs {self.label} as a whole, where there is no input of which an adapter could drop "
+                "elements: exclude this site, or inject with dropout=0.")
         return whole(self.matrix, self.parts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -312,7 +317,7 @@ def _right_product(
 ) -> Tensor:
     """y = x M, plus the parts of M: y + sum s (x L) R; x (..., m), M (..., m, n). `times` is the product's way."""
     for part in parts:
-        block = x.narrow(-1, part.start, part.size) if part.axis == -2 else x
+        block = dropped(x.narrow(-1, part.start, part.size) if part.axis == -2 else x, part.dropout)
         h = times(block, part.left.to(x.device, x.dtype))
         added = times(h, part.right.to(x.device, h.dtype))
         y = torch.add(y, _padded(added, -1, part.start, y.shape[-1]) if part.axis == -1 else added, alpha=part.scale)
@@ -322,7 +327,7 @@ def _right_product(
 def _left_product(y: Tensor, x: Tensor, parts: Sequence[Part]) -> Tensor:
     """y = M x, plus the parts of M: y + sum s L (R x); M (..., m, n), x (..., n, k)."""
     for part in parts:
-        block = x.narrow(-2, part.start, part.size) if part.axis == -1 else x
+        block = dropped(x.narrow(-2, part.start, part.size) if part.axis == -1 else x, part.dropout)
         h = part.right.to(x.device, x.dtype) @ block
         added = part.left.to(x.device, h.dtype) @ h
         y = torch.add(y, _padded(added, -2, part.start, y.shape[-2]) if part.axis == -2 else added, alpha=part.scale)

@@ -45,7 +45,7 @@ SETTINGS = {
     "alpha": ({"alpha": float("nan")}, ConfigError, "alpha must be a finite number above 0, not nan"),
     "alpha pattern": ({"alpha_pattern": {"v_proj": 2}}, NoSiteError, "pattern 'v_proj' matches none"),
     "rslora": ({"rslora": True}, ConfigError, r"rslora divides alpha by sqrt\(rank\), but there is no alpha"),
-    "dropout": ({"dropout": 0.1}, ConfigError, "dropout=0.1 is not supported yet: leave it at 0"),
+    "share_dropout": ({"share_dropout": 1}, ConfigError, "share_dropout must be True or False, not 1"),
     "dropout range": ({"dropout": 1.0}, ConfigError, "dropout must be at least 0 and below 1, not 1.0"),
     "init": ({"init": "zeros"}, ConfigError, "init must be one of 'gaussian', 'kaiming', not 'zeros'"),
     "dtype": ({"dtype": torch.int8}, ConfigError, "dtype must be one of torch.float16, .* not torch.int8"),

@@ -17,7 +17,8 @@ import lorafx
 def test_a_region_is_a_graph_module_of_its_class():
     model = lorafx.inject(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False), nn.Linear(3, 4)))
     assert isinstance(model[0], nn.Linear) and isinstance(model[0], fx.GraphModule)
-    assert "lora = self.lora(input_1, linear)" in model[0].code and "self.lora" in model[0].print_readable(False)
+    assert "lora = self.lora(input_1, linear)" in model[0].print_readable(False)
+    assert "adapted_linear(input_1, weight, bias, lora_1)" in model[0].code
     assert type(model[0]) is type(model[1]) and type(model[2]) is nn.Linear
     assert repr(model[1]).startswith("Linear(") and model[0].in_features == 3
     model[1].graph.lint()

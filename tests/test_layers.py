@@ -12,12 +12,14 @@ LEVELS = {
     "_kernels": 1, "_adapter": 1, "_rules": 1, "_graph": 1, "_watch": 1,
     "_trace": 2, "_source": 2, "_sites": 2, "_weight": 2,
     "_scan": 3, "_branch": 3,
-    "_record": 4, "_region": 4,
-    "_program": 5, "_formats": 5, "_guard": 5,
-    "_merge": 6, "_attach": 6,
-    "_switch": 7, "_report": 7,
-    "_inject": 8,
-    "__init__": 9,
+    "_record": 4, "_group": 4,
+    "_region": 5,
+    "_program": 6, "_formats": 6, "_guard": 6,
+    "_merge": 7, "_attach": 7,
+    "_switch": 8, "_report": 8,
+    "_inductor": 5, "_compile": 6,
+    "_inject": 9,
+    "__init__": 10,
 }
 FOLDER = Path(lorafx.__file__).parent
 
