@@ -78,7 +78,7 @@ LEGEND = """\
 step: forward, loss and backward, dX through every layer. forward: alone, without gradients. Both are the median over
 rounds of the ratio to the frozen base in the same round, with a 95 % interval; the frozen base again is the noise.
 saved: bytes for backward, each storage once, without the model's own. peak: of torch's allocator in a step. operators:
-of a step, without views and allocation. error: |found - true| / |true| against float64, dA and dB of the worst layer."""
+of a step, without views and allocation. error: |found - true| / |true| against float64; of dA, dB the worst layer."""
 
 
 def draw(path: Path, cells: Sequence[Mapping[str, Any]]) -> None:
