@@ -7,7 +7,7 @@ on one x, or calls of modules that do nothing else, run as one call of `joined`.
 import copy
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch.nn.functional as F
@@ -168,17 +168,19 @@ def _members(module: nn.Module, graph: fx.Graph) -> list[list[fx.Node]]:
         called = submodule(module, str(node.target)) if node.op == "call_module" else None
         return may_write(node) if called is None else not _is_pure(called)
 
-    return groups([node for node in graph.nodes if _is_member(module, node)], writes)
+    members: dict[fx.Node, Any] = {node: node.args[0] for node in graph.nodes if _is_member(module, node)}
+    return groups(members, writes)
 
 
-def groups(members: Iterable[fx.Node], writes: Callable[[fx.Node], bool]) -> list[list[fx.Node]]:
+def groups(members: Mapping[fx.Node, fx.Node], writes: Callable[[fx.Node], bool]) -> list[list[fx.Node]]:
     """The members that can be computed where the first of each group is: on one value that nothing changes between.
 
-    `writes` says whether a node may change a value in place.
+    The members are given in the graph's order, each with this value; `writes` says whether a node may change a value in
+    place.
     """
     by_input: dict[Any, list[fx.Node]] = defaultdict(list)
-    for node in members:
-        by_input[node.args[0]].append(node)
+    for member, value in members.items():
+        by_input[value].append(member)
     found: list[list[fx.Node]] = []
     for sharing in by_input.values():
         group: list[fx.Node] = []

@@ -1,58 +1,143 @@
 """The pass that joins branches in the graphs that the compiler captures, before it derives their gradients."""
 
 import operator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from . import _group
+from . import _group, _kernels
 from ._group import groups, may_write
+from ._kernels import Addend, Linear, merged_linears, merges
+
+
+class Found(NamedTuple):
+    """The nodes of one branch: y + s (x A^T) B^T."""
+
+    x: fx.Node
+    A: fx.Node
+    B: fx.Node
+    half: fx.Node  # x A^T
+    other: fx.Node  # (x A^T) B^T
+    sum: fx.Node
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        scale = self.sum.kwargs.get("alpha", 1.0)
+        assert isinstance(scale, (int, float))
+        return scale
+
+    @property
+    def linear(self) -> fx.Node | None:
+        """The linear call of x that gives y, if nothing else uses that and its weight is the graph's input."""
+        y = self.sum.args[0]
+        if isinstance(y, fx.Node) and y.target is F.linear and y.args[0] is self.x and len(y.users) == 1:
+            return y if all(_is_input(argument) for argument in y.args[1:]) and not y.kwargs else None
+        return None
 
 
 class JoinBranches(CustomGraphPass):
-    """x A_1^T, x A_2^T, ... -> the parts of x cat(A_1, A_2, ...)^T, where each is the first half of a branch."""
+    """Branches of one x: x A_1^T, x A_2^T, ... become parts of x cat(A_1, A_2, ...)^T; or, with the linear calls beside
+    which they stand, x (W_1 + s_1 B_1 A_1)^T, ..., where that is faster and as exact."""
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite the graph in place."""
-        halves = [node for node in graph.find_nodes(op="call_function", target=F.linear) if _is_first_half(node)]
-        for group in groups(halves, may_write):
-            if len({node.args[1].meta["example_value"].dtype for node in group}) == 1:  # type: ignore[union-attr]
-                _join(graph, group)
+        found = [branch for node in graph.find_nodes(op="call_function", target=torch.add) for branch in _found(node)]
+        members = {node: branch.x for branch in found for node in (branch.half, branch.linear) if node is not None}
+        for group in groups({node: members[node] for node in graph.nodes if node in members}, may_write):
+            here = [branch for branch in found if branch.half in group]
+            if here and all(branch.linear in group for branch in here) and _merges(here):
+                _merge(graph, here, group[0])
+            elif len(here) > 1 and len({_value(branch.A).dtype for branch in here}) == 1:
+                _join(graph, here)
 
     def uuid(self) -> bytes:
         """The same as long as the pass is."""
-        return get_hash_for_files((__file__, str(_group.__file__)))
+        return get_hash_for_files((__file__, str(_group.__file__), str(_kernels.__file__)))
 
 
-def _is_first_half(node: fx.Node) -> bool:
-    """Whether this is the x A^T of y + (x A^T) B^T, A being an input of the graph or a cast of one."""
-    A = node.args[1]
-    source = A.args[0] if isinstance(A, fx.Node) and A.target == "to" else A
-    if len(node.args) != 2 or node.kwargs or not isinstance(source, fx.Node) or source.op != "placeholder":
-        return False
-    second = _only_user(node)
-    added = second and _only_user(second)
-    return (second is not None and second.target is F.linear and second.args[0] is node
-            and added is not None and added.target is torch.add and added.args[1] is second)
+def _found(node: fx.Node) -> Iterator[Found]:
+    """The branch that ends in this sum, if one does."""
+    other = node.args[1]
+    if not isinstance(other, fx.Node) or other.target is not F.linear or len(other.args) != 2:
+        return
+    half, B = other.args
+    if not isinstance(half, fx.Node) or len(half.users) != 1 or len(other.users) != 1:
+        return
+    split = half.args[0] if half.target is operator.getitem else None
+    joined = split.args[0] if isinstance(split, fx.Node) and split.target == "split_with_sizes" else None
+    product = half if joined is None else joined
+    if not isinstance(product, fx.Node) or product.target is not F.linear or len(product.args) != 2:
+        return
+    x, A = product.args
+    if joined is not None and isinstance(A, fx.Node) and A.target is torch.cat:  # joined in a region
+        A = A.args[0][half.args[1]]  # type: ignore[index]
+    if isinstance(x, fx.Node) and isinstance(A, fx.Node) and isinstance(B, fx.Node) and _is_input(A) and _is_input(B):
+        yield Found(x, A, B, half, other, node)
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+def _is_input(value: Any) -> bool:
+    """Whether this is an input of the graph, a cast of one, or None."""
+    source = value.args[0] if isinstance(value, fx.Node) and value.target == "to" else value
+    return source is None or isinstance(source, fx.Node) and source.op == "placeholder"
 
 
-def _join(graph: fx.Graph, halves: list[fx.Node]) -> None:
-    factors: list[fx.Node] = [node.args[1] for node in halves]  # type: ignore[misc]
-    for factor in factors:
-        if factor.op != "placeholder":
-            halves[0].prepend(factor)
-    ranks = [factor.meta["example_value"].shape[0] for factor in factors]
-    with graph.inserting_before(halves[0]):
+def _value(node: fx.Node) -> Tensor:
+    value: Tensor = node.meta["example_value"]
+    return value
+
+
+def _merges(branches: list[Found]) -> bool:
+    x = _value(branches[0].x)
+    calls = [Linear(_value(branch.linear.args[1]), None,  # type: ignore[union-attr, arg-type]
+                    [Addend(_value(branch.A), _value(branch.B), branch.scale)]) for branch in branches]
+    return isinstance(x.numel(), int) and merges(x, calls)
+
+
+def _merge(graph: fx.Graph, branches: list[Found], first: fx.Node) -> None:
+    """Put one `merged_linears` in the place of some branches and the linear calls beside which they stand."""
+    linears = [(*branch.linear.args, None)[1:3] for branch in branches]  # type: ignore[union-attr]
+    factors = [tuple(_before(first, factor) for factor in (branch.A, branch.B)) for branch in branches]
+    with graph.inserting_before(first):
+        node = graph.call_function(merged_linears, (
+            branches[0].x, [W for W, _ in linears], [bias for _, bias in linears], factors,
+            [branch.scale for branch in branches]))
+        results = [graph.call_function(operator.getitem, (node, index)) for index in range(len(branches))]
+    for branch, result in zip(branches, results):
+        branch.sum.replace_all_uses_with(result)
+        _erase(graph, branch.sum)
+
+
+def _join(graph: fx.Graph, branches: list[Found]) -> None:
+    """Put one product, cut into parts, in the place of the first halves of some branches."""
+    first = min(branch.half for branch in branches)
+    factors = [_before(first, branch.A) for branch in branches]
+    ranks = [len(_value(branch.A)) for branch in branches]
+    with graph.inserting_before(first):
         A = graph.call_function(torch.cat, (factors,))  # (R, in)
-        h = graph.call_function(F.linear, (halves[0].args[0], A))  # (..., R)
+        h = graph.call_function(F.linear, (branches[0].x, A))  # (..., R)
         parts = graph.call_method("split_with_sizes", (h, ranks), {"dim": -1})
-        results = [graph.call_function(operator.getitem, (parts, index)) for index in range(len(halves))]
-    for half, result in zip(halves, results):
-        half.replace_all_uses_with(result)
-        graph.erase_node(half)
+        results = [graph.call_function(operator.getitem, (parts, index)) for index in range(len(branches))]
+    for branch, result in zip(branches, results):
+        branch.half.replace_all_uses_with(result)
+        _erase(graph, branch.half)
+
+
+def _before(place: fx.Node, factor: fx.Node) -> fx.Node:
+    """An input of the graph or a cast of one, the cast now before a place in the graph."""
+    if factor.op != "placeholder" and place < factor:
+        place.prepend(factor)
+    return factor
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that has no use any more, and those that had only this one."""
+    if not node.users and node.op != "placeholder":
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        for argument in inputs:
+            _erase(graph, argument)

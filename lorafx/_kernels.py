@@ -142,7 +142,7 @@ def _by_operators(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
 # W + s B A is formed, and no addend computed by itself, when the rows of x are this many times as many as would make
 # the FLOPs of both ways equal, N (in + out) = 2 in out. Beyond that of FLOPs, since small products run at a lower speed
 # (benchmarks/step.py --rule: float32, two CPU cores).
-MERGE_FROM = 3.0
+MERGE_FROM = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,10 +179,10 @@ class _Plan:
 
 def _plan(x: Tensor, calls: Sequence[Linear], dropout: float) -> _Plan:
     addends = tuple(tuple((addend.scale / (1 - dropout), addend.start) for addend in call.addends) for call in calls)
-    return _Plan(tuple(call.bias is not None for call in calls), addends, dropout, not dropout and _merges(x, calls))
+    return _Plan(tuple(call.bias is not None for call in calls), addends, dropout, not dropout and merges(x, calls))
 
 
-def _merges(x: Tensor, calls: Sequence[Linear]) -> bool:
+def merges(x: Tensor, calls: Sequence[Linear]) -> bool:
     """Whether forming W + s B A is faster, by shapes, and as exact: not where products round float32 operands."""
     if any(factor.dtype != x.dtype for call in calls for addend in call.addends for factor in addend[:2]):
         return False
@@ -330,3 +330,44 @@ def _unpacked(packed: Tensor, x: Tensor) -> Tensor:
     """The mask, one bool for each element of x, (N, in)."""
     bits = packed[:, None] >> torch.arange(_BITS, dtype=torch.uint8, device=packed.device) & 1
     return bits.flatten()[:x.numel()].bool().view(-1, x.shape[-1])
+
+
+def merged_linears(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], factors: list[tuple[Tensor, Tensor]],
+    scales: list[float],
+) -> tuple[Tensor, ...]:
+    """[x (W + s B A)^T + b for each], for a compiler to trace: neither the sums nor their gradients are kept."""
+    flat = [tensor for pair in factors for tensor in pair]
+    outputs: tuple[Tensor, ...] = _MergedLinears.apply(  # type: ignore[no-untyped-call]
+        x, scales, len(weights), *weights, *biases, *flat)
+    return outputs
+
+
+class _MergedLinears(torch.autograd.Function):
+    """(x, scales, count, W, ..., b, ..., A, B, A, B, ...) -> y, ..., differentiable in x and the A and B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scales: list[float], count: int, *tensors: Any) -> tuple[Tensor, ...]:
+        weights, biases, factors = tensors[:count], tensors[count:2 * count], tensors[2 * count:]
+        A, B = factors[::2], factors[1::2]
+        ctx.scales, ctx.count = scales, count
+        ctx.save_for_backward(x, *weights, *A, *B)
+        return tuple(F.linear(x, torch.addmm(W, b, a, alpha=scale), bias)
+                     for W, bias, a, b, scale in zip(weights, biases, A, B, scales))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        count = ctx.count
+        weights, A, B = tensors[:count], tensors[count:2 * count], tensors[2 * count:]
+        rows = x.reshape(-1, x.shape[-1])
+        dYs = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+        h = (rows @ torch.cat(A).t()).split_with_sizes([len(a) for a in A], dim=1)
+        G = torch.cat([scale * (dY @ b) for dY, b, scale in zip(dYs, B, ctx.scales)], dim=1)
+        dA = (rows.t() @ G).t().split_with_sizes([len(a) for a in A])
+        dB = [scale * (dY.t() @ part) for dY, part, scale in zip(dYs, h, ctx.scales)]
+        # the transposed sum, which no compiler takes for that of the forward pass and keeps
+        dX = [dY @ torch.addmm(W.t(), a.t(), b.t(), alpha=scale).t()
+              for dY, W, a, b, scale in zip(dYs, weights, A, B, ctx.scales)]
+        pairs = [gradient for pair in zip(dA, dB) for gradient in pair]
+        return sum(dX[1:], dX[0]).view(x.shape), None, None, *[None] * (2 * count), *pairs
