@@ -1,21 +1,23 @@
 """Folds adapters into weights, W + s B A, and takes them out again; both give a new model of the original class."""
 
+import functools
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from ._adapter import join
-from ._branch import Branch, Own, branches, factors_at, submodule, thawed
+from ._branch import Branch, Own, branch_name, branches, factors_at, submodule, thawed
 from ._errors import TiedWeightError, UnsupportedModelError
-from ._program import Place, places_of_sites, read
+from ._program import Place, places_of_sites
 from ._record import RECORD, injection, trained, weights_of
-from ._region import Adapted, is_plain_graph, revert, same_kind, share
-from ._sites import Site, split_block
-from ._weight import Part, whole
+from ._region import is_plain_graph, same_kind, share
+from ._sites import split_block
+from ._weight import Part, rows_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,13 +38,10 @@ def eject(model: M) -> M:
         True
     """
     record = injection(model)
-    twin = share(model)
-    for module in list(twin.modules()):
+    twin = share(model, ejecting=True)
+    for path, module in model.named_modules():
         if is_plain_graph(module):
-            _erase_branches(module)
-    for module in list(twin.modules()):
-        if isinstance(module, Adapted):
-            revert(module)
+            _erase_branches(submodule(twin, path), module)
     for module in list(twin.modules()):
         for name in [name for name, child in module._modules.items() if isinstance(child, Own)]:
             del module._modules[name]
@@ -52,12 +51,13 @@ def eject(model: M) -> M:
     return twin
 
 
-def _erase_branches(module: fx.GraphModule) -> None:
+def _erase_branches(module: Any, injected: fx.GraphModule) -> None:
+    """Write the graph of an injected GraphModule's copy without branches."""
     for node in module.graph.find_nodes(op="get_attr"):
         owner, _, attribute = str(node.target).rpartition(".")
-        node.target = join(owner, thawed(submodule(module, owner), attribute))
+        node.target = join(owner, thawed(submodule(injected, owner), attribute))
     for node in module.graph.find_nodes(op="call_module"):
-        if isinstance(submodule(module, node.target), Branch):
+        if isinstance(submodule(injected, node.target), Branch):
             node.replace_all_uses_with(node.args[1])
             module.graph.erase_node(node)
     module.recompile()
@@ -87,14 +87,14 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
         True
     """
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
-    held, program = branches(model), read(model)
-    used = {name for name, branch in held.items() if any(factors_at(branch, adapter) for adapter in chosen)}
-    sites = {name: program.site(name) for name in used}
-    for name, site in sites.items():
-        if site is None:
-            why = program.left_alone.get(split_block(name)[0], "it is not there any more")
-            raise UnsupportedModelError(f"The adapters at '{name}' cannot be folded, since the model changed: {why}.")
-        _check_tie(site, untie)
+    held = {name: branch for name, branch in branches(model).items()
+            if any(factors_at(branch, adapter) for adapter in chosen)}
+    sites = _owners(model, held)
+    for name, (_, others) in sites.items():
+        if others and not untie:
+            raise TiedWeightError(
+                f"The weight of '{name}' is tied to '{others[0]}', so that folding an adapter into it would change "
+                f"that too. lorafx.merge(model, untie=True) gives '{name}' a tensor of its own.")
     twin = eject(model)
     clones: dict[nn.Parameter, nn.Parameter] = {}
     for path, _, whole_set in trained(model):
@@ -105,12 +105,35 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
             submodule(twin, path)._parameters[name] = clones[parameter]
     places = places_of_sites(twin)
     by_weight: dict[tuple[str, ...], list[Part]] = defaultdict(list)
-    for name, site in sites.items():
-        assert site is not None
-        by_weight[tuple(split_block(alias)[0] for alias in site.names)] += held[name].parts(chosen)
-    for names, parts in by_weight.items():
-        _fold([places[name] for name in names], parts)
+    for name, (names, _) in sites.items():
+        by_weight[tuple(names)] += held[name].parts(chosen)
+    for aliases, parts in by_weight.items():
+        _fold([places[name] for name in aliases], parts)
     return twin
+
+
+def _owners(model: nn.Module, held: Mapping[str, Branch]) -> dict[str, tuple[list[str], list[str]]]:
+    """{site: (names of its weight where the branch is, names of the same weight where it is not)}."""
+    places = places_of_sites(model)
+    tensors = {name: _key(module, attribute)
+               for name, (module, attribute) in places.items()}
+    same: dict[Any, list[str]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        same[tensor].append(name)
+    found = {}
+    for site, branch in held.items():
+        base, block = split_block(site)
+        if base not in places:
+            raise UnsupportedModelError(f"The adapters at '{site}' cannot be folded: its weight is not there any more.")
+        beside = {name: places[name][0]._modules.get(branch_name(places[name][1], block)) is branch
+                  for name in same[tensors[base]]}
+        found[site] = [n for n, here in beside.items() if here], [n for n, here in beside.items() if not here]
+    return found
+
+
+def _key(module: nn.Module, attribute: str) -> Any:
+    parameter = module._parameters.get(attribute)
+    return (module, attribute) if parameter is None else parameter
 
 
 def _fold(places: list[Place], parts: list[Part]) -> None:
@@ -124,11 +147,38 @@ def _fold(places: list[Place], parts: list[Part]) -> None:
         raise UnsupportedModelError(
             f"The {attribute} of a {type(owner).__name__} is computed before every call, by a hook such as the old "
             "weight_norm's: remove that from the model (torch.nn.utils.remove_weight_norm) before lorafx.inject.")
-    total = whole(weight.detach(), [part.detached for part in parts])
-    folded = same_kind(weight, total) if isinstance(weight, nn.Parameter) else total
+    total = folded(weight.detach(), [part.detached for part in parts])
+    new = same_kind(weight, total) if isinstance(weight, nn.Parameter) else total
     for owner, attribute in places:
         table: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers
-        table[attribute] = folded
+        table[attribute] = new
+
+
+_BLOCK = 1 << 19  # elements of W that are summed at a time, while they are in a cache
+
+
+def folded(matrix: Tensor, parts: Sequence[Part]) -> Tensor:
+    """W + sum s L R as a new tensor (..., m, n), summed in float32 or wider and rounded once.
+
+    That happens some rows at a time, in the new tensor itself or, for a narrow W, in one wide buffer.
+    """
+    total = torch.empty_like(matrix)
+    wide = functools.reduce(torch.promote_types, (part.left.dtype for part in parts), torch.float32)
+    wide = torch.promote_types(wide, matrix.dtype)
+    parts = [part._replace(left=part.left.to(wide), right=part.right.to(wide)) for part in parts]
+    *stack, height, width = matrix.shape
+    length = max(_BLOCK // max(math.prod(stack) * width, 1), 1)
+    buffer = None if wide == matrix.dtype else total.new_empty(*stack, min(length, height), width, dtype=wide)
+    for start in range(0, height, length):
+        source, target = (tensor[..., start:start + length, :] for tensor in (matrix, total))
+        rows = (target if buffer is None else buffer[..., :source.shape[-2], :]).copy_(source)
+        for part in rows_of(parts, start, source.shape[-2]):
+            block = rows.narrow(part.axis, part.start, part.size)
+            add = block.addmm_ if block.ndim == 2 else block.baddbmm_
+            add(part.left, part.right, alpha=part.scale)
+        if buffer is not None:
+            target.copy_(rows)
+    return total
 
 
 def _bake(owner: nn.Module, attribute: str) -> None:
@@ -149,10 +199,3 @@ def _bake(owner: nn.Module, attribute: str) -> None:
         del owner._modules["parametrizations"]
         owner.__class__ = cls.__bases__[0]
     owner._parameters[attribute] = nn.Parameter(weight, requires_grad=False)
-
-
-def _check_tie(site: Site, untie: bool) -> None:
-    if site.tied_to and not untie:
-        raise TiedWeightError(
-            f"The weight of '{site.name}' is tied to '{site.tied_to[0]}', so that folding an adapter into it would "
-            f"change that too. lorafx.merge(model, untie=True) gives '{site.name}' a tensor of its own.")

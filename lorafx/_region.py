@@ -1,6 +1,7 @@
 """The region class, an `fx.GraphModule` that keeps its user's class, and the copy of a model that shares weights."""
 
 import abc
+import contextvars
 import copy
 import functools
 import itertools
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from ._branch import FROZEN_PREFIX, adapted, adapted_names, chosen
+from ._branch import FROZEN_PREFIX, Own, adapted, adapted_names, chosen
 from ._errors import UnsupportedModelError
 from ._group import Forward, forward_of, lower
 
@@ -28,6 +29,8 @@ _STATE: dict[str, Any] = {
 _RESERVED = frozenset({*_STATE, "graph", "_graph", "code", "_code", "recompile", "_user_class", "_linear"})
 _COPYING = frozenset("""__deepcopy__ __copy__ __reduce__ __reduce_ex__ __getstate__ __setstate__ __new__
     __getattribute__ __init_subclass__""".split())
+
+_EJECTING = contextvars.ContextVar("ejecting", default=False)  # whether copies are to be of the user's classes
 
 
 class Adapted(nn.Module):
@@ -58,7 +61,12 @@ class Adapted(nn.Module):
     __deepcopy__ = None  # by __reduce__: a parent that hands attributes on must not hand on a way to be copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blank, (self._user_class, self._adapted), self.__dict__
+        if not _EJECTING.get():
+            return _blank, (self._user_class, self._adapted), self.__dict__
+        ours = (*_STATE, "_graph") if isinstance(self, Region) else ()
+        state = {name: value for name, value in self.__dict__.items() if name not in ours}
+        state["_modules"] = {name: child for name, child in self._modules.items() if not isinstance(child, Own)}
+        return object.__new__, (self._user_class,), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -114,13 +122,6 @@ def adapt(module: nn.Module, attribute: str) -> None:
     names = (*adapted_names(module), attribute)
     code, forward = (cls._python_code, cls._linear) if issubclass(cls, Region) else (None, None)
     module.__class__ = _derived(getattr(cls, "_user_class", cls), names, code, forward)
-
-
-def revert(module: Adapted) -> None:
-    """Undo `convert` and `adapt`: the user's class, and no attribute of a region."""
-    for name in (*_STATE, "_graph") if isinstance(module, Region) else ():
-        del module.__dict__[name]
-    module.__class__ = module._user_class  # type: ignore[assignment]
 
 
 def why_not_region(module: nn.Module) -> str | None:
@@ -258,8 +259,11 @@ def _rebuilt(rebuild: Callable[..., fx.GraphModule], arguments: tuple[Any, ...])
     return module
 
 
-def share(model: M) -> M:
-    """A copy of the model's structure on the same weights: new Parameters on the old storage, other tensors cloned."""
+def share(model: M, ejecting: bool = False) -> M:
+    """A copy of the model's structure on the same weights: new Parameters on the old storage, other tensors cloned.
+
+    `ejecting` undoes `convert` and `adapt` in the copy, and leaves out what lorafx added to these modules.
+    """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = same_kind(parameter, parameter.detach())
@@ -270,6 +274,7 @@ def share(model: M) -> M:
     graphs = [m for m in model.modules() if is_plain_graph(m)]
     for module in graphs:  # their own deepcopy drops hooks and plain attributes
         memo[id(module)] = type(module).__new__(type(module))
+    token = _EJECTING.set(ejecting)
     try:
         with _CopyNonLeaves():
             for module in graphs:
@@ -279,6 +284,8 @@ def share(model: M) -> M:
         raise UnsupportedModelError(
             f"This {type(model).__name__} cannot be copied: {error}. Remove the attribute that holds it, or give its "
             "class a __deepcopy__.") from error
+    finally:
+        _EJECTING.reset(token)
     for module in graphs:
         memo[id(module)].recompile()
     _check_shared(model, twin)
@@ -300,7 +307,10 @@ def _copy_attributes(module: nn.Module, twin: nn.Module, memo: dict[int, Any]) -
 def _check_shared(model: nn.Module, twin: nn.Module) -> None:
     """A class with a __deepcopy__ of its own may have made new weights; training those would waste memory unseen."""
     twins = dict(twin.named_parameters(remove_duplicate=False))
+    ours = {parameter for module in model.modules() if isinstance(module, Own) for parameter in module.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in ours:
+            continue
         if name not in twins or twins[name].untyped_storage()._cdata != parameter.untyped_storage()._cdata:
             raise UnsupportedModelError(
                 f"Copying this {type(model).__name__} did not keep the weight '{name}': some class on the way has a "

@@ -276,16 +276,21 @@ def _pieces(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dic
 
 def _rows(weight: AdaptedWeight, start: int, length: int) -> Tensor:
     """The rows [start, start + length) of one matrix."""
-    parts = []
-    for part in weight.parts:
+    return weight.of_same(weight.matrix.narrow(0, start, length), rows_of(weight.parts, start, length))
+
+
+def rows_of(parts: Sequence[Part], start: int, length: int) -> list[Part]:
+    """The addends of the rows [start, start + length) of a matrix."""
+    found = []
+    for part in parts:
         if part.axis == -1:
-            parts.append(part._replace(left=part.left.narrow(0, start, length)))
+            found.append(part._replace(left=part.left.narrow(-2, start, length)))
             continue
         first, last = max(start, part.start), min(start + length, part.start + part.size)
         if first < last:
-            left = part.left.narrow(0, first - part.start, last - first)
-            parts.append(part._replace(left=left, start=first - start))
-    return weight.of_same(weight.matrix.narrow(0, start, length), parts)
+            left = part.left.narrow(-2, first - part.start, last - first)
+            found.append(part._replace(left=left, start=first - start))
+    return found
 
 
 def _on_sum(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -52,10 +52,9 @@ def test_an_import_brings_in_no_heavy_package():
 def test_the_public_surface():
     assert sorted(name for name in vars(lorafx) if not name.startswith("_")) == [
         "AdaptedWeightError", "AdapterError", "ConfigError", "FormatError", "InjectLoRA", "LorafxError", "MergeLoRA",
-        "MismatchError",
-        "NoSiteError", "NotInjectedError", "TiedWeightError", "UnsupportedModelError", "activate", "adapters", "add",
-        "compose", "disabled", "eject", "inject", "load", "merge", "named_parameters", "parameters", "remove", "save",
-        "sites", "summary"]
+        "MismatchError", "NoSiteError", "NotInjectedError", "TiedWeightError", "UnsupportedModelError", "activate",
+        "adapters", "add", "compile_options", "compose", "disabled", "eject", "inject", "load", "merge",
+        "named_parameters", "parameters", "remove", "save", "sites", "summary"]
 
 
 def test_every_public_name_has_an_example():
