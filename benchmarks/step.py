@@ -8,6 +8,7 @@ are timed in interleaved rounds; shown are medians of ratios to the frozen base'
 
     python benchmarks/step.py [--full] [--only WORD ...] [--rounds N] [--json FILE] [--png FILE]
     python benchmarks/step.py --readme out/step.json out/merge.json
+    python benchmarks/step.py --rule
 
 The default takes less than five minutes on two idle CPU cores. `--full`, every model by tokens, ranks and targets,
 takes many hours there: choose cells with `--only`. On a GPU all is in bfloat16, and compiled means with CUDA graphs.
@@ -23,6 +24,7 @@ from typing import Any
 
 import kineto  # noqa: F401 (before torch)
 import step_report
+import step_rule
 import torch
 from step_cells import DEFAULT, TINY, Cell, grid
 from step_measure import machine
@@ -42,6 +44,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     parser.add_argument("--json", type=Path, default=Path("out/step.json"), metavar="FILE", help="where results go")
     parser.add_argument("--png", type=Path, default=Path("out/step.png"), metavar="FILE", help="where the picture goes")
+    chosen.add_argument("--rule", action="store_true",
+                        help="instead, time where W + s B A is faster formed: the constant of lorafx's own rule")
     parser.add_argument("--readme", type=Path, nargs="+", metavar="FILE",
                         help="run nothing; print the README's section from the JSON of step.py and, if given, merge.py")
     return parser.parse_args(argv)
@@ -64,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     options = parse(argv)
     if options.readme:
         print(step_report.readme(*(json.loads(path.read_text()) for path in options.readme)))
+        return None
+    if options.rule:
+        print(step_rule.table())
         return None
     device = torch.device(options.device)
     results: dict[str, Any] = {"machine": machine(device), "seconds": 0.0, "cells": []}

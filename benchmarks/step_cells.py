@@ -42,7 +42,7 @@ class Cell:
 MINIMIND = "MiniMind 26M"
 # The first is the one that the headline is about. Widths are whole; some have fewer layers, and few tokens, for time.
 DEFAULT = (
-    Cell(MINIMIND, rounds=9, forward_rounds=3),
+    Cell(MINIMIND, rounds=8, forward_rounds=3),
     Cell(MINIMIND, 1, 128, 4, "square", layers=2, sample=0.05),
     Cell("encoder, BERT-base", 2, 128, layers=1, sample=0.05),
     Cell("Llama layer, 1024", 1, 256, 64, sample=0.05),

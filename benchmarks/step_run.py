@@ -107,7 +107,7 @@ def compare(given: Task, contenders: Mapping[str, Contender], rows: Mapping[str,
         if not rounds:
             continue
         repeats = max(1, round(cell.sample / seconds(once[BASE], x.device, 1)))
-        if repeats > 1 or kind == "forward":  # the gate has warmed up the steps
+        if repeats > 1 or cell.compiled and kind == "forward":  # the gate has warmed up the rest
             for warm_up in once.values():
                 warm_up()
         samples = {name: partial(seconds, one, x.device, repeats) for name, one in once.items()}

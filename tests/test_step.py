@@ -8,6 +8,7 @@ import step
 import step_cells
 import step_gate
 import step_report
+import step_rule
 import torch
 import torch.nn.functional as F
 from step_contenders import (
@@ -19,6 +20,7 @@ from step_run import measure
 from torch import nn
 
 import lorafx
+from lorafx import _kernels
 
 CPU = torch.device("cpu")
 EAGER, NARROW, COMPILED = step_cells.TINY
@@ -212,6 +214,12 @@ def test_a_wrong_merge_is_void():
         right = nn.Sequential(nn.Linear(30, 20))
         right[0].weight.copy_(base[0].weight + 2 * B @ A)
     assert not merge.judge(right, base, adapters)["void"]
+
+
+def test_the_rule():
+    kept = _kernels.MERGE_FROM
+    text = step_rule.table(rounds=2, shapes=((16, 24),))
+    assert text.count("in 16, out 24") == len(step_rule.RANKS) * len(step_rule.CALLS) and _kernels.MERGE_FROM == kept
 
 
 def test_compiled_options(monkeypatch):
