@@ -57,8 +57,8 @@ def forced(step: Callable[[], Any], threshold: float) -> Any:
         _kernels.MERGE_FROM = kept
 
 
-def compare(into: int, out: int, rank: int, calls: int, multiple: float, rounds: int) -> Interval:
-    """The time in factors over the time with W + s B A formed, in float32."""
+def compare(into: int, out: int, rank: int, calls: int, multiple: float, rounds: int, sample: float) -> Interval:
+    """The time in factors over the time with W + s B A formed, in float32; a sample takes so many seconds at least."""
     torch.manual_seed(0)
     base = (One if calls == 1 else Three)(into, out)
     names = [name for name, _ in base.named_children()]
@@ -73,16 +73,16 @@ def compare(into: int, out: int, rank: int, calls: int, multiple: float, rounds:
     ways = {"factors": partial(forced, step, math.inf), "formed": partial(forced, step, 0.0)}
     for found, true in zip(*(way() for way in ways.values())):
         torch.testing.assert_close(found, true, rtol=1e-3, atol=1e-3 * true.abs().max().item())
-    repeats = max(1, round(0.03 / seconds(ways["formed"], x.device, 2)))
+    repeats = max(1, round(sample / seconds(ways["formed"], x.device, 2)))
     times = interleaved({name: partial(seconds, way, x.device, repeats) for name, way in ways.items()}, rounds)
     return ratio(times["factors"], times["formed"])
 
 
-def table(rounds: int = 8, shapes: tuple[tuple[int, int], ...] = SHAPES) -> str:
+def table(rounds: int = 8, shapes: tuple[tuple[int, int], ...] = SHAPES, sample: float = 0.03) -> str:
     """The ratios as text: a line for each shape, rank and number of calls, a column for each multiple."""
     body = []
     for (into, out), rank, calls in tqdm(list(itertools.product(shapes, RANKS, CALLS)), unit="line"):
-        found = [compare(into, out, rank, calls, multiple, rounds) for multiple in MULTIPLES]
+        found = [compare(into, out, rank, calls, multiple, rounds, sample) for multiple in MULTIPLES]
         body.append([f"in {into}, out {out}, rank {rank}, {calls} on one x",
                      *(f"{middle:.2f} [{low:.2f}, {high:.2f}]" for middle, low, high in found)])
     header = ["in factors / formed, by N (in + out) / (2 in out)", *(f"{multiple:g}" for multiple in MULTIPLES)]
