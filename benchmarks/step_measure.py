@@ -80,12 +80,12 @@ def share(ours: Sequence[float], theirs: Sequence[float], base: Sequence[float])
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What figures depend on: the day, versions, processor, cores and threads."""
+    """What figures depend on: the day, versions, processor, cores, threads and what else was running."""
     names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {"date": str(datetime.date.today()), "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "peft", "lorafx")},
             "processor": names[0] if names else platform.machine(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads(), "load_before": round(os.getloadavg()[0], 2),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
 
 
