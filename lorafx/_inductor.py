@@ -11,7 +11,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 from . import _group, _kernels
 from ._group import groups, may_write
-from ._kernels import Addend, Linear, merged_linears, merges
+from ._kernels import Addend, Linear, merges
 
 
 class Found(NamedTuple):
@@ -141,3 +141,44 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(node)
         for argument in inputs:
             _erase(graph, argument)
+
+
+def merged_linears(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], factors: list[tuple[Tensor, Tensor]],
+    scales: list[float],
+) -> tuple[Tensor, ...]:
+    """[x (W + s B A)^T + b for each], for a compiler to trace: neither the sums nor their gradients are kept."""
+    flat = [tensor for pair in factors for tensor in pair]
+    outputs: tuple[Tensor, ...] = _MergedLinears.apply(  # type: ignore[no-untyped-call]
+        x, scales, len(weights), *weights, *biases, *flat)
+    return outputs
+
+
+class _MergedLinears(torch.autograd.Function):
+    """(x, scales, count, W, ..., b, ..., A, B, A, B, ...) -> y, ..., differentiable in x and the A and B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scales: list[float], count: int, *tensors: Any) -> tuple[Tensor, ...]:
+        weights, biases, factors = tensors[:count], tensors[count:2 * count], tensors[2 * count:]
+        A, B = factors[::2], factors[1::2]
+        ctx.scales, ctx.count = scales, count
+        ctx.save_for_backward(x, *weights, *A, *B)
+        return tuple(F.linear(x, torch.addmm(W, b, a, alpha=scale), bias)
+                     for W, bias, a, b, scale in zip(weights, biases, A, B, scales))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        count = ctx.count
+        weights, A, B = tensors[:count], tensors[count:2 * count], tensors[2 * count:]
+        rows = x.reshape(-1, x.shape[-1])
+        dYs = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+        h = (rows @ torch.cat(A).t()).split_with_sizes([len(a) for a in A], dim=1)
+        G = torch.cat([scale * (dY @ b) for dY, b, scale in zip(dYs, B, ctx.scales)], dim=1)
+        dA = (rows.t() @ G).t().split_with_sizes([len(a) for a in A])
+        dB = [scale * (dY.t() @ part) for dY, part, scale in zip(dYs, h, ctx.scales)]
+        # the transposed sum, which no compiler takes for that of the forward pass and keeps
+        dX = [dY @ torch.addmm(W.t(), a.t(), b.t(), alpha=scale).t()
+              for dY, W, a, b, scale in zip(dYs, weights, A, B, ctx.scales)]
+        pairs = [gradient for pair in zip(dA, dB) for gradient in pair]
+        return sum(dX[1:], dX[0]).view(x.shape), None, None, *[None] * (2 * count), *pairs

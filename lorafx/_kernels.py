@@ -6,8 +6,9 @@ together, h = x cat(A)^T (N, R) and G = [s dY B] (N, R), by the chain rule
     dA = G^T x      dB = s dY^T h      dX = sum dY_k W_k + G cat(A)
 
 so x is read once for all ranks, nothing of the size of an output is made but the outputs, and x and h are all that is
-saved. Where that Function cannot go (transforms, compilers, tensor subclasses, trained base weights) plain operators
-compute the same.
+saved. If A and B are wider than x, these products are computed in their dtype and rounded to x's only where they are
+added to y and dX; then some rows of x, y, dX and dY are cast at a time, never all. Where that Function cannot go
+(transforms, compilers, tensor subclasses, trained base weights) plain operators compute the same.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+from ._products import add_product, over_rows, packed, times, unpacked
 
 
 class Addend(NamedTuple):
@@ -207,14 +210,14 @@ class _Linears(torch.autograd.Function):
         outputs, h, mask = _computed(x, plan, plan.calls(tensors), saving=True)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h, None if mask is None else _packed(mask), *tensors)
+        ctx.save_for_backward(x, h, None if mask is None else packed(mask), *tensors)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, h, packed, *tensors = ctx.saved_tensors
+        x, h, bits, *tensors = ctx.saved_tensors
         plan, needs_dx = ctx.plan, ctx.needs_input_grad[0]
-        mask = None if packed is None else _unpacked(packed, x)
+        mask = None if bits is None else unpacked(bits, x)
         if torch.is_grad_enabled():
             return _differentiable(x, plan, tensors, mask, gradients, ctx.needs_input_grad)
         with torch._C._DisableAutocast():
@@ -234,12 +237,12 @@ def _computed(
         return outputs, None, None
     rows = x.reshape(-1, x.shape[-1])  # (N, in)
     mask = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - plan.dropout) if plan.dropout else None
-    h = _masked(rows, mask) @ _stacked(calls, x.dtype).t()  # (N, R)
+    h = times(_masked(rows, mask), _stacked(calls, x.dtype).t())  # (N, R)
     parts = iter(h.split_with_sizes(_ranks(calls), dim=1))
     for y, call in zip(outputs, calls) if not plan.merged else ():
         for (_, B, scale, start, *_), part in zip(call.addends, parts):
             block = y.view(-1, y.shape[-1]).narrow(1, start, len(B))  # (N, length)
-            block.addmm_(part, B.to(x.dtype).t(), alpha=scale)
+            add_product(block, part, B.to(h.dtype).t(), scale)
     return outputs, h, mask
 
 
@@ -263,19 +266,19 @@ def _gradients(
                 dB.append(None)
                 continue
             block = dY.narrow(1, start, len(B))  # (N, length)
-            _product(block, B.to(x.dtype), scale, out=g)
-            dB.append(_product(block.t(), part, scale).to(B.dtype))
+            times(block, B.to(G.dtype), scale, out=g)
+            dB.append(over_rows(block, part, scale).to(B.dtype))
     if dX is not None:
         A = _stacked(calls, x.dtype)
         if mask is not None:
-            dX.addcmul_(G @ A, mask.to(x.dtype))
+            dX.addcmul_((G @ A).to(x.dtype), mask.to(x.dtype))
         elif not plan.merged:
-            dX.addmm_(G, A)
+            add_product(dX, G, A)
         dX = torch.ops.aten._unsafe_view(dX, x.shape)
-    dA = (_masked(x.reshape(-1, x.shape[-1]), mask).t() @ G).split_with_sizes(_ranks(calls), dim=1)  # faster than G^T x
+    dA = over_rows(_masked(x.reshape(-1, x.shape[-1]), mask), G).split_with_sizes(_ranks(calls), dim=1)
     addends = [addend for call in calls for addend in call.addends]
-    return dX, [gradient for a, b, addend in zip(dA, dB, addends)
-                for gradient in (None if b is None else a.t().to(addend.A.dtype, copy=True).contiguous(), b)]
+    return dX, [gradient for a, b, addend in zip(dA, dB, addends) for gradient in (None if b is None else _copied(
+        a.t(), addend.A.dtype), b)]
 
 
 def _differentiable(
@@ -297,16 +300,15 @@ def _differentiable(
     return tuple(next(found) if need else None for need in needs)
 
 
-def _product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """scale * left right."""
-    out = left.new_empty(left.shape[0], right.shape[1]) if out is None else out
-    return torch.mm(left, right, out=out) if scale == 1 else torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
+def _copied(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    return matrix.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _stacked(calls: Sequence[Linear], dtype: torch.dtype) -> Tensor:
-    """cat(A), (R, in)."""
+    """cat(A), (R, in), in this dtype or a wider one of theirs."""
     every = [addend.A for call in calls for addend in call.addends]
-    return (torch.cat(every) if len(every) > 1 else every[0]).to(dtype)
+    A = torch.cat(every) if len(every) > 1 else every[0]
+    return A if A.dtype == dtype else A.to(torch.promote_types(A.dtype, dtype))
 
 
 def _ranks(calls: Sequence[Linear]) -> list[int]:
@@ -315,59 +317,3 @@ def _ranks(calls: Sequence[Linear]) -> list[int]:
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask.view(x.shape)
-
-
-_BITS = 8
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """A bool tensor as bytes of eight."""
-    flat = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % _BITS)).view(-1, _BITS)
-    return (flat << torch.arange(_BITS, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
-
-
-def _unpacked(packed: Tensor, x: Tensor) -> Tensor:
-    """The mask, one bool for each element of x, (N, in)."""
-    bits = packed[:, None] >> torch.arange(_BITS, dtype=torch.uint8, device=packed.device) & 1
-    return bits.flatten()[:x.numel()].bool().view(-1, x.shape[-1])
-
-
-def merged_linears(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], factors: list[tuple[Tensor, Tensor]],
-    scales: list[float],
-) -> tuple[Tensor, ...]:
-    """[x (W + s B A)^T + b for each], for a compiler to trace: neither the sums nor their gradients are kept."""
-    flat = [tensor for pair in factors for tensor in pair]
-    outputs: tuple[Tensor, ...] = _MergedLinears.apply(  # type: ignore[no-untyped-call]
-        x, scales, len(weights), *weights, *biases, *flat)
-    return outputs
-
-
-class _MergedLinears(torch.autograd.Function):
-    """(x, scales, count, W, ..., b, ..., A, B, A, B, ...) -> y, ..., differentiable in x and the A and B."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: list[float], count: int, *tensors: Any) -> tuple[Tensor, ...]:
-        weights, biases, factors = tensors[:count], tensors[count:2 * count], tensors[2 * count:]
-        A, B = factors[::2], factors[1::2]
-        ctx.scales, ctx.count = scales, count
-        ctx.save_for_backward(x, *weights, *A, *B)
-        return tuple(F.linear(x, torch.addmm(W, b, a, alpha=scale), bias)
-                     for W, bias, a, b, scale in zip(weights, biases, A, B, scales))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
-        count = ctx.count
-        weights, A, B = tensors[:count], tensors[count:2 * count], tensors[2 * count:]
-        rows = x.reshape(-1, x.shape[-1])
-        dYs = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
-        h = (rows @ torch.cat(A).t()).split_with_sizes([len(a) for a in A], dim=1)
-        G = torch.cat([scale * (dY @ b) for dY, b, scale in zip(dYs, B, ctx.scales)], dim=1)
-        dA = (rows.t() @ G).t().split_with_sizes([len(a) for a in A])
-        dB = [scale * (dY.t() @ part) for dY, part, scale in zip(dYs, h, ctx.scales)]
-        # the transposed sum, which no compiler takes for that of the forward pass and keeps
-        dX = [dY @ torch.addmm(W.t(), a.t(), b.t(), alpha=scale).t()
-              for dY, W, a, b, scale in zip(dYs, weights, A, B, ctx.scales)]
-        pairs = [gradient for pair in zip(dA, dB) for gradient in pair]
-        return sum(dX[1:], dX[0]).view(x.shape), None, None, *[None] * (2 * count), *pairs
