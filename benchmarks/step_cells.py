@@ -35,7 +35,7 @@ class Cell:
         family = MODELS[self.model]
         part = f" ({self.layers} of {family.layers} layers)" if self.layers not in (0, family.layers) else ""
         return (f"{self.model}{part}, {self.batch * self.length:,} tokens, rank {self.rank}, "
-                f"{'all linears' if self.targets == 'linear' else 'square linears'}, "
+                f"{self.targets}, "
                 f"{str(self.dtype).removeprefix('torch.')}, {'compiled' if self.compiled else 'eager'}")
 
 

@@ -166,7 +166,7 @@ def test_the_cells():
     assert {(cell.dtype, cell.compiled) for cell in grid} == {
         (dtype, graph) for dtype in (torch.float32, torch.bfloat16) for graph in (False, True)}
     assert all(cell.dtype in TOLERANCE for cell in (*grid, *step_cells.DEFAULT))
-    assert step_cells.DEFAULT[0].label == "MiniMind 26M, 2,048 tokens, rank 16, all linears, float32, eager"
+    assert step_cells.DEFAULT[0].label == "MiniMind 26M, 2,048 tokens, rank 16, linear, float32, eager"
     sizes = {name: sum(parameter.numel() for parameter in family.build(family.width, family.layers).parameters())
              for name, family in MODELS.items() if name.startswith("MiniMind")}
     assert {name: round(size / 1e6) for name, size in sizes.items()} == {"MiniMind 26M": 26, "MiniMind 104M": 104}
