@@ -35,8 +35,7 @@ class Cell:
         family = MODELS[self.model]
         part = f" ({self.layers} of {family.layers} layers)" if self.layers not in (0, family.layers) else ""
         return (f"{self.model}{part}, {self.batch * self.length:,} tokens, rank {self.rank}, "
-                f"{self.targets}, "
-                f"{str(self.dtype).removeprefix('torch.')}, {'compiled' if self.compiled else 'eager'}")
+                f"{self.targets}, {str(self.dtype).removeprefix('torch.')}, {'compiled' if self.compiled else 'eager'}")
 
 
 MINIMIND = "MiniMind 26M"
