@@ -147,7 +147,7 @@ def _by_operators(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
     h: Iterator[Tensor] = iter(())
     if len(joined) > 1:
         A = torch.cat([addend.A.to(x.dtype) for addend in joined])  # (R, in)
-        h = iter(F.linear(x, A).split_with_sizes([len(addend.A) for addend in joined], dim=-1))
+        h = iter(F.linear(x, A).split_with_sizes([addend.A.shape[0] for addend in joined], dim=-1))
     outputs = []
     for weight, bias, addends in calls:
         y = F.linear(x, weight, bias)
