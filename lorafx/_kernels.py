@@ -289,7 +289,10 @@ def _gradients(
                 continue
             block = _columns(dY, start, B.shape[0])  # (N, length)
             times(block, _in(B, G.dtype), scale, out=g)
-            dB.append(_in(over_rows(block, part, scale), B.dtype))
+            if part.dtype == block.dtype:
+                dB.append(_in(times(block.t(), part, scale), B.dtype))
+            else:
+                dB.append(_copied(over_rows(part, block).t().mul(scale), B.dtype))
     if dX is not None:
         A = _stacked(calls, x.dtype)
         if mask is not None:
@@ -297,10 +300,11 @@ def _gradients(
         elif not plan.merged:
             add_product(dX, G, A)
         dX = dX if x.ndim == 2 else _unsafe_view(dX, x.shape)
-    dA = _parts(over_rows(_masked(x.reshape(-1, x.shape[-1]), mask), G), calls)
+    every = over_rows(G, _masked(x.reshape(-1, x.shape[-1]), mask))  # (R, in)
     addends = [addend for call in calls for addend in call.addends]
-    return dX, [gradient for a, b, addend in zip(dA, dB, addends) for gradient in (None if b is None else _copied(
-        a.t(), addend.A.dtype), b)]
+    dA = every.split_with_sizes([addend.A.shape[0] for addend in addends]) if len(addends) > 1 else (every,)
+    return dX, [gradient for a, b, addend in zip(dA, dB, addends)
+                for gradient in (None if b is None else _copied(a, addend.A.dtype), b)]
 
 
 def _differentiable(
@@ -335,6 +339,9 @@ def _stacked(calls: Sequence[Linear], dtype: torch.dtype) -> Tensor:
 
 
 def _copied(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix, contiguous, in this dtype and in memory of its own."""
+    if matrix.dtype == dtype and matrix._base is None and matrix.is_contiguous():
+        return matrix
     return matrix.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 

@@ -3,6 +3,8 @@
 A long matrix, (N, k) with many rows, is cast some rows at a time, so that its copy stays in a cache.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,14 +22,18 @@ def times(left: Tensor, right: Tensor, scale: float = 1.0, out: Tensor | None = 
     return out
 
 
-def over_rows(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-    """scale * left^T right, (N, k) (N, R), likewise; for small R this is faster than right^T left."""
-    if left.dtype == right.dtype:
-        return times(left.t(), right, scale)
-    out = right.new_zeros(left.shape[1], right.shape[1])
-    for rows in _blocks(left):
-        out.addmm_(left[rows].to(right.dtype).t(), right[rows], alpha=scale)
-    return out
+def over_rows(narrow: Tensor, long: Tensor) -> Tensor:
+    """narrow^T long, (N, R) (N, k), (R, k), in narrow's dtype; if that is wider, rows of long are cast likewise."""
+    if narrow.dtype != long.dtype:
+        out = narrow.new_zeros(narrow.shape[1], long.shape[1])
+        for rows in _blocks(long):
+            out.addmm_(narrow[rows].t(), long[rows].to(narrow.dtype))
+        return out
+    chunks = math.gcd(narrow.shape[0], 8) if narrow.device.type == "cpu" and narrow.shape[0] >= 512 else 1
+    if chunks == 1:
+        return narrow.t() @ long
+    left, right = (matrix.view(chunks, -1, matrix.shape[1]) for matrix in (narrow, long))
+    return torch.bmm(left.mT, right).sum(0)  # rows that fit a cache at a time
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
