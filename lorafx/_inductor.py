@@ -93,7 +93,7 @@ def _merges(branches: list[Found]) -> bool:
         if any(node is not None and _value(node).requires_grad for node in (weight, bias)):
             return False  # its gradient is not computed there
         calls.append(Linear(_value(weight), None, [Addend(_value(branch.A), _value(branch.B), 1.0)]))
-    return isinstance(x.numel(), int) and merges(x, calls)
+    return isinstance(x.numel(), int) and merges(x, calls, share=0.5)  # nothing adds into y in place here
 
 
 def _operands(branch: Found) -> tuple[fx.Node, fx.Node | None]:

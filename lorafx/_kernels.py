@@ -200,14 +200,17 @@ def _plan(x: Tensor, calls: Sequence[Linear], dropout: float) -> _Plan:
     return _Plan(tuple(call.bias is not None for call in calls), addends, dropout, not dropout and merges(x, calls))
 
 
-def merges(x: Tensor, calls: Sequence[Linear]) -> bool:
-    """Whether forming W + s B A is faster, by shapes, and as exact: not where products round float32 operands."""
+def merges(x: Tensor, calls: Sequence[Linear], share: float = 1.0) -> bool:
+    """Whether forming W + s B A is faster, by shapes, and as exact: not where products round float32 operands.
+
+    It is from `share` of the usual number of rows on.
+    """
     formed = beside = 0
     for weight, _, addends in calls:
         if addends:
             out, width = weight.shape
             formed, beside = formed + out * width, beside + out + width
-    if x.numel() // x.shape[-1] * beside < 2 * MERGE_FROM * formed:
+    if x.numel() // x.shape[-1] * beside < 2 * share * MERGE_FROM * formed:
         return False
     if any(factor.dtype != x.dtype for call in calls for addend in call.addends for factor in addend[:2]):
         return False
