@@ -67,11 +67,11 @@ class Branch(Own):
 
     def addends(self) -> list[Addend]:
         """What the active adapters add to a linear call."""
-        start = self.rows[0] if self.rows else 0
-        live: list[tuple[Factors, float]] = [(self._modules[name], weight)  # type: ignore[misc]
-                                             for name, weight in self._live]
-        return [Addend(factors.A, factors.B, weight * factors.scale, start, factors.dropping, factors.share_dropout)
-                for factors, weight in live]
+        start, found = self.rows[0] if self.rows else 0, []
+        for name, weight in self._live:
+            held: Factors = self._modules[name]  # type: ignore[assignment]
+            found.append(Addend(held.A, held.B, weight * held.scale, start, held.dropping, held.share_dropout))
+        return found
 
     def parts(self, live: Mapping[str, float] | None = None) -> list[Part]:
         """What the adapters, the active ones by default, add to the weight as it is stored."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ._branch import Branch, hooks, submodule
+from ._branch import Branch, submodule
 from ._kernels import Linear, linears, transforming
 from ._rules import linear_call
 
@@ -35,7 +35,7 @@ class Forward(NamedTuple):
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Branch) -> Tensor:
     """x W^T + b and what the branches add."""
     if isinstance(x, Tensor) and all(map(_is_bare, branches)):
-        return linears(x, [_linear(weight, bias, branches)])[0]
+        return linears(x, (_linear(weight, bias, branches),))[0]
     y = F.linear(x, weight, bias)
     for branch in branches:
         y = branch(x, y)
@@ -90,9 +90,10 @@ def _linear(weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> 
 
 def _is_bare(module: nn.Module) -> bool:
     """Whether calling a module does what its class's forward does and nothing more."""
-    called = type(module).__call__ is not nn.Module.__call__ or module._compiled_call_impl is not None
-    patched = called or "forward" in module.__dict__
-    return not (patched or hooks(module) or _has_any_global_hook())  # type: ignore[no-untyped-call]
+    hooked = (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+              or module._backward_pre_hooks or _has_any_global_hook())  # type: ignore[no-untyped-call]
+    patched = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return not hooked and not patched and type(module).__call__ is nn.Module.__call__
 
 
 def linear_forward(module: Any) -> Forward | None:

@@ -80,7 +80,7 @@ def linears(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
 
     A and B may be wider than x and W. Each addend drops out elements of x of its own, unless all are `shared`.
     """
-    if not any(call.addends for call in calls):
+    if not any([call.addends for call in calls]):
         return [F.linear(x, call.weight, call.bias) for call in calls]
     if not _is_plain(x, calls):
         return _by_operators(x, calls)
@@ -99,14 +99,15 @@ def _is_plain(x: Tensor, calls: Sequence[Linear]) -> bool:
         return False
     if x.layout is not torch.strided or x.is_nested or not x.ndim:
         return False
+    device = x.device
     for weight, bias, addends in calls:
-        if weight.requires_grad or bias is not None and (bias.requires_grad or type(bias) not in _PLAIN):
+        if weight.requires_grad or type(weight) not in _PLAIN or weight.device != device or 0 in weight.shape:
             return False
-        factors = [factor for addend in addends for factor in addend[:2]]
-        if any(type(tensor) not in _PLAIN or tensor.device != x.device for tensor in (weight, *factors)):
+        if bias is not None and (bias.requires_grad or type(bias) not in _PLAIN):
             return False
-        if 0 in weight.shape:
-            return False
+        for A, B, *_ in addends:
+            if type(A) not in _PLAIN or type(B) not in _PLAIN or A.device != device or B.device != device:
+                return False
     return True
 
 
@@ -137,7 +138,7 @@ def _fused(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
         return _by_operators(x, calls)
     plan = _plan(x, calls, *drops)
     if trains:
-        return list(_Linears.apply(x, plan, *tensors))  # type: ignore[no-untyped-call]
+        return list(_apply(x, plan, *tensors))
     return _computed(x, plan, plan.calls(tensors), saving=False)[0]
 
 
@@ -251,6 +252,10 @@ class _Linears(torch.autograd.Function):
         rest = iter(factors)
         given = [next(rest) if place else None for place in plan.factors]
         return dX, None, *given
+
+
+# Function.apply without its questions about transforms, which `_is_plain` has asked.
+_apply: Any = super(torch.autograd.Function, _Linears).apply
 
 
 def _computed(
