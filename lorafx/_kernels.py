@@ -282,7 +282,8 @@ def _gradients(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dX and [dA, dB, dA, dB, ...] by the formulas above, each in memory of its own."""
     G = torch.empty_like(h)  # (N, R)
-    parts = zip(_parts(G, calls), _parts(h, calls))
+    addends = [addend for call in calls for addend in call.addends]
+    parts = zip(_parts(G, calls), _parts(h, calls), _in_columns([_in(addend.B, h.dtype) for addend in addends]))
     dX: Tensor | None = None
     dB: list[Tensor | None] = []
     for call, gradient in zip(calls, gradients):
@@ -290,17 +291,15 @@ def _gradients(
         if dY is not None and needs_dx:
             weight = plan.weight(call)
             dX = dY @ weight if dX is None else dX.addmm_(dY, weight)
-        for (_, B, scale, start, *_), (g, part) in zip(call.addends, parts):
+        for addend, (g, part, B) in zip(call.addends, parts):
             if dY is None:
                 g.zero_()
                 dB.append(None)
                 continue
-            block = _columns(dY, start, B.shape[0])  # (N, length)
-            times(block, _in(B, G.dtype), scale, out=g)
-            if part.dtype == block.dtype:
-                dB.append(_in(times(block.t(), part, scale), B.dtype))
-            else:
-                dB.append(_copied(over_rows(part, block).t().mul(scale), B.dtype))
+            block = _columns(dY, addend.start, B.shape[0])  # (N, length)
+            times(block, B, addend.scale, out=g)
+            found = over_rows(part, block).t()  # (length, rank)
+            dB.append(_copied(found if addend.scale == 1 else found.mul_(addend.scale), addend.B.dtype))
     if dX is not None:
         A = _stacked(calls, x.dtype)
         if mask is not None:
@@ -309,7 +308,6 @@ def _gradients(
             add_product(dX, G, A)
         dX = dX if x.ndim == 2 else _unsafe_view(dX, x.shape)
     every = over_rows(G, _masked(x.reshape(-1, x.shape[-1]), mask))  # (R, in)
-    addends = [addend for call in calls for addend in call.addends]
     dA = every.split_with_sizes([addend.A.shape[0] for addend in addends]) if len(addends) > 1 else (every,)
     return dX, [gradient for a, b, addend in zip(dA, dB, addends)
                 for gradient in (None if b is None else _copied(a, addend.A.dtype), b)]
@@ -357,6 +355,15 @@ def _parts(matrix: Tensor, calls: Sequence[Linear]) -> Sequence[Tensor]:
     """The columns (N, rank) of a matrix (N, R) that belong to each addend."""
     ranks = [addend.A.shape[0] for call in calls for addend in call.addends]
     return matrix.split_with_sizes(ranks, dim=1) if len(ranks) > 1 else (matrix,)
+
+
+def _in_columns(factors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The B, laid out by columns where few of them would make a product with rows up to ten times as slow on a CPU."""
+    ranks = {B.shape[1] for B in factors}
+    if len(ranks) > 1 or max(ranks) >= 16 or factors[0].device.type != "cpu":
+        return factors
+    joined = torch.cat([B.t() for B in factors], dim=1)  # (rank, sum of lengths)
+    return [part.t() for part in joined.split_with_sizes([B.shape[0] for B in factors], dim=1)]
 
 
 def _columns(matrix: Tensor, start: int, length: int) -> Tensor:

@@ -29,8 +29,8 @@ def over_rows(narrow: Tensor, long: Tensor) -> Tensor:
         for rows in _blocks(long):
             out.addmm_(narrow[rows].t(), long[rows].to(narrow.dtype))
         return out
-    chunks = math.gcd(narrow.shape[0], 8) if narrow.device.type == "cpu" and narrow.shape[0] >= 512 else 1
-    if chunks == 1:
+    chunks = math.gcd(narrow.shape[0], 8) if long.shape[1] >= 1024 and narrow.device.type == "cpu" else 1
+    if chunks == 1 or narrow.shape[0] < 512:
         return narrow.t() @ long
     left, right = (matrix.view(chunks, -1, matrix.shape[1]) for matrix in (narrow, long))
     return torch.bmm(left.mT, right).sum(0)  # rows that fit a cache at a time
