@@ -120,11 +120,16 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     return model
 
 
-def through_branches(region: nn.Module, node: fx.Node) -> fx.Node:
-    """The node itself, or the last of the branches that follow it one after the other."""
+def branches_after(region: nn.Module, node: fx.Node) -> list[fx.Node]:
+    """The branches that follow a linear call, one after the other."""
     following = [user for user in node.users if user.op == "call_module" and user.args[1:2] == (node,)
                  and isinstance(submodule(region, str(user.target)), Branch)]
-    return through_branches(region, following[0]) if following else node
+    return [following[0], *branches_after(region, following[0])] if following else []
+
+
+def through_branches(region: nn.Module, node: fx.Node) -> fx.Node:
+    """The node itself, or the last of the branches that follow it."""
+    return [node, *branches_after(region, node)][-1]
 
 
 def hooks(module: nn.Module) -> list[Any]:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ._branch import Branch, submodule
-from ._kernels import Linear, linears, transforming
+from ._branch import Branch, branches_after, submodule
+from ._kernels import PLAIN, Linear, linears, transforming
 from ._rules import linear_call
 
 
@@ -50,18 +50,19 @@ def joined(x: Tensor, *members: Any) -> list[Tensor]:
     """
     calls = [_call(member) for member in members]
     together = [call for call in calls if call is not None]
-    others = any(call is None and linear_forward(member) for member, call in zip(members, calls))
-    if not isinstance(x, Tensor) or others or len(together) < 2:
+    touched = any(call is None and linear_forward(member) for member, call in zip(members, calls))
+    if not isinstance(x, Tensor) or touched or len(together) < 2:
         return [_alone(x, member) for member in members]
-    if len(together) < len(members) and (torch.compiler.is_compiling() or x.is_inference() or transforming()):
+    if len(together) == len(members):
+        return linears(x, together)
+    if torch.compiler.is_compiling() or x.is_inference() or transforming():  # no version of x to watch
         return [_alone(x, member) for member in members]
-    results, version = iter(linears(x, together)), x._version if len(together) < len(members) else 0
-    outputs = []
+    results, version = linears(x, together), x._version
+    outputs: list[Tensor] = []
     for member, call in zip(members, calls):
-        y = _alone(x, member) if call is None else next(results)
-        if call is not None and len(together) < len(members) and x._version != version:
-            y = _alone(x, member)  # a module before it wrote into x
-        outputs.append(y)
+        computed = results.pop(0) if call is not None else None
+        stale = x._version != version  # a module before it wrote into x
+        outputs.append(_alone(x, member) if computed is None or stale else computed)
     return outputs
 
 
@@ -79,7 +80,7 @@ def _call(member: Any) -> Linear | None:
             return None
         weight, bias = getattr(member, forward.weight), forward.bias and getattr(member, forward.bias)
         branches = [getattr(member, name) for name in forward.branches]
-    if type(weight) not in (Tensor, nn.Parameter) or not all(map(_is_bare, branches)):
+    if type(weight) not in PLAIN or not all(map(_is_bare, branches)):
         return None
     return _linear(weight, bias, branches)
 
@@ -104,7 +105,8 @@ def linear_forward(module: Any) -> Forward | None:
 
 def lower(module: nn.Module, graph: fx.Graph, join: bool) -> fx.Graph:
     """The graph that a module runs for this one; the same if there is nothing to compute together."""
-    branched = [node for node in graph.find_nodes(op="call_module") if _branch_of(module, node) is not None]
+    branched = any(isinstance(submodule(module, str(node.target)), Branch)
+                   for node in graph.find_nodes(op="call_module"))
     if not branched and not (join and _shared(module, graph)):
         return graph
     lowered = copy.deepcopy(graph)
@@ -135,21 +137,12 @@ def forward_of(graph: fx.Graph) -> Forward | None:
     return Forward(weight, bias, tuple(branches))  # type: ignore[arg-type]
 
 
-def _branch_of(module: nn.Module, node: fx.Node) -> Branch | None:
-    """The branch that this node calls beside a call that has its input and its way round."""
-    found = submodule(module, str(node.target)) if node.op == "call_module" else None
-    return found if isinstance(found, Branch) and len(node.args) == 2 else None
-
-
 def _fuse(module: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
     """Put one `adapted_linear` in the place of a linear call and the branches that follow it."""
     call = linear_call(node)
-    following: list[fx.Node] = []
-    while users := [user for user in (following or [node])[-1].users
-                    if call is not None and _branch_of(module, user) is not None and user.args[0] is call.input]:
-        following.append(users[0])
-    if call is None or not following:
-        return
+    following = branches_after(module, node) if call is not None else []
+    if call is None or not following or any(user.args != (call.input, user.args[1]) for user in following):
+        return  # some is called in reverse
     given = call.rule.named(node.args, node.kwargs)
     weight, bias = given["weight"], given.get("bias")
     if call.rule.transposed and isinstance(bias, fx.Node) and bias.op != "get_attr":

@@ -11,6 +11,7 @@ added to y and dX; then some rows of x, y, dX and dY are cast at a time, never a
 (transforms, compilers, tensor subclasses, trained base weights) plain operators compute the same.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -95,18 +96,18 @@ def linears(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
 
 def _is_plain(x: Tensor, calls: Sequence[Linear]) -> bool:
     """Whether the Function can compute these: plain tensors on one device, a frozen base, no transform, no tracer."""
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or transforming() or _tracing():
+    if torch.compiler.is_compiling() or type(x) not in PLAIN or transforming() or _tracing():
         return False
     if x.layout is not torch.strided or x.is_nested or not x.ndim:
         return False
     device = x.device
     for weight, bias, addends in calls:
-        if weight.requires_grad or type(weight) not in _PLAIN or weight.device != device or 0 in weight.shape:
+        if weight.requires_grad or type(weight) not in PLAIN or weight.device != device or 0 in weight.shape:
             return False
-        if bias is not None and (bias.requires_grad or type(bias) not in _PLAIN):
+        if bias is not None and (bias.requires_grad or type(bias) not in PLAIN):
             return False
         for A, B, *_ in addends:
-            if type(A) not in _PLAIN or type(B) not in _PLAIN or A.device != device or B.device != device:
+            if type(A) not in PLAIN or type(B) not in PLAIN or A.device != device or B.device != device:
                 return False
     return True
 
@@ -116,9 +117,14 @@ def _tracing() -> bool:
     return torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(_PROXY) is not None
 
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)  # types that the kernels know
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _unsafe_view: Any = torch.ops.aten._unsafe_view.default
+
+
+def _every(calls: Sequence[Linear]) -> list[Addend]:
+    """The addends of all calls in a row."""
+    return [addend for call in calls for addend in call.addends]
 
 
 def _cast(call: Linear, dtype: torch.dtype) -> Linear:
@@ -126,9 +132,9 @@ def _cast(call: Linear, dtype: torch.dtype) -> Linear:
 
 
 def _fused(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
-    addends = [addend for call in calls for addend in call.addends]
-    drops = {addend.dropout for addend in addends}
-    masks = drops != {0.0} and len(addends) > 1 and (len(drops) > 1 or not all(addend.shared for addend in addends))
+    every = _every(calls)
+    drops = {addend.dropout for addend in every}
+    masks = drops != {0.0} and len(every) > 1 and (len(drops) > 1 or not all(addend.shared for addend in every))
     tensors = [tensor for weight, bias, addends in calls for tensor in (
         weight, *(() if bias is None else (bias,)), *(factor for addend in addends for factor in addend[:2]))]
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors))
@@ -144,11 +150,11 @@ def _fused(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
 
 def _by_operators(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
     """The same by plain operators; A's that share an undropped x are joined."""
-    joined = [addend for call in calls for addend in call.addends if not addend.dropout]
+    joined = [addend for addend in _every(calls) if not addend.dropout]
     h: Iterator[Tensor] = iter(())
     if len(joined) > 1:
         A = torch.cat([addend.A.to(x.dtype) for addend in joined])  # (R, in)
-        h = iter(F.linear(x, A).split_with_sizes([addend.A.shape[0] for addend in joined], dim=-1))
+        h = iter(_parts(F.linear(x, A), joined, dim=-1))
     outputs = []
     for weight, bias, addends in calls:
         y = F.linear(x, weight, bias)
@@ -244,10 +250,8 @@ class _Linears(torch.autograd.Function):
         if torch.is_grad_enabled() or transforming() or batched:
             return _differentiable(x, plan, tensors, mask, gradients, ctx.needs_input_grad)
         calls = plan.calls(tensors)
-        if torch._C._is_any_autocast_enabled():
-            with torch._C._DisableAutocast():
-                dX, factors = _gradients(x, plan, calls, h, mask, gradients, needs_dx)
-        else:
+        autocast = torch._C._is_any_autocast_enabled()
+        with torch._C._DisableAutocast() if autocast else contextlib.nullcontext():
             dX, factors = _gradients(x, plan, calls, h, mask, gradients, needs_dx)
         rest = iter(factors)
         given = [next(rest) if place else None for place in plan.factors]
@@ -267,8 +271,9 @@ def _computed(
         return outputs, None, None
     rows = x.reshape(-1, x.shape[-1])  # (N, in)
     mask = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - plan.dropout) if plan.dropout else None
-    h = times(_masked(rows, mask), _stacked(calls, x.dtype).t())  # (N, R)
-    parts = iter(_parts(h, calls))
+    addends = _every(calls)
+    h = times(_masked(rows, mask), _stacked(addends, x.dtype).t())  # (N, R)
+    parts = iter(_parts(h, addends))
     for y, call in zip(outputs, calls) if not plan.merged else ():
         for (_, B, scale, start, *_), part in zip(call.addends, parts):
             block = _columns(y.view(-1, y.shape[-1]), start, B.shape[0])  # (N, length)
@@ -282,8 +287,8 @@ def _gradients(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dX and [dA, dB, dA, dB, ...] by the formulas above, each in memory of its own."""
     G = torch.empty_like(h)  # (N, R)
-    addends = [addend for call in calls for addend in call.addends]
-    parts = zip(_parts(G, calls), _parts(h, calls), _in_columns([_in(addend.B, h.dtype) for addend in addends]))
+    addends = _every(calls)
+    parts = zip(_parts(G, addends), _parts(h, addends), _in_columns([_in(addend.B, h.dtype) for addend in addends]))
     dX: Tensor | None = None
     dB: list[Tensor | None] = []
     for call, gradient in zip(calls, gradients):
@@ -301,14 +306,12 @@ def _gradients(
             found = over_rows(part, block).t()  # (length, rank)
             dB.append(_copied(found if addend.scale == 1 else found.mul_(addend.scale), addend.B.dtype))
     if dX is not None:
-        A = _stacked(calls, x.dtype)
         if mask is not None:
-            dX.addcmul_((G @ A).to(x.dtype), mask.to(x.dtype))
+            dX.addcmul_((G @ _stacked(addends, x.dtype)).to(x.dtype), mask.to(x.dtype))
         elif not plan.merged:
-            add_product(dX, G, A)
+            add_product(dX, G, _stacked(addends, x.dtype))
         dX = dX if x.ndim == 2 else _unsafe_view(dX, x.shape)
-    every = over_rows(G, _masked(x.reshape(-1, x.shape[-1]), mask))  # (R, in)
-    dA = every.split_with_sizes([addend.A.shape[0] for addend in addends]) if len(addends) > 1 else (every,)
+    dA = _parts(over_rows(G, _masked(x.reshape(-1, x.shape[-1]), mask)), addends, dim=0)  # each (rank, in)
     return dX, [gradient for a, b, addend in zip(dA, dB, addends)
                 for gradient in (None if b is None else _copied(a, addend.A.dtype), b)]
 
@@ -337,10 +340,9 @@ def _differentiable(
     return tuple(next(found) if need else None for need in needs)
 
 
-def _stacked(calls: Sequence[Linear], dtype: torch.dtype) -> Tensor:
+def _stacked(addends: Sequence[Addend], dtype: torch.dtype) -> Tensor:
     """cat(A), (R, in), in this dtype or a wider one of theirs."""
-    every = [addend.A for call in calls for addend in call.addends]
-    A = torch.cat(every) if len(every) > 1 else every[0]
+    A = torch.cat([addend.A for addend in addends]) if len(addends) > 1 else addends[0].A
     return A if A.dtype == dtype else A.to(torch.promote_types(A.dtype, dtype))
 
 
@@ -351,10 +353,10 @@ def _copied(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _parts(matrix: Tensor, calls: Sequence[Linear]) -> Sequence[Tensor]:
-    """The columns (N, rank) of a matrix (N, R) that belong to each addend."""
-    ranks = [addend.A.shape[0] for call in calls for addend in call.addends]
-    return matrix.split_with_sizes(ranks, dim=1) if len(ranks) > 1 else (matrix,)
+def _parts(matrix: Tensor, addends: Sequence[Addend], dim: int = 1) -> Sequence[Tensor]:
+    """The parts, each as long as its rank, of a matrix that is R long in this dimension."""
+    ranks = [addend.A.shape[0] for addend in addends]
+    return matrix.split_with_sizes(ranks, dim=dim) if len(ranks) > 1 else (matrix,)
 
 
 def _in_columns(factors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -1,6 +1,5 @@
 """Folds adapters into weights, W + s B A, and takes them out again; both give a new model of the original class."""
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from ._program import Place, places_of_sites
 from ._record import RECORD, injection, trained, weights_of
 from ._region import is_plain_graph, same_kind, share
 from ._sites import split_block
-from ._weight import Part, rows_of, whole
+from ._weight import Part, rows_of, whole, wide_dtype
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -115,8 +114,7 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
 def _owners(model: nn.Module, held: Mapping[str, Branch]) -> dict[str, tuple[list[str], list[str]]]:
     """{site: (names of its weight where the branch is, names of the same weight where it is not)}."""
     places = places_of_sites(model)
-    tensors = {name: _key(module, attribute)
-               for name, (module, attribute) in places.items()}
+    tensors = {name: _key(*place) for name, place in places.items()}
     same: dict[Any, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         same[tensor].append(name)
@@ -132,6 +130,7 @@ def _owners(model: nn.Module, held: Mapping[str, Branch]) -> dict[str, tuple[lis
 
 
 def _key(module: nn.Module, attribute: str) -> Any:
+    """What is the same for all names of one tensor."""
     parameter = module._parameters.get(attribute)
     return (module, attribute) if parameter is None else parameter
 
@@ -165,8 +164,7 @@ def folded(matrix: Tensor, parts: Sequence[Part]) -> Tensor:
     if type(matrix) is not Tensor:  # rows of a sharded one are no views of it
         return whole(matrix, parts)
     total = torch.empty_like(matrix)
-    wide = functools.reduce(torch.promote_types, (part.left.dtype for part in parts), torch.float32)
-    wide = torch.promote_types(wide, matrix.dtype)
+    wide = wide_dtype(matrix, parts)
     parts = [part._replace(left=part.left.to(wide), right=part.right.to(wide)) for part in parts]
     *stack, height, width = matrix.shape
     length = max(_BLOCK // max(math.prod(stack) * width, 1), 1)

@@ -64,7 +64,7 @@ def packed(mask: Tensor) -> Tensor:
     return (flat << torch.arange(_BITS, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
-def unpacked(packed: Tensor, x: Tensor) -> Tensor:
+def unpacked(octets: Tensor, x: Tensor) -> Tensor:
     """The mask, one bool for each element of x, (N, in)."""
-    bits = packed[:, None] >> torch.arange(_BITS, dtype=torch.uint8, device=packed.device) & 1
+    bits = octets[:, None] >> torch.arange(_BITS, dtype=torch.uint8, device=octets.device) & 1
     return bits.flatten()[:x.numel()].bool().view(-1, x.shape[-1])

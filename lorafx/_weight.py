@@ -54,13 +54,18 @@ class Part(NamedTuple):
 
 def whole(matrix: Tensor, parts: Sequence[Part]) -> Tensor:
     """matrix + sum s L R, computed in float32 or wider and rounded once."""
-    wide = functools.reduce(torch.promote_types, (part.left.dtype for part in parts), torch.float32)
-    wide = torch.promote_types(wide, matrix.dtype)
+    wide = wide_dtype(matrix, parts)
     total = matrix.to(wide)
     for part in parts:
         added = delta(part.right, part.left, part.scale, wide)
         total = total + _padded(added, part.axis, part.start, matrix.shape[part.axis])
     return total.to(matrix.dtype)
+
+
+def wide_dtype(matrix: Tensor, parts: Sequence[Part]) -> torch.dtype:
+    """The dtype in which the sum is computed: float32, or a wider one of theirs."""
+    return functools.reduce(torch.promote_types, (part.left.dtype for part in parts),
+                            torch.promote_types(matrix.dtype, torch.float32))
 
 
 def _padded(block: Tensor, axis: int, start: int, length: int) -> Tensor:
