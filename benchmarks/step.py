@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=Path("out/step.json"), metavar="FILE", help="where results go")
     parser.add_argument("--png", type=Path, default=Path("out/step.png"), metavar="FILE", help="where the picture goes")
     chosen.add_argument("--rule", action="store_true",
-                        help="instead, time where W + s B A is faster formed: the constant of lorafx's own rule")
+                        help="instead, time which way is faster at which shapes: the constants of lorafx's own rules")
     parser.add_argument("--readme", type=Path, nargs="+", metavar="FILE",
                         help="run nothing; print the README's section from the JSON of step.py and, if given, merge.py")
     return parser.parse_args(argv)

@@ -18,6 +18,7 @@ import lorafx
 BASE, NOISE = "frozen base", "frozen base again"
 PEFT, PEFT_WIDE = "PEFT", "PEFT, float32 adapters"
 PATCHED, SINGLE, LORAFX = "patched forward", "lorafx, group=False", "lorafx"
+LORAFX_NARROW = "lorafx, dtype of the base"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +126,15 @@ CONTENDERS: dict[str, Way] = {
     PATCHED: patched,
     SINGLE: lambda base, adapters: injected(base, adapters, group=False),
     LORAFX: injected,
+    LORAFX_NARROW: lambda base, adapters: injected(base, adapters, dtype=next(base.parameters()).dtype),
 }
+# Who is compared with whom: first what each gives by name, then, under a narrow base, A and B of one dtype.
+PAIRS = ((LORAFX, PEFT), (LORAFX, PEFT_WIDE), (LORAFX_NARROW, PEFT))
 
 
 def names_for(dtype: torch.dtype) -> list[str]:
-    """The contenders at a base's dtype: PEFT's float32 adapters differ from the base's only where that is narrower."""
-    return [name for name in CONTENDERS if name != PEFT_WIDE or dtype.itemsize < 4]
+    """The contenders at a base's dtype: float32 adapters differ from the base's only where that is narrower."""
+    return [name for name in CONTENDERS if name not in (PEFT_WIDE, LORAFX_NARROW) or dtype.itemsize < 4]
 
 
 def twin(base: nn.Module) -> nn.Module:
@@ -157,7 +161,7 @@ def compiled(contender: Contender, device: torch.device, backend: str) -> Conten
     Each contender's recompilations are its own: all but lorafx share the code of their forwards.
     """
     options: dict[str, Any] = {"triton.cudagraphs": True} if device.type == "cuda" else {}
-    if contender.name == LORAFX:
+    if contender.name in (LORAFX, LORAFX_NARROW):
         options |= lorafx.compile_options()
     model: Any = torch.compile(contender.model, backend=backend, isolate_recompiles=True,
                                options=options if backend == "inductor" else None)

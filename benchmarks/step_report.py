@@ -7,11 +7,11 @@ from typing import Any
 
 import merge
 from report import aligned, size
-from step_contenders import BASE, LORAFX, NOISE, PATCHED, PEFT, PEFT_WIDE, SINGLE
+from step_contenders import BASE, LORAFX, LORAFX_NARROW, NOISE, PATCHED, PEFT, PEFT_WIDE, SINGLE
 
 # The colours of the picture.
 COLORS = {NOISE: "0.8", PEFT: "tab:orange", PEFT_WIDE: "tab:red", PATCHED: "tab:green", SINGLE: "lightskyblue",
-          LORAFX: "tab:blue"}
+          LORAFX: "tab:blue", LORAFX_NARROW: "navy"}
 
 
 Row = Mapping[str, Any]
@@ -65,13 +65,13 @@ def table(cell: Mapping[str, Any], columns: Iterable[str] = COLUMNS) -> str:
 
 def verdicts(cell: Mapping[str, Any]) -> list[str]:
     """What lorafx adds as a share of what PEFT adds, and whether it is slower, in words."""
-    shares = cell["shares"]
-    if not shares:
-        return []
-    low, high = shares["over PEFT"][1:]
-    judged = "slower than PEFT" if low > 1 else "faster than PEFT" if high < 1 else "neither beyond noise"
-    return [f"lorafx adds {interval(shares['step'], 2)} of the time that PEFT adds to a step; its step takes "
-            f"{interval(shares['over PEFT'])} of PEFT's: {judged}."]
+    found = []
+    for pair in cell["shares"]:
+        ours, theirs, (_, low, high) = pair["ours"], pair["theirs"], pair["step"]
+        judged = "slower" if low > 1 else "faster" if high < 1 else "neither slower nor faster beyond noise"
+        found.append(f"{ours} adds {interval(pair['added']['step'], 2)} of what {theirs} adds to a step; its step "
+                     f"takes {interval(pair['step'])} of that one's: {judged}.")
+    return found
 
 
 LEGEND = """\
@@ -109,7 +109,7 @@ def draw(path: Path, cells: Sequence[Mapping[str, Any]]) -> None:
 
 
 def overview(cells: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each cell: what each contender adds to the frozen base's step, and lorafx as a share of PEFT."""
+    """What each contender adds to a cell's frozen base's step, and lorafx's share of what PEFT adds, pair by pair."""
     names = [NOISE, PEFT, PATCHED, SINGLE, LORAFX]
     body = []
     for cell in cells:
@@ -117,7 +117,12 @@ def overview(cells: Sequence[Mapping[str, Any]]) -> str:
         for name in names:
             row = cell["rows"][name]
             added.append("void" if "step" not in row else f"{100 * (row['step']['ratio'][0] - 1):+.1f} %")
-        body.append([cell["label"], *added, interval(cell["shares"].get("step"), 2)])
+        first, *rest = [interval(pair["added"]["step"], 2) for pair in cell["shares"]] or ["-"]
+        body.append([cell["label"], *added, first])
+        for pair, found in zip(cell["shares"][1:], rest):
+            both = [cell["rows"][pair[side]]["step"]["ratio"][0] for side in ("theirs", "ours")]
+            shown = dict(zip((PEFT, LORAFX), (f"{100 * (value - 1):+.1f} %" for value in both)))
+            body.append([f"  {pair['ours']} / {pair['theirs']}", *(shown.get(name, "") for name in names), found])
     return aligned(["step over the frozen base's", "again", PEFT, "patched", "group=False", LORAFX, "of PEFT's"], body)
 
 
@@ -148,7 +153,8 @@ def readme(step: Mapping[str, Any], merged: Mapping[str, Any] | None = None) -> 
         paragraphs += ["Compiled:", table(compiled[0], README_COLUMNS)]
     narrow = [cell for cell in cells if PEFT_WIDE in cell["rows"]]
     if narrow:
-        paragraphs += ["In bfloat16, where lorafx's A and B are float32:", table(narrow[0], NARROW_COLUMNS)]
+        paragraphs += ["In bfloat16, where lorafx's A and B are float32 unless asked otherwise:",
+                       table(narrow[0], NARROW_COLUMNS)]
     paragraphs.append(" ".join(LEGEND.split()))
     if merged is not None:
         paragraphs += [f"`benchmarks/merge.py` folds adapters into the weights. {machine_words(merged['machine'])}:",

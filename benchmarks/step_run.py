@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from step_cells import Cell, Task, task
-from step_contenders import BASE, CONTENDERS, LORAFX, NOISE, PEFT, Contender, Way, compiled, contend, names_for
+from step_contenders import BASE, CONTENDERS, NOISE, PAIRS, Contender, Way, compiled, contend, names_for
 from step_gate import clear, errors, result, step, verdict
 from step_measure import Operators, interleaved, median, peak_bytes, ratio, saved, seconds, share
 from step_models import loss_of
@@ -29,7 +29,7 @@ def warm_compiler(device: torch.device, backend: str) -> None:
 
 def measure(cell: Cell, device: torch.device, backend: str = "inductor",
             ways: Mapping[str, Way] = CONTENDERS) -> dict[str, Any]:
-    """All rows of a cell as plain data, and what lorafx adds to the frozen base's time as a share of what PEFT adds."""
+    """All rows of a cell as plain data, and what lorafx adds to the base's time as a share of what PEFT adds."""
     torch.compiler.reset()
     given = task(cell, device)
     rows: dict[str, Row] = {name: {"void": ""} for name in names_for(cell.dtype)}
@@ -44,12 +44,14 @@ def measure(cell: Cell, device: torch.device, backend: str = "inductor",
             except Exception as error:  # what a contender raises is a result
                 row["void"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     timed = {name: contender for name, contender in contenders.items() if not rows[name]["void"]}
-    shares = {}
+    shares = []
     if BASE in timed:
         times = compare(given, timed, rows)
-        if LORAFX in timed and PEFT in timed:
-            shares = {kind: share(found[LORAFX], found[PEFT], found[BASE]) for kind, found in times.items()}
-            shares["over PEFT"] = ratio(times["step"][LORAFX], times["step"][PEFT])
+        for ours, theirs in PAIRS:
+            if ours in timed and theirs in timed:
+                added = {kind: share(found[ours], found[theirs], found[BASE]) for kind, found in times.items()}
+                over = ratio(times["step"][ours], times["step"][theirs])
+                shares.append({"ours": ours, "theirs": theirs, "added": added, "step": over})
     return {"label": cell.label, **dataclasses.asdict(cell), "dtype": str(cell.dtype).removeprefix("torch."),
             "sites": len(given.adapters.values), "rows": rows, "shares": shares}
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ._products import add_product, over_rows, packed, times, unpacked
+from ._products import add_product, over_rows, packed, through, times, unpacked
 
 
 class Addend(NamedTuple):
@@ -135,17 +135,46 @@ def _fused(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
     every = _every(calls)
     drops = {addend.dropout for addend in every}
     masks = drops != {0.0} and len(every) > 1 and (len(drops) > 1 or not all(addend.shared for addend in every))
-    tensors = [tensor for weight, bias, addends in calls for tensor in (
-        weight, *(() if bias is None else (bias,)), *(factor for addend in addends for factor in addend[:2]))]
-    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors))
-    if len(calls) > 1 and (masks or trains and not x.requires_grad):  # without dX, each may have a backward of its own
-        return [y for call in calls for y in linears(x, [call])]
+    if len(calls) > 1 and (masks or not x.requires_grad and torch.is_grad_enabled() and _train(every)):
+        return [y for call in calls for y in linears(x, [call])]  # without dX, each may have a backward of its own
     if masks:
         return _by_operators(x, calls)
-    plan = _plan(x, calls, *drops)
-    if trains:
+    merged = drops == {0.0} and merges(x, calls)
+    if len(calls) == 1 and not merged and is_small(x, calls[0]):
+        return [_in_place(x, calls[0])]
+    plan = _plan(calls, merged, *drops)
+    tensors = [tensor for weight, bias, addends in calls for tensor in (
+        weight, *(() if bias is None else (bias,)), *(factor for addend in addends for factor in addend[:2]))]
+    if torch.is_grad_enabled() and (x.requires_grad or _train(every)):
         return list(_apply(x, plan, *tensors))
     return _computed(x, plan, plan.calls(tensors), saving=False)[0]
+
+
+def _train(addends: Sequence[Addend]) -> bool:
+    return any([addend.A.requires_grad or addend.B.requires_grad for addend in addends])
+
+
+# Below this many elements of x and y together, the passes over them that the Function saves take less time than its
+# Python: then torch's own derivative is used (benchmarks/step.py --rule: float32, two CPU cores).
+SMALL_BELOW = 1 << 19
+
+
+def is_small(x: Tensor, call: Linear) -> bool:
+    """Whether plain operators that add into the fresh output are faster, by shapes; and can compute this."""
+    out, width = call.weight.shape
+    if x.numel() // width * (out + width) >= SMALL_BELOW:
+        return False
+    return not any([dropout or A.dtype != x.dtype or B.dtype != x.dtype or B.shape[0] != out
+                    for A, B, _, _, dropout, _ in call.addends])
+
+
+def _in_place(x: Tensor, call: Linear) -> Tensor:
+    """The same by plain operators, for addends as long as the output."""
+    y = F.linear(x, call.weight, call.bias)  # in the shape of x, whose rows alone may be added up in another order
+    rows, y = (x, y) if x.ndim == 2 else (x.reshape(-1, x.shape[-1]), _unsafe_view(y, (-1, y.shape[-1])))
+    for A, B, scale, *_ in call.addends:
+        y.addmm_(F.linear(rows, A), _in_columns([B], rows.shape[0])[0].t(), alpha=scale)
+    return y if x.ndim == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def _by_operators(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
@@ -202,9 +231,9 @@ class _Plan(NamedTuple):
         return weight
 
 
-def _plan(x: Tensor, calls: Sequence[Linear], dropout: float) -> _Plan:
+def _plan(calls: Sequence[Linear], merged: bool, dropout: float) -> _Plan:
     addends = tuple(tuple((addend.scale / (1 - dropout), addend.start) for addend in call.addends) for call in calls)
-    return _Plan(tuple(call.bias is not None for call in calls), addends, dropout, not dropout and merges(x, calls))
+    return _Plan(tuple(call.bias is not None for call in calls), addends, dropout, merged)
 
 
 def merges(x: Tensor, calls: Sequence[Linear], share: float = 1.0) -> bool:
@@ -288,7 +317,8 @@ def _gradients(
     """dX and [dA, dB, dA, dB, ...] by the formulas above, each in memory of its own."""
     G = torch.empty_like(h)  # (N, R)
     addends = _every(calls)
-    parts = zip(_parts(G, addends), _parts(h, addends), _in_columns([_in(addend.B, h.dtype) for addend in addends]))
+    factors = _in_columns([_in(addend.B, h.dtype) for addend in addends], len(h))
+    parts = zip(_parts(G, addends), _parts(h, addends), factors)
     dX: Tensor | None = None
     dB: list[Tensor | None] = []
     for call, gradient in zip(calls, gradients):
@@ -302,8 +332,7 @@ def _gradients(
                 dB.append(None)
                 continue
             block = _columns(dY, addend.start, B.shape[0])  # (N, length)
-            times(block, B, addend.scale, out=g)
-            found = over_rows(part, block).t()  # (length, rank)
+            found = through(block, B, part, addend.scale, g).t()  # (length, rank)
             dB.append(_copied(found if addend.scale == 1 else found.mul_(addend.scale), addend.B.dtype))
     if dX is not None:
         if mask is not None:
@@ -359,10 +388,10 @@ def _parts(matrix: Tensor, addends: Sequence[Addend], dim: int = 1) -> Sequence[
     return matrix.split_with_sizes(ranks, dim=dim) if len(ranks) > 1 else (matrix,)
 
 
-def _in_columns(factors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _in_columns(factors: Sequence[Tensor], rows: int) -> Sequence[Tensor]:
     """The B, laid out by columns where few of them would make a product with rows up to ten times as slow on a CPU."""
     ranks = {B.shape[1] for B in factors}
-    if len(ranks) > 1 or max(ranks) >= 16 or factors[0].device.type != "cpu":
+    if rows < 128 or len(ranks) > 1 or max(ranks) >= 16 or factors[0].device.type != "cpu":
         return factors
     joined = torch.cat([B.t() for B in factors], dim=1)  # (rank, sum of lengths)
     return [part.t() for part in joined.split_with_sizes([B.shape[0] for B in factors], dim=1)]

@@ -153,7 +153,7 @@ def _fold(places: list[Place], parts: list[Part]) -> None:
         table[attribute] = new
 
 
-_BLOCK = 1 << 19  # elements of W that are summed at a time, while they are in a cache
+_BLOCK = 1 << 21  # elements of W that are summed at a time, while they are in a cache
 
 
 def folded(matrix: Tensor, parts: Sequence[Part]) -> Tensor:

@@ -22,6 +22,19 @@ def times(left: Tensor, right: Tensor, scale: float = 1.0, out: Tensor | None = 
     return out
 
 
+def through(long: Tensor, right: Tensor, narrow: Tensor, scale: float, out: Tensor) -> Tensor:
+    """narrow^T long, (N, R) (N, k), and in `out` scale * long right, (N, k) (k, R); rows of long are cast once."""
+    if long.dtype == narrow.dtype:
+        times(long, right, scale, out)
+        return over_rows(narrow, long)
+    found = narrow.new_zeros(narrow.shape[1], long.shape[1])
+    for rows in _blocks(long):
+        wide = long[rows].to(narrow.dtype)
+        _product(wide, right, scale, out[rows])
+        found.addmm_(narrow[rows].t(), wide)
+    return found
+
+
 def over_rows(narrow: Tensor, long: Tensor) -> Tensor:
     """narrow^T long, (N, R) (N, k), (R, k), in narrow's dtype; if that is wider, rows of long are cast likewise."""
     if narrow.dtype != long.dtype:
@@ -47,7 +60,7 @@ def add_product(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0)
 
 def _blocks(left: Tensor) -> list[slice]:
     """Rows of left that fill a core's cache once they are cast."""
-    length = max((1 << (18 if left.device.type == "cpu" else 22)) // left.shape[1], 1)
+    length = max((1 << (19 if left.device.type == "cpu" else 22)) // left.shape[1], 1)
     return [slice(start, start + length) for start in range(0, left.shape[0], length)]
 
 

@@ -53,7 +53,8 @@ def check(x, calls, used=None):
     """Outputs and gradients; `used` are the outputs that a loss sees."""
     inputs = [x, *factors(calls)]
     got, wanted = linears(x, calls), expected(x, calls)
-    assert all(type(y.grad_fn).__name__ == "_LinearsBackward" for y in got if y.requires_grad)
+    in_place = len(calls) == 1 and _kernels.is_small(x, calls[0]) and not _kernels.merges(x, calls)
+    assert all((type(y.grad_fn).__name__ == "_LinearsBackward") != in_place for y in got if y.requires_grad)
     assert not any(y._is_view() for y in got)
     for y, target in zip(got, wanted):
         torch.testing.assert_close(y, target, rtol=1e-10, atol=1e-10)
@@ -67,10 +68,15 @@ def check(x, calls, used=None):
             assert mine.shape == tensor.shape and mine.dtype == tensor.dtype
 
 
-@pytest.fixture(params=[0.0, float("inf")], ids=["merged", "factored"])
+FORMS = {"merged": (0.0, 0.0), "factored": (float("inf"), 0.0), "in place": (float("inf"), float("inf"))}
+
+
+@pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
-    """W + s B A always, or never, formed."""
-    monkeypatch.setattr(_kernels, "MERGE_FROM", request.param)
+    """W + s B A always, or never, formed; or torch's own derivative, where it can be."""
+    merge_from, small_below = FORMS[request.param]
+    monkeypatch.setattr(_kernels, "MERGE_FROM", merge_from)
+    monkeypatch.setattr(_kernels, "SMALL_BELOW", small_below)
     return request.param
 
 
@@ -101,6 +107,7 @@ def test_any_group(data):
     used = data.draw(st.lists(st.sampled_from(range(len(outs))), min_size=1, unique=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_kernels, "MERGE_FROM", data.draw(st.sampled_from([0.0, 2.0, float("inf")])))
+        patch.setattr(_kernels, "SMALL_BELOW", data.draw(st.sampled_from([0, 100])))
         check(normal(*shape, width), calls_of(width, outs, bias=data.draw(st.booleans())), used)
 
 
@@ -111,8 +118,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_inputs_and_gradients(form, layout):
-    x, calls = LAYOUTS[layout](), calls_of(7, (7, 7))
+@pytest.mark.parametrize("outs", [(7,), (7, 7)], ids=str)
+def test_layouts_of_inputs_and_gradients(form, layout, outs):
+    x, calls = LAYOUTS[layout](), calls_of(7, outs)
     check(x, calls)
     for y, target in zip(linears(x, calls), expected(x, calls)):
         for use in (torch.sum, lambda t: (t.transpose(0, -1).contiguous() * torch.arange(len(t))).sum()):
@@ -121,8 +129,9 @@ def test_layouts_of_inputs_and_gradients(form, layout):
             torch.testing.assert_close(got, wanted)
 
 
-def test_second_derivatives(form):
-    x, calls = normal(2, 3), calls_of(3, (4, 5), rank=1)
+@pytest.mark.parametrize("outs", [(4,), (4, 5)], ids=str)
+def test_second_derivatives(form, outs):
+    x, calls = normal(2, 3), calls_of(3, outs, rank=1)
 
     def function(x, *tensors):
         rest = iter(tensors)
@@ -133,9 +142,10 @@ def test_second_derivatives(form):
     assert torch.autograd.gradgradcheck(function, (x, *factors(calls)))
 
 
-def test_written_into_afterwards(form):
+@pytest.mark.parametrize("outs", [(7,), (7, 5)], ids=str)
+def test_written_into_afterwards(form, outs):
     """Outputs may be; what is saved for backward may not, and says so."""
-    x, calls = normal(4, 7), calls_of(7, (7, 5))
+    x, calls = normal(4, 7), calls_of(7, outs)
     y, target = linears(x, calls)[0], expected(x, calls)[0]
     y += 1
     y.relu_()
@@ -174,8 +184,9 @@ def test_base_weights_that_train(form):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_checkpointing_and_offloading(reentrant, dropout):
-    x, calls = normal(4, 7), calls_of(7, (7, 5))
+@pytest.mark.parametrize("outs", [(7,), (7, 5)], ids=str)
+def test_checkpointing_and_offloading(reentrant, dropout, outs):
+    x, calls = normal(4, 7), calls_of(7, outs)
     calls = [call._replace(addends=[a._replace(dropout=dropout) for a in call.addends]) for call in calls]
 
     def run(around):
@@ -234,6 +245,14 @@ def test_only_x_and_the_ranks_are_saved(dtype):
     assert all(y.dtype == dtype for y in outputs)
 
 
+def test_a_small_call_saves_the_same():
+    """x once, and its ranks a row."""
+    x, calls = torch.randn(2, 64, 256, requires_grad=True), calls_of(256, (256,), torch.float32, rank=16)
+    with Saved(*own(calls)) as saved:
+        assert type(linears(x, calls)[0].grad_fn).__name__ != "_LinearsBackward"
+    assert saved.bytes == x.nbytes + 2 * 64 * 16 * 4
+
+
 def test_dropout_saves_a_bit_an_element():
     x, calls = torch.randn(64, 256, requires_grad=True), calls_of(256, (256,), torch.float32)
     calls = [call._replace(addends=[a._replace(dropout=0.1) for a in call.addends]) for call in calls]
@@ -262,12 +281,12 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("rank, copies", [(4, 3), (16, 2)])
 def test_operators_of_a_group(rank, copies):
     """q, k and v: 26 or 27, of which the frozen model needs 8 (3 products forward, 3 and 2 sums backward)."""
-    rows = 8
-    x = torch.randn(rows, 32, requires_grad=True)
-    calls = [Linear(torch.randn(out, 32), None, [Addend(normal(rank, 32, dtype=torch.float32),
+    rows = 128
+    x = torch.randn(rows, 64, requires_grad=True)
+    calls = [Linear(torch.randn(out, 64), None, [Addend(normal(rank, 64, dtype=torch.float32),
                                                         normal(out, rank, dtype=torch.float32), 1.0)])
-             for out in (32, 16, 16)]
-    gradients = [torch.ones(rows, out) for out in (32, 16, 16)]
+             for out in (64, 32, 32)]
+    gradients = [torch.ones(rows, out) for out in (64, 32, 32)]
     with Operators() as count:
         torch.autograd.grad(linears(x, calls), [x, *factors(calls)], gradients)
     assert count.counts == {"mm": 12, "addmm_": 6, "cat": copies, "_to_copy": 6}
