@@ -391,7 +391,7 @@ def _parts(matrix: Tensor, addends: Sequence[Addend], dim: int = 1) -> Sequence[
 def _in_columns(factors: Sequence[Tensor], rows: int) -> Sequence[Tensor]:
     """The B, laid out by columns where few of them would make a product with rows up to ten times as slow on a CPU."""
     ranks = {B.shape[1] for B in factors}
-    if rows < 128 or len(ranks) > 1 or max(ranks) >= 16 or factors[0].device.type != "cpu":
+    if rows < 256 or len(ranks) > 1 or max(ranks) >= 16 or factors[0].device.type != "cpu":
         return factors
     joined = torch.cat([B.t() for B in factors], dim=1)  # (rank, sum of lengths)
     return [part.t() for part in joined.split_with_sizes([B.shape[0] for B in factors], dim=1)]

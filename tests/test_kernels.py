@@ -281,12 +281,12 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("rank, copies", [(4, 3), (16, 2)])
 def test_operators_of_a_group(rank, copies):
     """q, k and v: 26 or 27, of which the frozen model needs 8 (3 products forward, 3 and 2 sums backward)."""
-    rows = 128
-    x = torch.randn(rows, 64, requires_grad=True)
-    calls = [Linear(torch.randn(out, 64), None, [Addend(normal(rank, 64, dtype=torch.float32),
+    rows = 256
+    x = torch.randn(rows, 128, requires_grad=True)
+    calls = [Linear(torch.randn(out, 128), None, [Addend(normal(rank, 128, dtype=torch.float32),
                                                         normal(out, rank, dtype=torch.float32), 1.0)])
-             for out in (64, 32, 32)]
-    gradients = [torch.ones(rows, out) for out in (64, 32, 32)]
+             for out in (128, 64, 64)]
+    gradients = [torch.ones(rows, out) for out in (128, 64, 64)]
     with Operators() as count:
         torch.autograd.grad(linears(x, calls), [x, *factors(calls)], gradients)
     assert count.counts == {"mm": 12, "addmm_": 6, "cat": copies, "_to_copy": 6}
