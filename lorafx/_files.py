@@ -4,15 +4,16 @@ import contextlib
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
-import safetensors
-import torch
 from torch import Tensor
 
 from ._adapter import Pair, check_shapes, join
 from ._errors import FormatError
+from ._header import read_header, read_tensor
+from ._pickled import read_tensors
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -44,26 +45,35 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a .safetensors file, on the CPU, and its header's metadata."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise FormatError(f"'{path}' is damaged or no safetensors file: {error}.") from error
+def read_safetensors(path: Path, wanted: Callable[[str], bool] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a .safetensors file, or those whose names are wanted, on the CPU, and its header's metadata.
+
+    All of the header is checked before a tensor is made.
+    """
+    with _reading(path, "no safetensors file") as file:
+        entries, metadata = read_header(file)
+        return {name: read_tensor(file, entry) for name, entry in entries.items()
+                if wanted is None or wanted(name)}, metadata
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote, by name, on the CPU; nothing else in it is let in."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make torch's unpickler raise anything
-        reason = str(error).partition("\n")[0]
-        raise FormatError(f"'{path}' is damaged or holds more than tensors: {reason}.") from error
+    with _reading(path, "holds more than tensors") as file:
+        tensors = read_tensors(file)
     items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
         raise FormatError(f"'{path}' does not hold a dict of named tensors.")
     return dict(items)
+
+
+@contextlib.contextmanager
+def _reading(path: Path, otherwise: str) -> Iterator[BinaryIO]:
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except Exception as error:  # damaged bytes make the parsers of JSON, zip and pickle raise anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise FormatError(f"'{path}' is damaged or {otherwise}: {reason}.") from error
 
 
 def pairs_of(tensors: Mapping[str, Tensor], a: str, b: str, path: Path, scales: Mapping[str, float]) -> dict[str, Pair]:
