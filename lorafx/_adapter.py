@@ -4,6 +4,7 @@ import dataclasses
 import math
 import numbers
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ def _kaiming(A: Tensor) -> None:
 
 
 INITS: dict[str, Callable[[Tensor], None]] = {"gaussian": _gaussian, "kaiming": _kaiming}
+LONGEST_NAME = 200  # characters of an adapter's name
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -53,7 +55,9 @@ class LoRAConfig:
             object.__setattr__(self, field, _checked_patterns(field, getattr(self, field)))
         for rank in (self.rank, *self.rank_pattern.values()):
             if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
-                raise ConfigError(f"rank must be an integer of at least 1, not {rank!r}.")
+                raise ConfigError(f"rank must be an integer of at least 1, not {shown(rank)}.")
+            if rank >= 2**31:
+                raise ConfigError(f"rank must be below 2^31, not {shown(rank)}.")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if alpha is not None and not (is_number(alpha) and alpha > 0):
                 raise ConfigError(f"alpha must be a finite number above 0, not {alpha!r}; without it the scale is 1.")
@@ -61,7 +65,7 @@ class LoRAConfig:
             raise ConfigError("rslora divides alpha by sqrt(rank), but there is no alpha: give one, such as alpha=16.")
         if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ConfigError(f"dropout must be at least 0 and below 1, not {self.dropout!r}.")
-        for flag in ("rounding", "share_dropout"):
+        for flag in ("rslora", "rounding", "share_dropout"):
             if not isinstance(getattr(self, flag), bool):
                 raise ConfigError(f"{flag} must be True or False, not {getattr(self, flag)!r}.")
         if not isinstance(self.init, str) or self.init not in INITS:
@@ -84,7 +88,15 @@ class LoRAConfig:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite real number, and no bool."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it, in a few characters whatever a file says."""
+    return repr(value[:80]) if isinstance(value, str) else reprlib.repr(value)
 
 
 def _checked_patterns(field: str, patterns: Any) -> dict[str, Any]:
@@ -93,8 +105,8 @@ def _checked_patterns(field: str, patterns: Any) -> dict[str, Any]:
     for key in patterns:
         try:
             re.compile(key)
-        except (re.error, TypeError) as error:
-            raise ConfigError(f"the pattern {key!r} is not a regular expression: {error}.") from error
+        except (re.error, TypeError, OverflowError, RecursionError) as error:
+            raise ConfigError(f"the pattern {shown(key)} is not a regular expression: {error}.") from error
     return dict(patterns)
 
 
@@ -144,23 +156,34 @@ class Adapter:
         yield from self.trained.items()
 
 
-def validate(adapter: Adapter) -> None:
-    """Raise ConfigError unless every pair fits together and all values are finite floating-point numbers."""
+def validate(adapter: Adapter, allow_nonfinite: bool = False) -> None:
+    """Raise ConfigError unless every pair fits together and all values are floating-point numbers, finite as a rule."""
     check_name(adapter.name)
     for name, tensor in adapter.tensors():
-        if tensor.is_nested:
-            raise ConfigError(f"'{name}' is a nested tensor.")
+        check_plain(name, tensor)
     for site, (A, B, scale) in adapter.pairs.items():
         check_shapes(site, A, B)
         if not is_number(scale):
             raise ConfigError(f"at '{site}', the scale is {scale!r}.")
     for name, tensor in adapter.tensors():
-        if tensor.is_meta:
-            raise ConfigError(f"'{name}' is on the meta device and has no values.")
-        if tensor.layout != torch.strided or tensor.dtype not in FLOATS:
-            raise ConfigError(f"'{name}' has dtype {tensor.dtype} and layout {tensor.layout}.")
-        if not tensor.isfinite().all():
+        if tensor.dtype not in FLOATS:
+            raise ConfigError(f"'{name}' has dtype {tensor.dtype}.")
+        if not (allow_nonfinite or tensor.isfinite().all()):
             raise ConfigError(f"'{name}' has NaN or infinite values.")
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Raise ConfigError unless a tensor is of torch's own class, and has values, each with memory of its own."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise ConfigError(f"'{name}' is a {type(tensor).__name__}, of which a file keeps no more than a plain tensor.")
+    if tensor.is_nested:
+        raise ConfigError(f"'{name}' is a nested tensor.")
+    if tensor.is_meta:
+        raise ConfigError(f"'{name}' is on the meta device and has no values.")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ConfigError(f"'{name}' has dtype {tensor.dtype} and layout {tensor.layout}.")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ConfigError(f"'{name}' {tuple(tensor.shape)} is expanded: its elements share memory.")
 
 
 def check_shapes(site: str, A: Tensor, B: Tensor) -> None:
@@ -171,10 +194,11 @@ def check_shapes(site: str, A: Tensor, B: Tensor) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError unless this can name an adapter: it becomes the name of a submodule."""
-    if not isinstance(name, str) or not name or name[0] == "_" or "." in name or name in dir(nn.Module()):
-        raise ConfigError(f"{name!r} cannot name an adapter: use a word without dots that is no attribute of nn.Module "
-                          "and does not begin with an underscore.")
+    """Raise ConfigError unless this can name an adapter: it names a submodule, and in PEFT's format a folder."""
+    if (not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= LONGEST_NAME or name[0] == "_"
+            or any(mark in name for mark in "./\\:") or name in dir(nn.Module())):
+        raise ConfigError(f"{shown(name)} cannot name an adapter: use a word without dots, slashes and colons that is "
+                          "no attribute of nn.Module and does not begin with an underscore.")
 
 
 def join(prefix: str, name: str) -> str:

@@ -114,13 +114,25 @@ def fit(model: nn.Module, program: Program, adapter: Adapter, source: str, made_
         weight = weight_at(places, site)
         to = weight.device, factor_dtype(adapter.config, weight)
         pairs[site.name] = Pair(pair.A.to(*to, copy=True), pair.B.to(*to, copy=True), pair.scale)
-    trained = {}
-    for name, tensor in adapter.trained.items():
+    adapted = {id(weight_at(places, sites[name])): name for name in pairs}
+    return dataclasses.replace(adapter, pairs=pairs, trained=_fit_trained(base, adapted, adapter.trained, source))
+
+
+def _fit_trained(
+    base: Mapping[str, nn.Parameter], taken: Mapping[int, str], tensors: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """The tensors that an adapter trained whole; `taken` names what it has for a parameter already, by id."""
+    fitted, names = {}, dict(taken)
+    for name, tensor in tensors.items():
         if name not in base or base[name].shape != tensor.shape:
             has = f"has it as {tuple(base[name].shape)}" if name in base else f"has {near(name, base)}"
             raise MismatchError(f"{source} has a trained '{name}' {tuple(tensor.shape)}, but this model {has}.")
-        trained[name] = tensor.to(base[name], copy=True)
-    return dataclasses.replace(adapter, pairs=pairs, trained=trained)
+        other = names.setdefault(id(base[name]), name)
+        if other is not name:
+            raise MismatchError(f"{source} has a trained '{name}', which in this model is the weight of '{other}', "
+                                "that it has too.")
+        fitted[name] = tensor.to(base[name], copy=True)
+    return fitted
 
 
 def _sizes(in_features: int, out_features: int, experts: int | None = None) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,29 +11,79 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from ._adapter import Pair, check_shapes, join
+from ._adapter import Pair, check_shapes, join, shown
 from ._errors import FormatError
 from ._header import read_header, read_tensor
 from ._pickled import read_tensors
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that whatever happens on the way, the old one or the new one stands there, whole and on the disk.
 
-    It goes to a temporary file in the same folder, is flushed, and renamed. Missing folders are made.
+    It goes to a temporary file in the same folder, is flushed, and renamed. Missing folders are made. What killed
+    processes left of such temporary files of this path is removed first.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        with _temporary(path) as temporary:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(error.errno, f"'{path}' cannot be written, and stays as it was: {reason}") from error
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A new file beside a path, gone after the context. Its process holds a lock on it, which ends with the process."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        _lock(handle, wait=True)
+        if os.fstat(handle).st_nlink:
+            break
+        os.close(handle)  # another process took it for abandoned before it was locked
+    if os.name != "posix":  # where an open file cannot be renamed
+        os.close(handle)
+    try:
+        yield temporary
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
-    sync_folder(path.parent)
+        if os.name == "posix":
+            os.close(handle)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files of a path whose processes have ended: those that can be locked."""
+    for name in os.listdir(path.parent) if os.name == "posix" else ():
+        if re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.tmp", name):
+            with contextlib.suppress(OSError):  # it is gone, or another user's
+                handle = os.open(path.with_name(name), os.O_RDWR | os.O_NOFOLLOW)
+                try:
+                    if _lock(handle, wait=False):
+                        path.with_name(name).unlink()
+                finally:
+                    os.close(handle)
+
+
+def _lock(handle: int, wait: bool) -> bool:
+    """Lock an open file until it is closed; False where another has the lock, or the system has none to give."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -45,7 +96,9 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def read_safetensors(path: Path, wanted: Callable[[str], bool] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(
+    path: Path, wanted: Callable[[str], bool] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a .safetensors file, or those whose names are wanted, on the CPU, and its header's metadata.
 
     All of the header is checked before a tensor is made.
@@ -63,6 +116,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
         raise FormatError(f"'{path}' does not hold a dict of named tensors.")
+    for name in tensors:
+        if not name.isprintable():
+            raise FormatError(f"'{path}' has a tensor {shown(name)}, a name that cannot be printed.")
     return dict(items)
 
 

@@ -44,7 +44,7 @@ def write(adapter: Adapter, path: str | os.PathLike[str], base: str) -> None:
     write_whole(path, content)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Adapter, str | None]:
+def read(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> tuple[Adapter, str | None]:
     """The adapter in a file, all of it checked, and the fingerprint of its base if the format keeps one."""
     path = Path(path)
     decode = _row(path).decode
@@ -52,7 +52,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Adapter, str | None]:
         raise FormatError(f"There is no file '{path}'.")
     try:
         adapter, base = decode(path)
-        validate(adapter)
+        validate(adapter, allow_nonfinite)
     except ConfigError as error:
         raise FormatError(f"'{path}' cannot be loaded: {error}") from error
     return adapter, base

@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 
 
 def read_header(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str]]:
-    """{name: Entry} in the order of the data, and the metadata; ValueError unless the header accounts for every byte."""
+    """{name: Entry} in the order of the data, and the metadata; ValueError unless they account for every byte."""
     size = os.fstat(file.fileno()).st_size
     first = file.read(8)
     length = int.from_bytes(first, "little")
@@ -39,6 +39,7 @@ def read_header(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata is not an object of strings")
+    "".join((*metadata, *metadata.values())).encode()  # halves of surrogate pairs, which no text may have, raise
     entries = {name: _entry(name, fields, 8 + length, size) for name, fields in header.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
     position = 8 + length

@@ -137,7 +137,9 @@ def add(model: nn.Module, adapter: str, rank: int = 8, *, targets: Any = None, *
 
 
 @torch.inference_mode(False)
-def load(model: M, path: str | os.PathLike[str], adapter: str | None = None) -> M:
+def load(
+    model: M, path: str | os.PathLike[str], adapter: str | None = None, *, allow_nonfinite: bool = False
+) -> M:
     """The model with the adapter in a file; the format is known by the path's ending.
 
     A model without branches is left as it is and a new, injected one is returned, with the adapter active. An injected
@@ -147,6 +149,7 @@ def load(model: M, path: str | os.PathLike[str], adapter: str | None = None) -> 
         model: a base model, or an injected one.
         path: a file written by `lorafx.save` or by MiniMind (.pth).
         adapter: the name to give it; by default the one in the file.
+        allow_nonfinite: whether A, B and trained weights may hold NaN and infinity, which are otherwise an error.
 
     Raises:
         FormatError: the file is missing or damaged. MismatchError: it was made for another model.
@@ -160,7 +163,7 @@ def load(model: M, path: str | os.PathLike[str], adapter: str | None = None) -> 
         >>> lorafx.adapters(lorafx.load(base, path))
         ['default']
     """
-    found, made_for = _formats.read(path)
+    found, made_for = _formats.read(path, allow_nonfinite=allow_nonfinite)
     found = dataclasses.replace(found, name=found.name if adapter is None else adapter)
     check_name(found.name)
     fresh = find_injection(model) is None

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 
-from ._adapter import FLOATS, Adapter, LoRAConfig, Stored
+from ._adapter import FLOATS, Adapter, LoRAConfig, Stored, shown
 from ._errors import FormatError, LorafxError
 from ._files import pairs_of, read_safetensors
+from ._header import parse_json
 
 VERSION = "1"
 
@@ -28,26 +30,31 @@ def decode(path: Path) -> tuple[Adapter, str | None]:
     """The adapter in a file, and the fingerprint of its base if the file has one."""
     tensors, header = read_safetensors(path)
     if header.get("format") != "lorafx":
-        raise FormatError(f"'{path}' was not written by lorafx.save: its header's format is {header.get('format')!r}.")
+        kind = shown(header.get("format"))
+        raise FormatError(f"'{path}' was not written by lorafx.save: its header's format is {kind}.")
     if header.get("version") != VERSION:
-        raise FormatError(f"'{path}' has format version {header.get('version')}, not {VERSION}: update lorafx.")
+        version = shown(header.get("version"))
+        raise FormatError(f"'{path}' has format version {version}, not {VERSION}: update lorafx.")
     try:
-        about = json.loads(header["adapter"])
+        about = parse_json(header["adapter"])
+        unknown = about.keys() - {"name", "config", "base", "scales", "trained", "stored"}
+        if unknown:
+            raise FormatError(f"The header of '{path}' holds {shown(min(unknown))}, which this lorafx does not know: "
+                              "update it.")
         config = _config_from_json(about["config"])
-        scales, names, base = dict(about["scales"]), set(about["trained"]), str(about["base"])
+        scales, names, base = dict(about["scales"].items()), set(_texts(about["trained"])), _base(about["base"])
         pairs = pairs_of({n: t for n, t in tensors.items() if n not in names}, "lora.A", "lora.B", path, scales)
         trained = {name: tensors[name] for name in sorted(names)}
         for listed in (scales.keys(), set(config.targets)):
             if listed != pairs.keys():
                 site = min(listed ^ pairs.keys())
-                raise FormatError(f"'{path}' has '{site}' in only one of its header and its tensors.")
-        stored = {site: Stored(tuple(map(int, shape)), bool(transposed), int(start))
-                  for site, (shape, transposed, start) in dict(about.get("stored", {})).items()}
+                raise FormatError(f"'{path}' has {shown(site)} in only one of its header and its tensors.")
+        stored = {site: _stored(*fields) for site, fields in about.get("stored", {}).items()}
         return Adapter(about["name"], config, pairs, trained, stored), base
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, LorafxError):
             raise
-        raise FormatError(f"The header of '{path}' is damaged: {type(error).__name__}: {error}.") from error
+        raise FormatError(f"The header of '{path}' is damaged: {type(error).__name__}: {str(error)[:200]}.") from error
 
 
 def _config_to_json(config: LoRAConfig) -> dict[str, Any]:
@@ -59,5 +66,26 @@ def _config_from_json(fields: dict[str, Any]) -> LoRAConfig:
     dtypes: dict[str | None, torch.dtype | None] = {None: None, **{str(dtype): dtype for dtype in FLOATS}}
     unknown = fields.keys() - {f.name for f in dataclasses.fields(LoRAConfig)}
     if unknown:
-        raise FormatError(f"The config holds '{min(unknown)}', which this lorafx does not know: update it.")
+        raise FormatError(f"The config holds {shown(min(unknown))}, which this lorafx does not know: update it.")
+    for field in ("targets", "exclude", "trainable"):
+        _texts(fields.get(field, []))
     return LoRAConfig(**{**fields, "dtype": dtypes[fields["dtype"]]})
+
+
+def _stored(shape: Any, transposed: Any, start: Any) -> Stored:
+    if not all(type(number) is int and number >= 0 for number in (*shape, start)) or type(transposed) is not bool:
+        raise ValueError("how a weight is stored is not a shape, a flag and a row")
+    return Stored(tuple(shape), transposed, start)
+
+
+def _base(value: Any) -> str:
+    if type(value) is not str or not re.fullmatch("[0-9a-f]{16}", value):
+        raise ValueError(f"{shown(value)} is no fingerprint of a model")
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    """A list of strings, or a ValueError."""
+    if type(value) is not list or not all(type(text) is str for text in value):
+        raise ValueError("a list of names is not one")
+    return value

@@ -23,6 +23,7 @@ STORAGES = {"torch DoubleStorage": torch.float64, "torch FloatStorage": torch.fl
             "torch BFloat16Storage": torch.bfloat16, "torch LongStorage": torch.int64, "torch IntStorage": torch.int32,
             "torch ShortStorage": torch.int16, "torch CharStorage": torch.int8, "torch ByteStorage": torch.uint8}
 MAGIC = 0x1950A86A20F9469CFC6C  # what torch.save wrote first before it wrote zip files
+PROTOCOL = 1001  # and second
 MARK = object()
 
 
@@ -37,7 +38,7 @@ class Storage(NamedTuple):
 
     dtype: torch.dtype
     key: str
-    count: int
+    numel: int
 
 
 class Claim(NamedTuple):
@@ -88,9 +89,9 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[Any, Records]:
 def _read_before_zip(content: bytes) -> tuple[Any, Records]:
     """Five programs (magic, version, system, what was saved, the keys of its storages), then the storages."""
     file, claimed = io.BytesIO(content), dict[str, Storage]()
-    if _run(file, claimed) != MAGIC:
+    if _run(file, claimed) != MAGIC or _run(file, claimed) != PROTOCOL:
         raise ValueError("it does not begin as a file of torch.save does")
-    _, system, found, keys = (_run(file, claimed) for _ in range(4))
+    system, found, keys = (_run(file, claimed) for _ in range(3))
     if system.get("little_endian") is not (sys.byteorder == "little"):
         raise ValueError(f"its numbers are not {sys.byteorder}-endian, as this computer's are")
     places: dict[str, tuple[int, int]] = {}
@@ -114,18 +115,16 @@ def _tensor(claim: Claim, records: Records, made: dict[str, Tensor], size: int) 
         if len(data) != count * dtype.itemsize:
             raise ValueError(f"a storage claims {count} elements of {dtype}, and has {len(data)} bytes")
         made[key] = from_bytes(data, dtype)
-    flat = made[key]
-    if flat.dtype != dtype or len(flat) != count:
-        raise ValueError(f"a tensor claims {count} elements of {dtype}, and its storage has {len(flat)} of {flat.dtype}")
     steps = (*claim.stride, claim.offset)
     if len(claim.shape) != len(claim.stride) or not all(type(n) is int and n >= 0 for n in steps):
         raise ValueError("a tensor's strides are not strides")
-    if not elements(claim.shape, dtype.itemsize, size):
+    total = elements(claim.shape, dtype.itemsize, size)
+    if not total:
         return torch.empty(claim.shape, dtype=dtype)
     last = claim.offset + sum((n - 1) * step for n, step in zip(claim.shape, claim.stride))
-    if elements(claim.shape, 1, count) > count or last >= count:
-        raise ValueError(f"a tensor claims elements up to {last} of a storage that has {count}")
-    return flat.as_strided(claim.shape, claim.stride, claim.offset)
+    if total > count or last >= count:
+        raise ValueError(f"a tensor claims {total} elements, up to number {last}, of a storage that has {count}")
+    return made[key].as_strided(claim.shape, claim.stride, claim.offset)
 
 
 class Machine:
@@ -135,6 +134,11 @@ class Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.storages = storages
+
+    def check(self, holds: bool, damage: str) -> None:
+        """Go on, or stop at this damage."""
+        if not holds:
+            raise ValueError(damage)
 
     def above_mark(self) -> list[Any]:
         """Pop all that was pushed since the last mark, and the mark."""
@@ -160,14 +164,12 @@ class Machine:
 
     def append(self, values: list[Any]) -> None:
         """Put values into the list on top."""
-        if type(self.stack[-1]) is not list:
-            raise ValueError("it appends to what is no list")
+        self.check(type(self.stack[-1]) is list, "it appends to what is no list")
         self.stack[-1].extend(values)
 
     def name(self, text: str) -> None:
         """Refer to a global: one of those that dicts of tensors are made of."""
-        if text not in STORAGES and text not in CALLS:
-            raise ValueError(f"it holds {text.replace(' ', '.')[:80]!r}")
+        self.check(text in STORAGES or text in CALLS, f"it holds {text.replace(' ', '.')[:80]!r}")
         self.stack.append(Name(text))
 
     def storage(self) -> None:
@@ -175,25 +177,21 @@ class Machine:
         kind, name, key, _, count, *view = self.stack.pop()
         if kind != "storage" or type(name) is not Name or type(key) is not str or view not in ([], [None]):
             raise ValueError("it refers to something that is no storage")
-        if type(count) is not int or count < 0:
-            raise ValueError("a storage's size is not a size")
+        self.check(type(count) is int and count >= 0, "a storage's size is not a size")
         found = Storage(STORAGES[name.text], key, count)
-        if self.storages.setdefault(key, found) != found:
-            raise ValueError(f"it claims two things of storage {key!r}")
+        self.check(self.storages.setdefault(key, found) == found, f"it claims two things of storage {key[:80]!r}")
         self.stack.append(found)
 
     def call(self) -> None:
         """Do what stands here for calling a global with a tuple of arguments."""
         arguments, name = self.stack.pop(), self.stack.pop()
-        if type(name) is not Name or type(arguments) is not tuple:
-            raise ValueError("it calls what is no function")
+        self.check(type(name) is Name and type(arguments) is tuple, "it calls what is no function")
         self.stack.append(CALLS[name.text](*arguments))
 
     def build(self) -> None:
         """Ignore the attributes of a dict, where a module's state_dict keeps version numbers."""
         self.stack.pop()
-        if type(self.stack[-1]) is not dict:
-            raise ValueError("it sets attributes")
+        self.check(type(self.stack[-1]) is dict, "it sets attributes")
 
 
 def _claim(storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any) -> Claim:
@@ -208,12 +206,16 @@ def _parameter(claim: Any, requires_grad: Any, hooks: Any) -> Claim:
     return claim
 
 
-CALLS: dict[str, Callable[..., Any]] = {"collections OrderedDict": lambda: {}, "torch._utils _rebuild_tensor_v2": _claim,
-                                        "torch._utils _rebuild_parameter": _parameter}
+CALLS: dict[str, Callable[..., Any]] = {
+    "collections OrderedDict": lambda: {},
+    "torch._utils _rebuild_tensor_v2": _claim,
+    "torch._utils _rebuild_parameter": _parameter,
+}
 
 # What each opcode of the pickle language does, of those that a dict of tensors needs.
 STEPS: dict[str, Callable[[Machine, Any], Any]] = {
-    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda machine, value: None),
+    **dict.fromkeys(("FRAME", "STOP"), lambda machine, value: None),
+    "PROTO": lambda machine, version: machine.check(version <= 5, f"its pickle is of version {version}"),
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
                      "BINUNICODE8"), lambda machine, value: machine.stack.append(value)),
     "NONE": lambda machine, _: machine.stack.append(None),

@@ -130,7 +130,7 @@ DAMAGE = {
                                  h.update(adapter=h["adapter"].replace('"up"', '"upp"'))), lorafx.MismatchError,
                    "has an adapter at 'upp', but in this model there is no such site; near it: 'up'"),
     "no header": (lambda t, h: h.clear(), lorafx.FormatError, "not written by lorafx.*header's format is None"),
-    "version": (lambda t, h: h.update(version="9"), lorafx.FormatError, "has format version 9, not 1: update lorafx"),
+    "version": (lambda t, h: h.update(version="9"), lorafx.FormatError, "has format version '9', not 1: update lorafx"),
     "header": (lambda t, h: h.update(adapter="{"), lorafx.FormatError, "The header of .* is damaged"),
     "config": (edit_about(config={"dropuot": 1}), lorafx.FormatError, "holds 'dropuot', which this lorafx"),
     "rank": (edit_about(config={"rank": 0, "dtype": None}), lorafx.FormatError, "rank must be an integer of at least"),

@@ -1,0 +1,234 @@
+"""Thousands of damaged files: each is a clean error that changes nothing, or loads as exactly what the file says.
+
+"What the file says" is read independently, by safetensors and by torch.load: the same names, shapes, bits and scales.
+"""
+
+import io
+import json
+import os
+import random
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from test_formats import Model, injected
+
+import lorafx
+from lorafx import _formats
+
+SEED = 5
+NUMBERS = [0, 1, 2, 3, 5, 7, 8, 9, 64, 255, 256, 65535, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63, 2**64 - 1, -1]
+VALUES = [None, True, "", "x", "up", "F64", "I8", "BOOL", "C64", "F4", [], {}, [[]], {"a": 1}, 1.5, -0.0, float("nan"),
+          float("inf"), 10**400, "\x00", "\ud800", "../x", "a/b", "up.lora.A", "__metadata__", [2**62, 4], *NUMBERS]
+
+
+class Dice(random.Random):
+    """The random numbers of one mutation."""
+
+    def cut(self, data: bytes) -> bytes:
+        """A part from the beginning."""
+        return data[:self.randrange(len(data))]
+
+    def flip(self, data: bytes) -> bytes:
+        """One to three bytes changed."""
+        changed = bytearray(data)
+        for _ in range(self.randint(1, 3)):
+            changed[self.randrange(len(data))] ^= self.randint(1, 255)
+        return bytes(changed)
+
+    def splice(self, data: bytes) -> bytes:
+        """A part repeated, dropped, moved or overwritten by another."""
+        a, b, c = sorted(self.randrange(len(data) + 1) for _ in range(3))
+        return self.choice([data[:b] + data[a:], data[:a] + data[b:], data[:a] + data[b:c] + data[a:b] + data[c:],
+                            data[:b] + data[a:b] + data[b + (b - a):], data + data[a:b]])
+
+    def number(self, data: bytes) -> bytes:
+        """A field of 1, 2, 4 or 8 bytes set to a telling value."""
+        width = self.choice([1, 2, 4, 8])
+        at = self.randrange(max(1, len(data) - width))
+        return data[:at] + (self.choice(NUMBERS) % 256**width).to_bytes(width, "little") + data[at + width:]
+
+    def bytes_of(self, data: bytes) -> bytes:
+        """Any of these."""
+        return self.choice([self.cut, self.flip, self.splice, self.number])(data) if data else b"x"
+
+    def json(self, value: Any) -> Any:
+        """A copy of a JSON value with one place in it changed, added, renamed or removed."""
+        places = [(value, key) for key in (value if isinstance(value, dict) else range(len(value)))]
+        if not places or self.random() < 0.02:
+            return self.choice(VALUES)
+        _, key = self.choice(places)
+        copy = value.copy()
+        if isinstance(copy[key], (dict, list)) and copy[key] and self.random() < 0.8:
+            copy[key] = self.json(copy[key])
+        elif isinstance(copy, list):
+            copy[key:key + 1] = self.choice([[], [copy[key]] * 2, [self.choice(VALUES)]])
+        else:
+            self.choice([lambda: copy.pop(key), lambda: copy.update({key: self.choice(VALUES)}),
+                         lambda: copy.update({self.text(): copy.pop(key)}),
+                         lambda: copy.update({self.text(): copy[key]}),
+                         lambda: copy.update({key: copy[self.choice(places)[1]]})])()
+        return copy
+
+    def text(self) -> str:
+        """A key that may mean something."""
+        return self.choice([value for value in VALUES if isinstance(value, str)] + ["head.lora.B", "targets", "head"])
+
+
+def twice(text: str, dice: Dice) -> str:
+    """The same JSON with one key given twice."""
+    at = text.find('"', dice.randrange(len(text)))
+    end = text.find('": ', at)
+    return text[:at] + text[at:end] + '": 0, ' + text[at:] if 0 <= at < end and text[at - 1] in "{ " else text
+
+
+def mutate_native(data: bytes, dice: Dice) -> bytes:
+    """Change bytes anywhere, or the header or the adapter's JSON in it, so that what is around it still fits."""
+    if dice.random() < 0.3:
+        return dice.bytes_of(data)
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8:8 + length]), data[8 + length:]
+    kind = dice.random()
+    if kind < 0.45:
+        about = dice.json(json.loads(header["__metadata__"]["adapter"]))
+        header["__metadata__"]["adapter"] = json.dumps(about)
+    elif kind < 0.8:
+        header = dice.json(header)
+    elif kind < 0.9:
+        body = dice.bytes_of(body)
+    text = json.dumps(header)
+    text = twice(text, dice) if kind > 0.95 else text
+    content = dice.bytes_of(text.encode()) if 0.9 < kind <= 0.95 else text.encode()
+    length = len(content) if dice.random() < 0.98 else dice.choice(NUMBERS) % 2**64
+    return length.to_bytes(8, "little") + content + body
+
+
+def mutate_zip(data: bytes, dice: Dice) -> bytes:
+    """Change bytes anywhere, or those of one member under a right checksum, or the members."""
+    if dice.random() < 0.3:
+        return dice.bytes_of(data)
+    source, buffer = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
+    names = source.namelist()
+    target = dice.choice([names[0]] * 12 + names)
+    how = dice.random()
+    with zipfile.ZipFile(buffer, "w") as made:
+        for name in names:
+            content = source.read(name)
+            if name == target and how < 0.8:
+                content = dice.bytes_of(content)
+            if name == target and 0.8 <= how < 0.85:
+                continue
+            renamed = f"{dice.text()}/{name}" if name == target and 0.85 <= how < 0.9 else name
+            packed = zipfile.ZIP_DEFLATED if name == target and how >= 0.95 else zipfile.ZIP_STORED
+            made.writestr(renamed.encode(errors="replace").decode().replace("\0", "_"), content, packed)
+        if 0.9 <= how < 0.95:
+            made.writestr("archive/more", b"0" * 10**6, zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+def native(path: Path) -> None:
+    """A file with all that an adapter can have."""
+    lorafx.save(lorafx.inject(Model(), 2, targets="up", alpha=4, rank_pattern={"u.": 2}, trainable="head"), path)
+
+
+def before_zip(path: Path) -> None:
+    """A MiniMind file as torch.save wrote it long ago."""
+    lorafx.save(injected(), path)
+    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+
+
+KINDS: dict[str, tuple[str, int, Callable[[Path], None], Callable[[bytes, Dice], bytes]]] = {
+    "native": ("a.safetensors", 5000, native, mutate_native),
+    "zip": ("a.pth", 3300, lambda path: lorafx.save(injected(), path), mutate_zip),
+    "before zip": ("a.pth", 2000, before_zip, lambda data, dice: dice.bytes_of(data)),
+}
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same, to the bit."""
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(
+        one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
+
+
+def check_as_the_file_says(path: Path) -> None:
+    """What lorafx reads from a file that it accepts is what safetensors and torch.load read."""
+    adapter, _ = _formats.read(path)
+    if path.suffix == ".pth":
+        expected = torch.load(tidied(path), "cpu", weights_only=True)
+        scales = dict.fromkeys(adapter.pairs, 1.0)
+        found = {f"{name}.weight": tensor for name, tensor in adapter.tensors()}
+    else:
+        expected, found = safetensors.torch.load(path.read_bytes()), dict(adapter.tensors())
+        with safetensors.safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["adapter"])
+        scales = about["scales"]
+        assert adapter.name == about["name"] and sorted(adapter.trained) == sorted(set(about["trained"]))
+    assert found.keys() == expected.keys() and all(same_bits(found[name], expected[name]) for name in found)
+    assert {site: pair.scale for site, pair in adapter.pairs.items()} == scales
+    assert all(tensor.isfinite().all() for tensor in found.values())
+
+
+def tidied(path: Path) -> io.BytesIO:
+    """A .pth file without the members that only torch's own reader looks at, and damage in which hurts no tensor."""
+    data, buffer = path.read_bytes(), io.BytesIO()
+    if not zipfile.is_zipfile(path):
+        return io.BytesIO(data)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(buffer, "w") as made:
+        for name in source.namelist():
+            if name.endswith("/data.pkl") or "/data/" in name:
+                made.writestr(name, source.read(name))
+        made.writestr(source.namelist()[0].partition("/")[0] + "/version", "3\n")
+    buffer.seek(0)
+    return buffer
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Detected pickle protocol")  # of odd patterns and bytes
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files(kind: str, tmp_path: Path) -> None:
+    name, count, write, mutate = KINDS[kind]
+    path, outcomes = tmp_path / name, Counter[str]()
+    write(path)
+    whole = path.read_bytes()
+    models = [Model(), injected(adapter="here")]
+    before = [tensors_of(model) for model in models]
+    for index in range(count):
+        data = mutate(whole, Dice(f"{SEED} {kind} {index}"))
+        path.write_bytes(data)
+        try:
+            outcome = outcome_of(path, models, before)
+            assert path.read_bytes() == data and os.listdir(tmp_path) == [name]
+        except BaseException as error:
+            raise AssertionError(f"Mutation {index} of {kind!r} with seed {SEED}, {len(data)} bytes: {data[:4000]!r}"
+                                 ) from error
+        outcomes[outcome] += 1
+    print(kind, dict(outcomes))
+    assert outcomes["FormatError"] > count / 2 and outcomes["loaded"] > count / 100
+
+
+def outcome_of(path: Path, models: list[torch.nn.Module], before: list[dict[str, torch.Tensor]]) -> str:
+    """How loading ends for a plain and an injected model, both left as they were; anything unclean is raised."""
+    outcomes = []
+    for model, tensors in zip(models, before):
+        try:
+            loaded = lorafx.load(model, path)
+            outcomes.append("loaded")
+            check_as_the_file_says(path)
+            if loaded is model:
+                lorafx.remove(model, lorafx.adapters(model)[-1])
+        except lorafx.LorafxError as error:
+            outcomes.append(type(error).__name__)
+            message = str(error)
+            assert message.isprintable() and len(message) < 1000, message
+        now = tensors_of(model)
+        assert now.keys() == tensors.keys() and all(torch.equal(now[name], tensors[name]) for name in now)
+    return outcomes[0]
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of a model's tensors."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
