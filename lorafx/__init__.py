@@ -21,6 +21,7 @@ from ._inject import sites as sites
 from ._merge import eject as eject
 from ._merge import merge as merge
 from ._report import summary as summary
+from ._resume import resume as resume
 from ._switch import activate as activate
 from ._switch import adapters as adapters
 from ._switch import compose as compose

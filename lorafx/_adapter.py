@@ -136,10 +136,26 @@ class Stored(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Training:
+    """Where a training run stands: after `step` steps of an optimizer, and with which random numbers to come.
+
+    `kind` is the optimizer's class. `groups` has for each parameter group its options and the names of its tensors,
+    `state` for each of these names what the optimizer keeps for it. Names are those of `Adapter.tensors`, which no
+    order and no adapter's name changes. `random` has the generators' states, uint8, by where they are.
+    """
+
+    step: int
+    kind: str
+    groups: list[tuple[dict[str, Any], list[str]]]
+    state: dict[str, dict[str, Any]]
+    random: dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
 class Adapter:
     """A named adapter apart from any model: its config, {site: Pair}, and base tensors trained beside it.
 
-    `stored` says how the weights of its sites are stored, where that is known.
+    `stored` says how the weights of its sites are stored, where that is known; `training` where its training stands.
     """
 
     name: str
@@ -147,6 +163,7 @@ class Adapter:
     pairs: Mapping[str, Pair]
     trained: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     stored: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
+    training: Training | None = None
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         """Every tensor under the name it has in a file of lorafx: `<site>.lora.A`, `<site>.lora.B`, or the base's."""

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -96,17 +96,11 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def read_safetensors(
-    path: Path, wanted: Callable[[str], bool] | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a .safetensors file, or those whose names are wanted, on the CPU, and its header's metadata.
-
-    All of the header is checked before a tensor is made.
-    """
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a .safetensors file, on the CPU, and its header's metadata; all of it is checked first."""
     with _reading(path, "no safetensors file") as file:
         entries, metadata = read_header(file)
-        return {name: read_tensor(file, entry) for name, entry in entries.items()
-                if wanted is None or wanted(name)}, metadata
+        return {name: read_tensor(file, entry) for name, entry in entries.items()}, metadata
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:

@@ -19,10 +19,11 @@ class Format:
     endings: tuple[str, ...]
     encode: Callable[[Adapter, str], bytes]
     decode: Callable[[Path], tuple[Adapter, str | None]]
+    keeps_training: bool = False
 
 
 FORMATS = (
-    Format("lorafx", (".safetensors",), _native.encode, _native.decode),
+    Format("lorafx", (".safetensors",), _native.encode, _native.decode, keeps_training=True),
     Format("MiniMind", (".pth", ".pt"), _minimind.encode, _minimind.decode),
 )
 
@@ -33,12 +34,15 @@ def write(adapter: Adapter, path: str | os.PathLike[str], base: str) -> None:
     `base` is the fingerprint of the model it belongs to, kept where the format has a place for it.
     """
     path = Path(path)
-    encode = _row(path).encode
+    row = _row(path)
+    if adapter.training is not None and not row.keeps_training:
+        raise FormatError(f"'{path}' is a {row.name} file, which keeps no optimizer and step: leave out optimizer=... "
+                          "and step=..., or save to a path that ends in .safetensors.")
     if path.is_dir():
         raise FormatError(f"'{path}' is a folder: name a file in it.")
     try:
         validate(adapter)
-        content = encode(adapter, base)
+        content = row.encode(adapter, base)
     except ConfigError as error:
         raise FormatError(f"Adapter {adapter.name!r} cannot be saved to '{path}': {error}") from error
     write_whole(path, content)

@@ -13,12 +13,12 @@ from . import _formats
 from ._adapter import LoRAConfig, check_name
 from ._attach import attach, check_free, create, fingerprint, fit, start
 from ._branch import branches
-from ._errors import AdapterError
 from ._guard import check_model
 from ._merge import merge
 from ._program import read
-from ._record import find_injection, injection
+from ._record import find_injection
 from ._region import share
+from ._resume import capture, only_active
 from ._sites import Site, as_list, select
 from ._switch import activate, extract
 
@@ -182,7 +182,10 @@ def load(
     return twin
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None) -> None:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None, *,
+    optimizer: torch.optim.Optimizer | None = None, step: int | None = None,
+) -> None:
     """Write one adapter, and nothing of the base, to a file; all of it or nothing, whatever happens on the way.
 
     Args:
@@ -190,21 +193,22 @@ def save(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = N
         path: its ending says the format: `.safetensors` (lorafx's own, all of the adapter), or `.pth` / `.pt`
             (MiniMind's: float16, the scale folded into B). Missing folders are made.
         adapter: which one; by default the only active one.
+        optimizer, step: of a training run that `lorafx.resume` shall continue, kept with the states of the random
+            generators beside the adapter; only lorafx's own format has a place for them.
 
     Raises:
-        FormatError: no such format, or the format cannot hold this adapter. AdapterError: unknown, or not the only one.
+        FormatError: no such format, or the format cannot hold this. AdapterError: unknown, or not the only one.
+        ConfigError: the optimizer has other parameters than this adapter's. OSError: the disk failed.
 
     Example:
         >>> import tempfile, torch, lorafx
         >>> lorafx.save(lorafx.inject(torch.nn.Linear(4, 4)), tempfile.mkdtemp() + "/out/lora/demo_4.pth")
     """
-    if adapter is None:
-        active = list(injection(model).active)
-        if len(active) != 1:
-            raise AdapterError(f"save writes one adapter, but {len(active)} are active: name one with adapter=..., of "
-                               f"{', '.join(map(repr, injection(model).configs)) or 'none'}.")
-        adapter = active[0]
-    _formats.write(extract(model, adapter), path, fingerprint(read(model)))
+    adapter = only_active(model, adapter, "save writes one adapter")
+    found = extract(model, adapter)
+    if optimizer is not None or step is not None:
+        found = dataclasses.replace(found, training=capture(model, adapter, optimizer, step))
+    _formats.write(found, path, fingerprint(read(model)))
 
 
 class InjectLoRA(PassBase):

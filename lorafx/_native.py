@@ -10,9 +10,10 @@ import safetensors.torch
 import torch
 
 from ._adapter import FLOATS, Adapter, LoRAConfig, Stored, shown
-from ._errors import FormatError, LorafxError
+from ._errors import ConfigError, FormatError, LorafxError
 from ._files import pairs_of, read_safetensors
 from ._header import parse_json
+from ._training import PREFIX, pack, unpack
 
 VERSION = "1"
 
@@ -23,6 +24,12 @@ def encode(adapter: Adapter, base: str) -> bytes:
              "scales": {site: pair.scale for site, pair in adapter.pairs.items()}, "trained": list(adapter.trained),
              "stored": adapter.stored}
     tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors()}
+    for name in tensors:
+        if name.startswith(PREFIX):
+            raise ConfigError(f"the name '{name}' begins with '{PREFIX}', as only what lorafx keeps of training does.")
+    if adapter.training is not None:
+        about["training"], state = pack(adapter.training)
+        tensors |= {name: tensor.contiguous() for name, tensor in state.items()}
     return safetensors.torch.save(tensors, {"format": "lorafx", "version": VERSION, "adapter": json.dumps(about)})
 
 
@@ -37,12 +44,16 @@ def decode(path: Path) -> tuple[Adapter, str | None]:
         raise FormatError(f"'{path}' has format version {version}, not {VERSION}: update lorafx.")
     try:
         about = parse_json(header["adapter"])
-        unknown = about.keys() - {"name", "config", "base", "scales", "trained", "stored"}
+        unknown = about.keys() - {"name", "config", "base", "scales", "trained", "stored", "training"}
         if unknown:
             raise FormatError(f"The header of '{path}' holds {shown(min(unknown))}, which this lorafx does not know: "
                               "update it.")
         config = _config_from_json(about["config"])
         scales, names, base = dict(about["scales"].items()), set(_texts(about["trained"])), _base(about["base"])
+        training = None
+        if "training" in about:
+            state = {name: tensors.pop(name) for name in list(tensors) if name.startswith(PREFIX)}
+            training = unpack(about["training"], state, set(tensors))
         pairs = pairs_of({n: t for n, t in tensors.items() if n not in names}, "lora.A", "lora.B", path, scales)
         trained = {name: tensors[name] for name in sorted(names)}
         for listed in (scales.keys(), set(config.targets)):
@@ -50,7 +61,7 @@ def decode(path: Path) -> tuple[Adapter, str | None]:
                 site = min(listed ^ pairs.keys())
                 raise FormatError(f"'{path}' has {shown(site)} in only one of its header and its tensors.")
         stored = {site: _stored(*fields) for site, fields in about.get("stored", {}).items()}
-        return Adapter(about["name"], config, pairs, trained, stored), base
+        return Adapter(about["name"], config, pairs, trained, stored, training), base
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, LorafxError):
             raise

@@ -10,16 +10,17 @@ import lorafx
 LEVELS = {
     "_errors": 0, "_products": 0, "_header": 0,
     "_kernels": 1, "_adapter": 1, "_rules": 1, "_graph": 1, "_watch": 1, "_pickled": 1,
-    "_trace": 2, "_source": 2, "_sites": 2, "_weight": 2, "_files": 2,
-    "_scan": 3, "_branch": 3, "_native": 3, "_minimind": 3,
+    "_trace": 2, "_source": 2, "_sites": 2, "_weight": 2, "_files": 2, "_training": 2,
+    "_scan": 3, "_branch": 3, "_native": 3, "_minimind": 3, "_generators": 1,
     "_record": 4, "_group": 4,
     "_region": 5,
     "_program": 6, "_formats": 6, "_guard": 6,
     "_merge": 7, "_attach": 7,
     "_switch": 8, "_report": 8,
     "_inductor": 5, "_compile": 6,
-    "_inject": 9,
-    "__init__": 10,
+    "_resume": 9,
+    "_inject": 10,
+    "__init__": 11,
 }
 FOLDER = Path(lorafx.__file__).parent
 
@@ -54,7 +55,7 @@ def test_the_public_surface():
         "AdaptedWeightError", "AdapterError", "ConfigError", "FormatError", "InjectLoRA", "LorafxError", "MergeLoRA",
         "MismatchError", "NoSiteError", "NotInjectedError", "TiedWeightError", "UnsupportedModelError", "activate",
         "adapters", "add", "compile_options", "compose", "disabled", "eject", "inject", "load", "merge",
-        "named_parameters", "parameters", "remove", "save", "sites", "summary"]
+        "named_parameters", "parameters", "remove", "resume", "save", "sites", "summary"]
 
 
 def test_every_public_name_has_an_example():
