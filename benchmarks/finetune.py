@@ -8,6 +8,8 @@ model on the same batches stands beside. Losses are held-out, in nats per byte.
     python benchmarks/finetune.py
 
 takes one to two minutes on two CPU cores, prints one table, and writes adapters, results.json and losses.png to out/.
+While an adapter trains, its state is kept in out/unfinished/; after a crash --resume goes on from there, to the same
+bits.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import openmp  # noqa: F401 (before torch)
+import keep
 import report
 import texts
 import torch
@@ -51,6 +54,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--device", "cuda" if torch.cuda.is_available() else "cpu", "where to train")
     option("--out", Path("out"), "folder for the adapters, the numbers and the picture")
     option("--checkpoints", Path("checkpoints"), "folder of the pre-trained base model, which later runs use again")
+    option("--save-every", 10, "steps after which the training of an adapter is kept, so that --resume can go on")
+    parser.add_argument("--resume", action="store_true", help="go on with the adapters of a run that was stopped")
     parser.add_argument("--check-learning", action=argparse.BooleanOptionalAction, default=True,
                         help="fail unless each adapter learns its own text; turn it off for runs too short to learn")
     return parser.parse_args(argv)
@@ -64,7 +69,7 @@ def run(bench: Bench) -> tuple[list[float], dict[str, dict[str, Run]]]:
     base = workflow.fresh_base(bench, path)
     before = workflow.snapshot(base)
     bench.add_row("base", base, path)
-    model, lora = workflow.adapt(bench, base)
+    model, lora = workflow.adapt(bench, base, path)
     loaded = workflow.save_and_load(bench, model, lora, path)
     workflow.compose(bench, loaded)
     workflow.merge(bench, loaded)
@@ -94,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(options, {text.name: text for text in map(texts.read, (texts.prose, texts.table, texts.code))})
+    if not options.resume:
+        keep.forget(options)
     pretraining, runs = run(bench)
     report.draw(options.out / "losses.png", pretraining, runs)
     print(report.summary(bench.rows, options.device))
@@ -101,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
           else "Whether the adapters learned was not checked (--no-check-learning).")
     results = record(bench, pretraining, runs) | {"seconds": time.perf_counter() - began}
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
+    keep.forget(options)
     print(f"{len(bench.checks)} checks passed. {results['seconds']:.0f} s in all. Files are in {options.out}/.")
     return results
 

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,19 +64,34 @@ def evaluate(model: MiniMind, windows: Tensor) -> float:
     return loss
 
 
-def train(model: MiniMind, parameters: Iterable[nn.Parameter], text: Text, plan: Plan, label: str) -> Run:
-    """Train these parameters of the model on one text; equal seeds give equal batches."""
+class Keeper(Protocol):
+    """Where a training run is kept while it lasts, and from where it is continued."""
+
+    def load(self, optimizer: torch.optim.Optimizer) -> tuple[int, Run, list[float]]:
+        """Put back what was kept: the steps done, 0 if nothing was, the Run so far and the seconds of each step."""
+
+    def save(self, optimizer: torch.optim.Optimizer, step: int, run: Run, seconds: list[float]) -> None:
+        """Called after each step."""
+
+
+def train(model: MiniMind, parameters: Iterable[nn.Parameter], text: Text, plan: Plan, label: str,
+          keeper: Keeper | None = None) -> Run:
+    """Train these parameters of the model on one text, from where the keeper has it; equal seeds give equal batches."""
     parameters = list(parameters)
     device = model.embedding.weight.device
     held_out = text.evaluation(plan.length).to(device)  # (count, length + 1)
     optimizer = torch.optim.AdamW(parameters, plan.rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.factor)
+    done, run, seconds = (0, Run(), list[float]()) if keeper is None else keeper.load(optimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.factor, last_epoch=done - 1)
     generator = torch.Generator().manual_seed(plan.seed)
-    run, seconds = Run(held_out=[(0, evaluate(model, held_out))]), []
+    for _ in range(done):
+        text.batch(plan.batch, plan.length, generator)
+    if not done:
+        run.held_out = [(0, evaluate(model, held_out))]
     model.train()
     start = gpu_start(device)
-    with tqdm(total=plan.steps, desc=label, unit="step") as bar:
-        for step in range(1, plan.steps + 1):
+    with tqdm(total=plan.steps, initial=done, desc=label, unit="step") as bar:
+        for step in range(done + 1, plan.steps + 1):
             windows = text.batch(plan.batch, plan.length, generator).to(device)  # (batch, length + 1)
             began = time.perf_counter()
             run.training.append(advance(model, windows, optimizer, run if step == 1 else None))
@@ -84,6 +99,8 @@ def train(model: MiniMind, parameters: Iterable[nn.Parameter], text: Text, plan:
             schedule.step()
             if plan.evaluated(step):
                 run.held_out.append((step, evaluate(model, held_out)))
+            if keeper is not None:
+                keeper.save(optimizer, step, run, seconds)
             bar.set_postfix(loss=f"{run.training[-1]:.3f}", held_out=f"{run.held_out[-1][1]:.3f}", refresh=False)
             bar.update()
     run.seconds = sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from keep import Keep
 from minimind import Config, MiniMind
 from texts import Text
 from torch import Tensor, nn
@@ -100,17 +101,19 @@ def fresh_base(bench: Bench, path: Path) -> MiniMind:
     return model.to(bench.options.device).eval()
 
 
-def adapt(bench: Bench, base: MiniMind) -> tuple[MiniMind, dict[str, Run]]:
-    """Inject one adapter and train it, add the other and train that; then switch to and fro."""
+def adapt(bench: Bench, base: MiniMind, path: Path) -> tuple[MiniMind, dict[str, Run]]:
+    """Inject one adapter and train it, add the other and train that; then switch to and fro. `path` has the base."""
     options, runs = bench.options, {}
     plan = bench.plan("prose", options.steps, options.rate)
     model = lorafx.inject(base, options.rank, targets=options.targets, adapter="prose")
     bench.check(torch.equal(bench.logits(model), bench.logits(frozen(base))), "injection changes no output")
-    runs["prose"] = train(model, lorafx.parameters(model), bench.texts["prose"], plan, "LoRA on prose")
+    runs["prose"] = train(model, lorafx.parameters(model), bench.texts["prose"], plan, "LoRA on prose",
+                          Keep(options, model, "prose", path))
     plan = bench.plan("table", options.steps, options.rate)
     lorafx.add(model, "table", options.rank)
     lorafx.activate(model, "table")
-    runs["table"] = train(model, lorafx.parameters(model), bench.texts["table"], plan, "LoRA on table")
+    runs["table"] = train(model, lorafx.parameters(model), bench.texts["table"], plan, "LoRA on table",
+                          Keep(options, model, "table", path))
     for name in ("prose", "table", "prose"):
         lorafx.activate(model, name)
         bench.check(evaluate(model, bench.windows(name)) == runs[name].held_out[-1][1],

@@ -1,7 +1,11 @@
 """The benchmarks: MiniMind is a sound model that the tracer meets in the wild, and the scripts do what they say."""
 
 import json
+import os
 import pickle
+import re
+import signal
+import time
 
 import claims
 import coverage
@@ -10,6 +14,8 @@ import pytest
 import torch
 from minimind import Config, MiniMind
 from oracle import frozen, randomise
+from safetensors.torch import load_file
+from test_durable import child
 
 import lorafx
 
@@ -87,6 +93,41 @@ def test_finetune(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out" / "lora").iterdir()} == {
         "prose_16.safetensors", "prose_16.pth", "table_16.safetensors", "table_16.pth", "both_16.safetensors"}
     assert "LoRA on prose" in capsys.readouterr().out
+
+
+def killed_when(path, options):
+    """Run finetune in another process, and kill that when a file appears."""
+    pid = child(lambda: finetune.main(options))
+    while not path.exists():
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it ended by itself"
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_finetune_goes_on_after_a_kill(tmp_path, capsys):
+    options = ["--hidden", "16", "--layers", "1", "--steps", "60", "--pretrain-steps", "3", "--batch", "4", "--length",
+               "16", "--checkpoints", str(tmp_path / "checkpoints"), "--device", "cpu", "--no-check-learning",
+               "--save-every", "7"]
+    whole, out = finetune.main([*options, "--out", str(tmp_path / "whole")]), tmp_path / "out"
+    options += ["--out", str(out)]
+    killed_when(out / "unfinished" / "prose.safetensors", options)
+    killed_when(out / "unfinished" / "table.safetensors", [*options, "--resume"])
+    with pytest.raises(SystemExit, match="was trained with rate = 0.02, not 0.5: resume with the options of the run"):
+        finetune.main([*options, "--resume", "--rate", "0.5"])
+    capsys.readouterr()
+    resumed = finetune.main([*options, "--resume"])
+    steps = dict(re.findall(r"Resumed (\w+) after step (\d+)", capsys.readouterr().out))
+    assert steps["prose"] == "60" and 0 < int(steps["table"]) < 60
+    for results in (whole, resumed):
+        for run in (run for runs in results["runs"].values() for run in runs.values()):
+            assert run.pop("seconds") > 0
+    assert resumed["runs"] == whole["runs"] and resumed["checks"] == whole["checks"]
+    for path in (tmp_path / "whole" / "lora").glob("*.safetensors"):
+        one, other = load_file(path), load_file(out / "lora" / path.name)
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert not (out / "unfinished").exists()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -136,6 +136,22 @@ def native(path: Path) -> None:
     lorafx.save(lorafx.inject(Model(), 2, targets="up", alpha=4, rank_pattern={"u.": 2}, trainable="head"), path)
 
 
+def begun() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A training run after one step, with two parameter groups."""
+    model = lorafx.inject(Model(), 2, targets="up", trainable="head")
+    first, *rest = lorafx.parameters(model)
+    optimizer = torch.optim.AdamW([{"params": [first]}, {"params": rest, "lr": 0.1}])
+    model(torch.ones(2, 5)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def with_training(path: Path) -> None:
+    """A file from which a training run can go on."""
+    model, optimizer = begun()
+    lorafx.save(model, path, optimizer=optimizer, step=1)
+
+
 def before_zip(path: Path) -> None:
     """A MiniMind file as torch.save wrote it long ago."""
     lorafx.save(injected(), path)
@@ -144,6 +160,7 @@ def before_zip(path: Path) -> None:
 
 KINDS: dict[str, tuple[str, int, Callable[[Path], None], Callable[[bytes, Dice], bytes]]] = {
     "native": ("a.safetensors", 5000, native, mutate_native),
+    "training": ("a.safetensors", 3000, with_training, mutate_native),
     "zip": ("a.pth", 3300, lambda path: lorafx.save(injected(), path), mutate_zip),
     "before zip": ("a.pth", 2000, before_zip, lambda data, dice: dice.bytes_of(data)),
 }
@@ -208,6 +225,61 @@ def test_damaged_files(kind: str, tmp_path: Path) -> None:
         outcomes[outcome] += 1
     print(kind, dict(outcomes))
     assert outcomes["FormatError"] > count / 2 and outcomes["loaded"] > count / 100
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_damaged_training_states(tmp_path: Path) -> None:
+    path, outcomes = tmp_path / "a.safetensors", Counter[str]()
+    with_training(path)
+    whole, (model, optimizer) = path.read_bytes(), begun()
+    before = state_of(model, optimizer)
+    for index in range(1500):
+        data = mutate_native(whole, Dice(f"{SEED} resume {index}"))
+        path.write_bytes(data)
+        try:
+            outcomes[resumed(path, model, optimizer, before)] += 1
+        except BaseException as error:
+            raise AssertionError(f"Mutation {index} with seed {SEED}, {len(data)} bytes: {data[:6000]!r}") from error
+        if state_of(model, optimizer) != before:
+            model, optimizer = begun()
+            before = state_of(model, optimizer)
+    print("resume", dict(outcomes))
+    assert outcomes["FormatError"] > 500 and outcomes["resumed"] > 50
+
+
+def resumed(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, before: Any) -> str:
+    """How resuming ends: with an error that leaves all as it was, or with a run that can go on."""
+    try:
+        step = lorafx.resume(model, optimizer, path)
+    except lorafx.LorafxError as error:
+        assert str(error).isprintable() and len(str(error)) < 1000, error
+        assert state_of(model, optimizer) == before
+        return type(error).__name__
+    with safetensors.safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["adapter"])
+        assert about["training"]["step"] == step
+        for name, tensor in state_tensors(model, optimizer).items():
+            assert same_bits(tensor, file.get_tensor(name)), name
+    optimizer.step()
+    return "resumed"
+
+
+def state_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The tensors of a run under their names in a file."""
+    names = {"up.lora.default.A": "up.lora.A", "up.lora.default.B": "up.lora.B",
+             "head.trained.default.weight": "head.weight", "head.trained.default.bias": "head.bias"}
+    live = {names[name]: parameter for name, parameter in lorafx.named_parameters(model)}
+    return {name: parameter.detach() for name, parameter in live.items()} | {
+        f"lorafx:state:{key}:{name}": value for name, parameter in live.items()
+        for key, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)} | {
+        "lorafx:random:cpu": torch.get_rng_state()}
+
+
+def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """All that a run depends on, to be compared."""
+    tensors = {name: tensor.tolist() for name, tensor in state_tensors(model, optimizer).items()}
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return tensors, groups, random.getstate()
 
 
 def outcome_of(path: Path, models: list[torch.nn.Module], before: list[dict[str, torch.Tensor]]) -> str:
