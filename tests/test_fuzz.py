@@ -159,9 +159,9 @@ def before_zip(path: Path) -> None:
 
 
 KINDS: dict[str, tuple[str, int, Callable[[Path], None], Callable[[bytes, Dice], bytes]]] = {
-    "native": ("a.safetensors", 5000, native, mutate_native),
-    "training": ("a.safetensors", 3000, with_training, mutate_native),
-    "zip": ("a.pth", 3300, lambda path: lorafx.save(injected(), path), mutate_zip),
+    "native": ("a.safetensors", 4000, native, mutate_native),
+    "training": ("a.safetensors", 2000, with_training, mutate_native),
+    "zip": ("a.pth", 2500, lambda path: lorafx.save(injected(), path), mutate_zip),
     "before zip": ("a.pth", 2000, before_zip, lambda data, dice: dice.bytes_of(data)),
 }
 
@@ -180,7 +180,8 @@ def check_as_the_file_says(path: Path) -> None:
         scales = dict.fromkeys(adapter.pairs, 1.0)
         found = {f"{name}.weight": tensor for name, tensor in adapter.tensors()}
     else:
-        expected, found = safetensors.torch.load(path.read_bytes()), dict(adapter.tensors())
+        everything, found = safetensors.torch.load(path.read_bytes()), dict(adapter.tensors())
+        expected = {name: tensor for name, tensor in everything.items() if not name.startswith("lorafx:")}
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["adapter"])
         scales = about["scales"]
@@ -259,7 +260,10 @@ def resumed(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
         about = json.loads(file.metadata()["adapter"])
         assert about["training"]["step"] == step
         for name, tensor in state_tensors(model, optimizer).items():
-            assert same_bits(tensor, file.get_tensor(name)), name
+            kept = file.get_tensor(name)
+            if name == "lorafx:random:cpu":  # of which some bytes mean nothing
+                kept = torch.Generator().set_state(kept).get_state()
+            assert same_bits(tensor, kept), name
     optimizer.step()
     return "resumed"
 
