@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from ._adapter import Pair, check_shapes, join, shown
+from ._adapter import Pair, check_shapes, join
 from ._errors import FormatError
-from ._header import read_header, read_tensor
+from ._header import check_tensor_name, read_header, read_tensor
 from ._pickled import read_tensors
 
 if sys.platform != "win32":
@@ -107,12 +107,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote, by name, on the CPU; nothing else in it is let in."""
     with _reading(path, "holds more than tensors") as file:
         tensors = read_tensors(file)
+        for name in tensors if isinstance(tensors, dict) else ():
+            check_tensor_name(str(name))
     items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
         raise FormatError(f"'{path}' does not hold a dict of named tensors.")
-    for name in tensors:
-        if not name.isprintable():
-            raise FormatError(f"'{path}' has a tensor {shown(name)}, a name that cannot be printed.")
     return dict(items)
 
 
@@ -121,6 +120,8 @@ def _reading(path: Path, otherwise: str) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as file:
             yield file
+    except MemoryError:
+        raise
     except Exception as error:  # damaged bytes make the parsers of JSON, zip and pickle raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise FormatError(f"'{path}' is damaged or {otherwise}: {reason}.") from error

@@ -15,6 +15,7 @@ from torch import Tensor
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 LONGEST = 100_000_000  # bytes of a header, as in safetensors itself
+LONGEST_NAME = 500  # characters of a tensor's name
 
 
 class Entry(NamedTuple):
@@ -81,16 +82,24 @@ def elements(shape: tuple[int, ...], itemsize: int, limit: int) -> int:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(key for position, (key, _) in enumerate(pairs) if key in dict(pairs[:position]))
-        raise ValueError(f"{twice!r} stands twice in one JSON object")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key[:80]!r} stands twice in one JSON object")
+        found[key] = value
     return found
 
 
-def _entry(name: str, fields: Any, begin: int, size: int) -> Entry:
+def check_tensor_name(name: str) -> None:
+    """ValueError unless a name is one that can be shown in a line."""
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"a tensor has a name of {len(name)} characters")
     if not name.isprintable():
         raise ValueError(f"the name {name!r} has characters that cannot be printed")
+
+
+def _entry(name: str, fields: Any, begin: int, size: int) -> Entry:
+    check_tensor_name(name)
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"'{name}' is not described by dtype, shape and data_offsets")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]

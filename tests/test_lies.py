@@ -73,7 +73,7 @@ def before_zip(old: bytes, new: bytes) -> bytes:
 SIZES = b"K\x02K\x05\x86"
 BIG = b"\x8a\x06" + HUGE.to_bytes(6, "little")  # in a pickle
 LIES = {
-    "header": (lambda: (2**40).to_bytes(8, "little") + b"{}", "its header claims 1099511627776 bytes, and the file has"),
+    "header": (lambda: (2**40).to_bytes(8, "little") + b"{}", "header claims 1099511627776 bytes, and the file has"),
     "shape": (lambda: native(x=entry([HUGE], 0, 0)), "claims more than the file's"),
     "offsets": (lambda: native(x=entry([HUGE], 0, 4 * HUGE)), "is not within the file"),
     "empty": (lambda: native(x=entry([HUGE, 0], 0, 0)), "a shape of 2 dimensions claims more than"),
@@ -85,6 +85,7 @@ LIES = {
     "hole": (lambda: native(x=entry([1], 4, 8)) + bytes(8), "'x' does not begin where the tensor before it ends"),
     "more": (lambda: native(x=entry([1], 0, 4)) + bytes(8), "its tensors end at byte"),
     "name": (lambda: native(**{"a\n": entry([1], 0, 4)}) + bytes(4), r"the name 'a\\n' has characters that cannot"),
+    "long name": (lambda: native(**{"a" * 501: entry([1], 0, 4)}) + bytes(4), "a name of 501 characters"),
     "twice": (lambda: b"\x10" + bytes(7) + b'{"a": 1, "a": 2}', "'a' stands twice in one JSON object"),
     "metadata": (lambda: native(__metadata__={"a": 1}), "its metadata is not an object of strings"),
     "storage": (lambda: program(b"K\nt", BIG + b"t"), f"claims {HUGE} elements of torch.float16, and has 20 bytes"),
