@@ -186,7 +186,7 @@ def validate(adapter: Adapter, allow_nonfinite: bool = False) -> None:
         if tensor.dtype not in FLOATS:
             raise ConfigError(f"'{name}' has dtype {tensor.dtype}.")
         if not (allow_nonfinite or tensor.isfinite().all()):
-            raise ConfigError(f"'{name}' has NaN or infinite values.")
+            raise ConfigError(f"'{name}' has NaN or infinite values, which load lets in with allow_nonfinite=True.")
 
 
 def check_plain(name: str, tensor: Tensor) -> None:

@@ -65,7 +65,9 @@ def checked(what: str, value: Any) -> Any:
     """The value, if JSON gives it back as it is but for tuples; else a ConfigError."""
     parts = value if isinstance(value, (list, tuple)) else [value]
     for part in parts:
-        if type(part) not in (int, float, bool, str, type(None)) or type(part) is float and not math.isfinite(part):
+        kind = type(part)
+        if not (kind in (bool, str, type(None)) or kind is float and math.isfinite(part)
+                or kind is int and abs(part) < 2**63):
             raise ConfigError(f"{what} is {shown(part)}, and a file keeps tensors, finite numbers and texts.")
     return value
 
