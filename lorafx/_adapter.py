@@ -115,14 +115,26 @@ class Pair(NamedTuple):
     scale: float
 
 
+class Stored(NamedTuple):
+    """How the weight of a site is stored: its whole shape, whether as (in, out), and the first row that is the site."""
+
+    shape: tuple[int, ...]
+    transposed: bool = False
+    start: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A named adapter apart from any model: its config, {site: Pair}, and base tensors trained beside it."""
+    """A named adapter apart from any model: its config, {site: Pair}, and base tensors trained beside it.
+
+    `stored` says how the weights of its sites are stored, where that is known.
+    """
 
     name: str
     config: LoRAConfig
     pairs: Mapping[str, Pair]
     trained: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    stored: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         """Every tensor under the name it has in a file of lorafx: `<site>.lora.A`, `<site>.lora.B`, or the base's."""
@@ -139,10 +151,7 @@ def validate(adapter: Adapter) -> None:
         if tensor.is_nested:
             raise ConfigError(f"'{name}' is a nested tensor.")
     for site, (A, B, scale) in adapter.pairs.items():
-        fits = 2 <= A.ndim == B.ndim <= 3 and A.shape[:-2] == B.shape[:-2] and A.shape[-2] == B.shape[-1] > 0
-        if not fits:
-            shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
-            raise ConfigError(f"at '{site}', {shapes} are not (rank, in) and (out, rank), nor stacks of such.")
+        check_shapes(site, A, B)
         if not is_number(scale):
             raise ConfigError(f"at '{site}', the scale is {scale!r}.")
     for name, tensor in adapter.tensors():
@@ -152,6 +161,13 @@ def validate(adapter: Adapter) -> None:
             raise ConfigError(f"'{name}' has dtype {tensor.dtype} and layout {tensor.layout}.")
         if not tensor.isfinite().all():
             raise ConfigError(f"'{name}' has NaN or infinite values.")
+
+
+def check_shapes(site: str, A: Tensor, B: Tensor) -> None:
+    """Raise ConfigError unless A and B fit together."""
+    if not (2 <= A.ndim == B.ndim <= 3 and A.shape[:-2] == B.shape[:-2] and A.shape[-2] == B.shape[-1] > 0):
+        shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
+        raise ConfigError(f"at '{site}', {shapes} are not (rank, in) and (out, rank), nor stacks of such.")
 
 
 def check_name(name: str) -> None:

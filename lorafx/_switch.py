@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from ._adapter import Adapter, LoRAConfig, Pair, join
+from ._adapter import Adapter, LoRAConfig, Pair, Stored, join
 from ._attach import attach, check_free
 from ._branch import branches, factors_at
 from ._errors import AdapterError
-from ._program import read
+from ._program import places_of_sites, read, tensor_at
 from ._record import check_adapter, holders, injection, refresh, set_trainable, trained, weights_of
+from ._sites import split_block
 
 
 def adapters(model: nn.Module) -> list[str]:
@@ -163,11 +164,13 @@ def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> Non
 def extract(model: nn.Module, adapter: str) -> Adapter:
     """An adapter apart from its model; its tensors share storage with the model's."""
     check_adapter(model, adapter)
-    pairs = {}
+    pairs, stored, places = {}, {}, places_of_sites(model)
     for site, branch in branches(model).items():
         factors = factors_at(branch, adapter)
         if factors is not None:
             pairs[site] = Pair(factors.A.detach(), factors.B.detach(), factors.scale)
+            weight = tensor_at(*places[split_block(site)[0]])
+            stored[site] = Stored(tuple(weight.shape), branch.transposed, branch.rows[0] if branch.rows else 0)
     lost = [site for site in injection(model).configs[adapter].targets if site not in pairs]
     if lost:
         raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module was replaced after "
@@ -176,4 +179,5 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
     for path, _, held in trained(model):
         for name, parameter in held.sets().get(adapter, {}).items():
             whole.setdefault(parameter, join(path, name))
-    return Adapter(adapter, injection(model).configs[adapter], pairs, {name: p.detach() for p, name in whole.items()})
+    tensors = {name: parameter.detach() for parameter, name in whole.items()}
+    return Adapter(adapter, injection(model).configs[adapter], pairs, tensors, stored)

@@ -1,0 +1,37 @@
+"""MiniMind's format, `.pth`: float16 tensors, the scale folded into B."""
+
+import io
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from ._adapter import Adapter, LoRAConfig, join
+from ._errors import ConfigError
+from ._files import pairs_of, read_pickle
+
+
+def encode(adapter: Adapter, base: str) -> bytes:
+    """The content of a file."""
+    if adapter.trained:
+        name = next(iter(adapter.trained))
+        raise ConfigError(f"a MiniMind file holds no base weights, such as the trained '{name}'; save to a path that "
+                          "ends in .safetensors.")
+    tensors = {}
+    for site, (A, B, scale) in adapter.pairs.items():
+        tensors[join(site, "lora.A.weight")] = A.half()
+        tensors[join(site, "lora.B.weight")] = (scale * B.to(torch.float64)).half()  # its readers know no scale
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ConfigError(f"'{name}' exceeds float16's 65504; save to a path that ends in .safetensors.")
+    buffer = io.BytesIO()
+    torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, buffer)
+    return buffer.getvalue()
+
+
+def decode(path: Path) -> tuple[Adapter, str | None]:
+    """The adapter in a file, and the fingerprint of its base if the file has one."""
+    tensors = read_pickle(path)
+    pairs = pairs_of(tensors, "lora.A.weight", "lora.B.weight", path, defaultdict(lambda: 1.0))
+    rank = max(pair.A.shape[-2] for pair in pairs.values())
+    return Adapter("default", LoRAConfig(rank=rank, targets=list(pairs)), pairs), None
