@@ -53,6 +53,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FormatError(f"'{path}' is damaged or no safetensors file: {error}.") from error
 
 
+def safetensors_names(path: Path) -> tuple[list[str], dict[str, str]]:
+    """The names of the tensors of a .safetensors file, and its header's metadata."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return list(file.keys()), file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise FormatError(f"'{path}' is damaged or no safetensors file: {error}.") from error
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote, by name, on the CPU; nothing else in it is let in."""
     try:

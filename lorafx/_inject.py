@@ -160,7 +160,7 @@ def load(model: M, path: str | os.PathLike[str], adapter: str | None = None) -> 
         >>> lorafx.adapters(lorafx.load(base, path))
         ['default']
     """
-    found, made_for = _formats.read(path)
+    found, made_for = _formats.read(path, adapter, model)
     found = dataclasses.replace(found, name=found.name if adapter is None else adapter)
     check_name(found.name)
     fresh = find_injection(model) is None
@@ -201,7 +201,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = N
             raise AdapterError(f"save writes one adapter, but {len(active)} are active: name one with adapter=..., of "
                                f"{', '.join(map(repr, injection(model).configs)) or 'none'}.")
         adapter = active[0]
-    _formats.write(extract(model, adapter), path, fingerprint(read(model)))
+    _formats.write(extract(model, adapter), path, model, fingerprint(read(model)))
 
 
 class InjectLoRA(PassBase):
