@@ -62,7 +62,13 @@ def read(
 
 
 def _write_native(adapter: Adapter, path: Path, model: nn.Module | None, base: str) -> None:
-    write_whole(path, _native.encode(adapter, base))
+    _write_file(path, _native.encode(adapter, base))
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    if path.is_dir():
+        raise FormatError(f"'{path}' is a folder: name a file in it.")
+    write_whole(path, content)
 
 
 def _read_safetensors(path: Path, name: str | None, model: nn.Module | None) -> tuple[Adapter, str | None]:
@@ -72,7 +78,7 @@ def _read_safetensors(path: Path, name: str | None, model: nn.Module | None) -> 
 
 
 def _write_minimind(adapter: Adapter, path: Path, model: nn.Module | None, base: str) -> None:
-    write_whole(path, _minimind.encode(adapter, base))
+    _write_file(path, _minimind.encode(adapter, base))
 
 
 def _read_minimind(path: Path, name: str | None, model: nn.Module | None) -> tuple[Adapter, str | None]:
@@ -87,6 +93,8 @@ def _write_peft(adapter: Adapter, path: Path, model: nn.Module | None, base: str
     """
     if model is None:
         raise ConfigError("PEFT's format depends on the model: load the adapter into it, and save it from there.")
+    if path.is_file():
+        raise ConfigError("PEFT's format is a folder, and that is a file.")
     folder = path if adapter.name == "default" else path / adapter.name
     config, tensors = _peft_write.encode(adapter, model)
     files = {_peft_read.CONFIG: config, _peft_read.TENSORS: tensors}
@@ -118,14 +126,17 @@ def _read_peft(path: Path, name: str | None, model: nn.Module | None) -> tuple[A
     raise FormatError(f"'{folder}' {has}.")
 
 
-_PEFT_FILES = (_peft_read.CONFIG, _peft_read.TENSORS, _peft_read.OLD)
+def _is_peft(path: Path) -> bool:
+    return path.suffix == "" or path.name in (_peft_read.CONFIG, _peft_read.TENSORS, _peft_read.OLD)
+
+
 FORMATS = (
-    Format("PEFT", "a folder", lambda path: path.suffix == "" or path.is_dir() or path.name in _PEFT_FILES,
-           _write_peft, _read_peft),
+    Format("PEFT", "a folder", _is_peft, _write_peft, _read_peft),
     Format("lorafx", "*.safetensors", lambda path: path.suffix.lower() == ".safetensors",
            _write_native, _read_safetensors),
     Format("MiniMind", "*.pth or *.pt", lambda path: path.suffix.lower() in (".pth", ".pt"),
            _write_minimind, _read_minimind),
+    Format("PEFT", "one that is there already", Path.is_dir, _write_peft, _read_peft),
 )
 
 

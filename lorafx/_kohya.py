@@ -71,8 +71,8 @@ def _by_form(names: Iterable[str], form: Callable[[str], str]) -> dict[str, list
 def _module(stem: str, dotted: dict[str, list[str]], flat: dict[str, list[str]], path: Path, names: list[str]) -> str:
     """The one module that a name means: whole, or without the part of the pipeline that it begins with."""
     part = re.match(r"lora_[a-z0-9]+_", stem)
-    found: set[str] = {*dotted.get(stem, ()), *dotted.get(stem.partition(".")[2], ()),
-             *(flat.get(stem[part.end():], ()) if part else ())}
+    flattened = flat.get(stem[part.end():], []) if part else []
+    found: set[str] = {*dotted.get(stem, []), *dotted.get(stem.partition(".")[2], []), *flattened}
     if len(found) != 1:
         means = f"may mean {', '.join(map(repr, sorted(found)))}" if found else (
             f"means no module of this model; near it: {near(stem.replace('_', '.'), names)}")

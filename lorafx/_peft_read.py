@@ -8,10 +8,11 @@ named so, and those before it after one more `base_layer` each. See PEFT 0.21.2 
 import json
 import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, Stored, check_shapes, first_match, join
@@ -61,7 +62,8 @@ def decode(folder: Path, model: nn.Module | None) -> Adapter:
     for (module, after), half in halves.items():
         A, B, owner = half["lora_A.weight"], half["lora_B.weight"], owners.get(here(module))
         attribute = _attribute(config, module, after, owner, path)
-        matched = module if attribute is None else join(module, attribute)
+        inner = module.removesuffix(".out_proj") if module.removesuffix(".out_proj") in attentions else module
+        matched = inner if attribute is None else join(module, attribute)
         site = here(module) if attribute in (None, "weight") else join(here(module), str(attribute))
         if attribute is None and module in attentions:
             site = join(site, "in_proj_weight")
@@ -187,6 +189,8 @@ def _trained(
     for name in sorted(tensors):
         base = name.replace(".base_layer.", ".")
         owner, _, attribute = base.rpartition(".")
+        if attribute == "bias" and config.get("bias") == "all" and _is_copy(owner, tensors, whole):
+            continue
         saved = any(re.fullmatch(rf"(.*\.)?{re.escape(str(module))}(\..*)?", owner) for module in whole)
         biased = attribute == "bias" and config.get("bias", "none") != "none"
         if not saved and not biased:
@@ -196,6 +200,15 @@ def _trained(
                               f"'{PREFIX}{owner}.base_layer.bias'.")
         found[base] = tensors[name]
     return found
+
+
+def _is_copy(owner: str, tensors: Mapping[str, Tensor], whole: Sequence[Any]) -> bool:
+    """Whether a bias is one of the two that PEFT, told to save all biases, writes again of a module trained whole."""
+    module, _, kind = owner.rpartition(".")
+    if kind not in ("modules_to_save", "original_module") or f"{module}.bias" not in tensors:
+        return False
+    same = kind == "original_module" or torch.equal(tensors[f"{owner}.bias"], tensors[f"{module}.bias"])
+    return same and any(module == str(name) or module.endswith(f".{name}") for name in whole)
 
 
 def _lora_config(config: Mapping[str, Any], pairs: Mapping[str, Pair], trained: Mapping[str, Tensor]) -> LoRAConfig:

@@ -97,8 +97,7 @@ def _entries(adapter: Adapter, model: nn.Module, whole: Mapping[str, tuple[Pair,
             entries.append(_Entry(owner, owner, None, pair))
         elif not owner or isinstance(module, (nn.Linear, nn.Embedding, *_conv1d())):
             raise ConfigError(f"PEFT's format has no place for an adapter of '{name}', a parameter of "
-                              f"{'the model itself' if not owner else 'a ' + type(module).__name__}; save to a path "
-                              "that ends in .safetensors.")
+                              f"{'the model itself' if not owner else 'a ' + type(module).__name__}: {_INSTEAD}.")
         else:
             swapped = bool(getattr(module, "is_transposed", False)) and len(stored.shape) == 3
             if stored.transposed != swapped:
@@ -106,11 +105,17 @@ def _entries(adapter: Adapter, model: nn.Module, whole: Mapping[str, tuple[Pair,
             entries.append(_Entry(join(owner, attribute), owner, attribute, pair))
     for owner, halves in attentions.items():
         entries += _attention(model, owner, halves)
-    for entry in entries:
-        if not entry.module:
-            raise ConfigError("PEFT adapts modules inside a model, and this model is one layer: put it into an "
-                              "nn.Sequential, or save to a path that ends in .safetensors.")
+    if any(not entry.module for entry in entries):
+        raise ConfigError(f"PEFT adapts modules inside a model, and this model is one layer: {_INSTEAD}.")
+    parameter = next((entry.name for entry in entries if entry.attribute is not None), None)
+    turned = [entry.name for entry in entries if isinstance(submodule(model, entry.module), _conv1d())]
+    if parameter is not None and (turned or adapter.config.dropout):
+        beside = f"the Conv1D '{turned[0]}'" if turned else "dropout"
+        raise ConfigError(f"PEFT cannot adapt the parameter '{parameter}' together with {beside}: {_INSTEAD}.")
     return entries
+
+
+_INSTEAD = "save to a path that ends in .safetensors"
 
 
 def _attention(model: nn.Module, owner: str, halves: Mapping[str, Pair]) -> list[_Entry]:
