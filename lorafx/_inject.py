@@ -145,8 +145,9 @@ def load(model: M, path: str | os.PathLike[str], adapter: str | None = None) -> 
 
     Args:
         model: a base model, or an injected one.
-        path: a file written by `lorafx.save` or by MiniMind (.pth).
-        adapter: the name to give it; by default the one in the file.
+        path: a file written by `lorafx.save`, MiniMind (.pth), kohya-ss or diffusers (.safetensors), or a folder
+            written by PEFT.
+        adapter: the name to give it, by default the one in the file; of a folder's several adapters, which one.
 
     Raises:
         FormatError: the file is missing or damaged. MismatchError: it was made for another model.
@@ -184,8 +185,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = N
 
     Args:
         model: an injected model.
-        path: its ending says the format: `.safetensors` (lorafx's own, all of the adapter), or `.pth` / `.pt`
-            (MiniMind's: float16, the scale folded into B). Missing folders are made.
+        path: its ending says the format: `.safetensors` (lorafx's own, all of the adapter), `.pth` / `.pt`
+            (MiniMind's: float16, the scale folded into B), or none: PEFT's folder. Missing folders are made.
         adapter: which one; by default the only active one.
 
     Raises:
