@@ -117,12 +117,12 @@ def overview(cells: Sequence[Mapping[str, Any]]) -> str:
         for name in names:
             row = cell["rows"][name]
             added.append("void" if "step" not in row else f"{100 * (row['step']['ratio'][0] - 1):+.1f} %")
-        first, *rest = [interval(pair["added"]["step"], 2) for pair in cell["shares"]] or ["-"]
-        body.append([cell["label"], *added, first])
-        for pair, found in zip(cell["shares"][1:], rest):
-            both = [cell["rows"][pair[side]]["step"]["ratio"][0] for side in ("theirs", "ours")]
+        shares = {(pair["ours"], pair["theirs"]): interval(pair["added"]["step"], 2) for pair in cell["shares"]}
+        body.append([cell["label"], *added, shares.pop((LORAFX, PEFT), "-")])
+        for (ours, theirs), found in shares.items():
+            both = [cell["rows"][name]["step"]["ratio"][0] for name in (theirs, ours)]
             shown = dict(zip((PEFT, LORAFX), (f"{100 * (value - 1):+.1f} %" for value in both)))
-            body.append([f"  {pair['ours']} / {pair['theirs']}", *(shown.get(name, "") for name in names), found])
+            body.append([f"  {ours} / {theirs}", *(shown.get(name, "") for name in names), found])
     return aligned(["step over the frozen base's", "again", PEFT, "patched", "group=False", LORAFX, "of PEFT's"], body)
 
 

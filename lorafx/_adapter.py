@@ -75,11 +75,11 @@ class LoRAConfig:
 
     def site_rank(self, name: str) -> int:
         """The rank at the site of this name."""
-        return int(_first_match(self.rank_pattern, name, self.rank))
+        return int(first_match(self.rank_pattern, name, self.rank))
 
     def site_scale(self, name: str) -> float:
         """The scale s at the site of this name."""
-        alpha = _first_match(self.alpha_pattern, name, self.alpha)
+        alpha = first_match(self.alpha_pattern, name, self.alpha)
         if alpha is None:
             return 1.0
         rank = self.site_rank(name)
@@ -115,7 +115,8 @@ def pattern_matches(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
-def _first_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+def first_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    """The value of the first key of rank_pattern or alpha_pattern that applies to a site's name."""
     return next((value for key, value in patterns.items() if pattern_matches(key, name)), otherwise)
 
 

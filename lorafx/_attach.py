@@ -5,7 +5,7 @@ import functools
 import hashlib
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -21,10 +21,7 @@ from ._region import (Region, adapt, convert, is_plain_graph, keep_attributes, s
                       why_not_region)
 from ._rules import only_metadata, readers_of
 from ._scan import weights_kept
-from ._sites import Call, Site, blocks_matching, name_matches, near, select, split_block
-
-# What data-parallel and compile wrappers put before every name when a wrapped model is saved.
-WRAPPERS = ("module.", "_orig_mod.")
+from ._sites import Call, Site, blocks_matching, name_matches, near, renamed, select, split_block
 
 
 def start(model: nn.Module, program: Program, group: bool = True) -> None:
@@ -94,9 +91,13 @@ def fit(model: nn.Module, program: Program, adapter: Adapter, source: str, made_
     base, places = base_parameters(model), places_of_sites(model)
     sites = {name: site for site in program.sites for name in site.names}
     sites |= {name: block for name in adapter.pairs for block in blocks_matching(program.sites, name)}
+    parts: dict[str, list[Site]] = defaultdict(list)  # the sites that are rows of one weight, by the weight's name
+    for name, site in sites.items():
+        if site.rows is not None:
+            parts[split_block(name)[0]].append(site)
+    here = renamed(list(adapter.pairs), {*sites, *parts})
     pairs: dict[str, Pair] = {}
-    names = _without_wrappers(list(adapter.pairs), sites)
-    for name, pair in zip(names, adapter.pairs.values()):
+    for name, pair in _in_blocks(adapter, here, sites, parts):
         if name not in sites:
             why = program.left_alone.get(name)
             found = f"that cannot be adapted: {why}" if why else f"there is no such site; near it: {near(name, sites)}"
@@ -114,8 +115,11 @@ def fit(model: nn.Module, program: Program, adapter: Adapter, source: str, made_
         weight = weight_at(places, site)
         to = weight.device, factor_dtype(adapter.config, weight)
         pairs[site.name] = Pair(pair.A.to(*to, copy=True), pair.B.to(*to, copy=True), pair.scale)
-    adapted = {id(weight_at(places, sites[name])): name for name in pairs}
-    return dataclasses.replace(adapter, pairs=pairs, trained=_fit_trained(base, adapted, adapter.trained, source))
+    taken = {id(weight_at(places, sites[name])): name for name in pairs}
+    whole = {here(name): tensor for name, tensor in adapter.trained.items()}
+    if len(whole) != len(adapter.trained):
+        raise MismatchError(f"{source} has one trained tensor under two names of this model.")
+    return dataclasses.replace(adapter, pairs=pairs, trained=_fit_trained(base, taken, whole, source))
 
 
 def _fit_trained(
@@ -140,15 +144,21 @@ def _sizes(in_features: int, out_features: int, experts: int | None = None) -> s
     return f"{in_features} to {out_features} features{each}"
 
 
-def _without_wrappers(names: list[str], sites: Mapping[str, Site]) -> list[str]:
-    """The names as they are if they fit, else without the prefixes of a wrapper that all of them carry."""
-    stripped = names
-    while any(name not in sites for name in stripped):
-        prefix = next((p for p in WRAPPERS if all(name.startswith(p) for name in stripped)), None)
-        if prefix is None:
-            return names
-        stripped = [name.removeprefix(prefix) for name in stripped]
-    return stripped
+def _in_blocks(
+    adapter: Adapter, here: Callable[[str], str], sites: Mapping[str, Site], parts: Mapping[str, list[Site]]
+) -> Iterator[tuple[str, Pair]]:
+    """Each name in this model and its pair, as this model stores the weight; one for each block of rows of a whole."""
+    for old, pair in adapter.pairs.items():
+        name, stored = here(old), adapter.stored.get(old)
+        if stored is not None and name in sites and stored.transposed != sites[name].transposed:
+            pair = Pair(pair.B.mT, pair.A.mT, pair.scale)  # (B A)^T = A^T B^T
+        blocks = [] if name in sites else parts[name]
+        if not blocks or sum(block.out_features for block in blocks) != pair.B.shape[-2]:
+            yield name, pair
+            continue
+        for block in blocks:
+            start, length = block.rows or (0, 0)
+            yield block.name, pair._replace(B=pair.B.narrow(-2, start, length))
 
 
 def _other_base(program: Program, made_for: str | None) -> str:

@@ -103,6 +103,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: read_tensor(file, entry) for name, entry in entries.items()}, metadata
 
 
+def safetensors_names(path: Path) -> tuple[list[str], dict[str, str]]:
+    """The names of the tensors of a .safetensors file, and its header's metadata."""
+    with _reading(path, "no safetensors file") as file:
+        entries, metadata = read_header(file)
+        return list(entries), metadata
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote, by name, on the CPU; nothing else in it is let in."""
     with _reading(path, "holds more than tensors") as file:

@@ -1,70 +1,153 @@
-"""Adapter <-> file. Each format is a row of FORMATS, chosen by the path's ending."""
+"""Adapter <-> file. Each format is a row of FORMATS; a path belongs to the first whose form it has."""
 
 import dataclasses
 import os
+import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from . import _minimind, _native
+from torch import nn
+
+from . import _kohya, _minimind, _native, _peft_read, _peft_write
 from ._adapter import Adapter, validate
 from ._errors import ConfigError, FormatError
-from ._files import write_whole
+from ._files import sync_folder, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """One kind of file: what its path ends in, and the two ways."""
+    """One kind of file: which paths are such, and the two ways.
+
+    `write` takes the adapter, the path, the model that it is from, and the model's fingerprint. `read` takes the path,
+    the adapter's name if one is asked for, and the model if there is one; it gives the adapter and the fingerprint of
+    the model that it was made for, if the file keeps it.
+    """
 
     name: str
-    endings: tuple[str, ...]
-    encode: Callable[[Adapter, str], bytes]
-    decode: Callable[[Path], tuple[Adapter, str | None]]
+    form: str
+    fits: Callable[[Path], bool]
+    write: Callable[[Adapter, Path, nn.Module | None, str], None]
+    read: Callable[[Path, str | None, nn.Module | None], tuple[Adapter, str | None]]
     keeps_training: bool = False
 
 
-FORMATS = (
-    Format("lorafx", (".safetensors",), _native.encode, _native.decode, keeps_training=True),
-    Format("MiniMind", (".pth", ".pt"), _minimind.encode, _minimind.decode),
-)
-
-
-def write(adapter: Adapter, path: str | os.PathLike[str], base: str) -> None:
-    """Save an adapter whole or not at all.
-
-    `base` is the fingerprint of the model it belongs to, kept where the format has a place for it.
-    """
+def write(adapter: Adapter, path: str | os.PathLike[str], model: nn.Module | None, base: str) -> None:
+    """Save an adapter whole or not at all; `base` is the fingerprint of the model that it is from."""
     path = Path(path)
     row = _row(path)
     if adapter.training is not None and not row.keeps_training:
         raise FormatError(f"'{path}' is a {row.name} file, which keeps no optimizer and step: leave out optimizer=... "
                           "and step=..., or save to a path that ends in .safetensors.")
-    if path.is_dir():
-        raise FormatError(f"'{path}' is a folder: name a file in it.")
     try:
         validate(adapter)
-        content = row.encode(adapter, base)
+        row.write(adapter, path, model, base)
     except ConfigError as error:
         raise FormatError(f"Adapter {adapter.name!r} cannot be saved to '{path}': {error}") from error
-    write_whole(path, content)
 
 
-def read(path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> tuple[Adapter, str | None]:
-    """The adapter in a file, all of it checked, and the fingerprint of its base if the format keeps one."""
+def read(
+    path: str | os.PathLike[str], name: str | None = None, model: nn.Module | None = None,
+    allow_nonfinite: bool = False,
+) -> tuple[Adapter, str | None]:
+    """The adapter in a file, all of it checked, and the fingerprint of its base if the format keeps one.
+
+    `name` chooses among several adapters of one folder; `model` helps where a format does not tell all by itself.
+    """
     path = Path(path)
-    decode = _row(path).decode
-    if not path.is_file():
+    row = _row(path)
+    if not path.exists():
         raise FormatError(f"There is no file '{path}'.")
     try:
-        adapter, base = decode(path)
+        adapter, base = row.read(path, name, model)
         validate(adapter, allow_nonfinite)
     except ConfigError as error:
         raise FormatError(f"'{path}' cannot be loaded: {error}") from error
     return adapter, base
 
 
+def _write_native(adapter: Adapter, path: Path, model: nn.Module | None, base: str) -> None:
+    _write_file(path, _native.encode(adapter, base))
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    if path.is_dir():
+        raise FormatError(f"'{path}' is a folder: name a file in it.")
+    write_whole(path, content)
+
+
+def _read_safetensors(path: Path, name: str | None, model: nn.Module | None) -> tuple[Adapter, str | None]:
+    if _kohya.is_kohya(path):
+        return _kohya.decode(path, model), None
+    return _native.decode(path)
+
+
+def _write_minimind(adapter: Adapter, path: Path, model: nn.Module | None, base: str) -> None:
+    _write_file(path, _minimind.encode(adapter, base))
+
+
+def _read_minimind(path: Path, name: str | None, model: nn.Module | None) -> tuple[Adapter, str | None]:
+    return _minimind.decode(path)
+
+
+def _write_peft(adapter: Adapter, path: Path, model: nn.Module | None, base: str) -> None:
+    """Into the folder itself if the adapter is called default, else into a folder of its name, as PEFT does.
+
+    A folder that is not there yet appears whole. In one that is, a config that differs is written first, then the
+    tensors: where a save was cut short between the two, ranks or names do not agree, and reading says so.
+    """
+    if model is None:
+        raise ConfigError("PEFT's format depends on the model: load the adapter into it, and save it from there.")
+    if path.is_file():
+        raise ConfigError("PEFT's format is a folder, and that is a file.")
+    folder = path if adapter.name == "default" else path / adapter.name
+    config, tensors = _peft_write.encode(adapter, model)
+    files = {_peft_read.CONFIG: config, _peft_read.TENSORS: tensors}
+    if folder.exists():
+        for name, content in files.items():
+            if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+                write_whole(folder / name, content)
+        return
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        for name, content in files.items():
+            write_whole(temporary / name, content)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(folder.parent)
+
+
+def _read_peft(path: Path, name: str | None, model: nn.Module | None) -> tuple[Adapter, str | None]:
+    folder = path if path.is_dir() else path.parent
+    named = sorted(child.name for child in folder.iterdir() if (child / _peft_read.CONFIG).is_file())
+    if name in named:
+        return dataclasses.replace(_peft_read.decode(folder / str(name), model), name=str(name)), None
+    if (folder / _peft_read.CONFIG).is_file():
+        return _peft_read.decode(folder, model), None
+    if len(named) == 1:
+        return dataclasses.replace(_peft_read.decode(folder / named[0], model), name=named[0]), None
+    has = f"has {', '.join(map(repr, named))}: name one with adapter=..." if named else f"has no {_peft_read.CONFIG}"
+    raise FormatError(f"'{folder}' {has}.")
+
+
+def _is_peft(path: Path) -> bool:
+    return path.suffix == "" or path.name in (_peft_read.CONFIG, _peft_read.TENSORS, _peft_read.OLD)
+
+
+FORMATS = (
+    Format("PEFT", "a folder", _is_peft, _write_peft, _read_peft),
+    Format("lorafx", "*.safetensors", lambda path: path.suffix.lower() == ".safetensors",
+           _write_native, _read_safetensors, keeps_training=True),
+    Format("MiniMind", "*.pth or *.pt", lambda path: path.suffix.lower() in (".pth", ".pt"),
+           _write_minimind, _read_minimind),
+    Format("PEFT", "one that is there already", Path.is_dir, _write_peft, _read_peft),
+)
+
+
 def _row(path: Path) -> Format:
     for row in FORMATS:
-        if path.suffix.lower() in row.endings:
+        if row.fits(path):
             return row
-    known = ", ".join(f"{'/'.join(row.endings)} ({row.name})" for row in FORMATS)
+    known = ", ".join(f"{row.form} ({row.name})" for row in FORMATS)
     raise FormatError(f"The path '{path}' names no known format by its ending: use {known}.")

@@ -147,8 +147,9 @@ def load(
 
     Args:
         model: a base model, or an injected one.
-        path: a file written by `lorafx.save` or by MiniMind (.pth).
-        adapter: the name to give it; by default the one in the file.
+        path: a file written by `lorafx.save`, MiniMind (.pth), kohya-ss or diffusers (.safetensors), or a folder
+            written by PEFT.
+        adapter: the name to give it, by default the one in the file; of a folder's several adapters, which one.
         allow_nonfinite: whether A, B and trained weights may hold NaN and infinity, which are otherwise an error.
 
     Raises:
@@ -163,7 +164,7 @@ def load(
         >>> lorafx.adapters(lorafx.load(base, path))
         ['default']
     """
-    found, made_for = _formats.read(path, allow_nonfinite=allow_nonfinite)
+    found, made_for = _formats.read(path, adapter, model, allow_nonfinite)
     found = dataclasses.replace(found, name=found.name if adapter is None else adapter)
     check_name(found.name)
     fresh = find_injection(model) is None
@@ -190,8 +191,8 @@ def save(
 
     Args:
         model: an injected model.
-        path: its ending says the format: `.safetensors` (lorafx's own, all of the adapter), or `.pth` / `.pt`
-            (MiniMind's: float16, the scale folded into B). Missing folders are made.
+        path: its ending says the format: `.safetensors` (lorafx's own, all of the adapter), `.pth` / `.pt`
+            (MiniMind's: float16, the scale folded into B), or none: PEFT's folder. Missing folders are made.
         adapter: which one; by default the only active one.
         optimizer, step: of a training run that `lorafx.resume` shall continue, kept with the states of the random
             generators beside the adapter; only lorafx's own format has a place for them.
@@ -208,7 +209,7 @@ def save(
     found = extract(model, adapter)
     if optimizer is not None or step is not None:
         found = dataclasses.replace(found, training=capture(model, adapter, optimizer, step))
-    _formats.write(found, path, fingerprint(read(model)))
+    _formats.write(found, path, model, fingerprint(read(model)))
 
 
 class InjectLoRA(PassBase):

@@ -1,7 +1,8 @@
 """Linear calls with branches, on tensors only: y_k = x W_k^T + b_k + sum s (x A^T) B^T for calls that share x.
 
-One autograd.Function computes all of them and their gradients. With rows x (N, in), R the ranks of all addends
-together, h = x cat(A)^T (N, R) and G = [s dY B] (N, R), by the chain rule
+One autograd.Function computes all of them and their gradients, but for a small call by itself, which plain operators
+compute in less time. With rows x (N, in), R the ranks of all addends together, h = x cat(A)^T (N, R) and
+G = [s dY B] (N, R), by the chain rule
 
     dA = G^T x      dB = s dY^T h      dX = sum dY_k W_k + G cat(A)
 
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils import checkpoint as torch_checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ._products import add_product, over_rows, packed, through, times, unpacked
 
@@ -96,7 +99,7 @@ def linears(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
 
 def _is_plain(x: Tensor, calls: Sequence[Linear]) -> bool:
     """Whether the Function can compute these: plain tensors on one device, a frozen base, no transform, no tracer."""
-    if torch.compiler.is_compiling() or type(x) not in PLAIN or transforming() or _tracing():
+    if torch.compiler.is_compiling() or type(x) not in PLAIN or transforming() or _tracing() or _caching():
         return False
     if x.layout is not torch.strided or x.is_nested or not x.ndim:
         return False
@@ -117,7 +120,14 @@ def _tracing() -> bool:
     return torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(_PROXY) is not None
 
 
+def _caching() -> bool:
+    """Whether selective checkpointing keeps results of operators, which must not be written into."""
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        isinstance(mode, _CACHES) for mode in _get_current_dispatch_mode_stack())
+
+
 PLAIN = (Tensor, nn.Parameter)  # types that the kernels know
+_CACHES = (torch_checkpoint._CachingTorchDispatchMode, torch_checkpoint._CachedTorchDispatchMode)
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _unsafe_view: Any = torch.ops.aten._unsafe_view.default
 
@@ -160,12 +170,15 @@ SMALL_BELOW = 1 << 19
 
 
 def is_small(x: Tensor, call: Linear) -> bool:
-    """Whether plain operators that add into the fresh output are faster, by shapes; and can compute this."""
+    """Whether plain operators that add into the fresh output are faster, by shapes; as exact; and save no more."""
     out, width = call.weight.shape
-    if x.numel() // width * (out + width) >= SMALL_BELOW:
+    rows = x.numel() // width
+    if rows * (out + width) >= SMALL_BELOW or x.dtype not in (torch.float32, torch.float64):
+        return False
+    if x.ndim > 2 and not x.is_contiguous():  # its rows would be a copy
         return False
     return not any([dropout or A.dtype != x.dtype or B.dtype != x.dtype or B.shape[0] != out
-                    for A, B, _, _, dropout, _ in call.addends])
+                    or rows >= _MANY and A.shape[0] < _FEW for A, B, _, _, dropout, _ in call.addends])
 
 
 def _in_place(x: Tensor, call: Linear) -> Tensor:
@@ -173,7 +186,7 @@ def _in_place(x: Tensor, call: Linear) -> Tensor:
     y = F.linear(x, call.weight, call.bias)  # in the shape of x, whose rows alone may be added up in another order
     rows, y = (x, y) if x.ndim == 2 else (x.reshape(-1, x.shape[-1]), _unsafe_view(y, (-1, y.shape[-1])))
     for A, B, scale, *_ in call.addends:
-        y.addmm_(F.linear(rows, A), _in_columns([B], rows.shape[0])[0].t(), alpha=scale)
+        y.addmm_(F.linear(rows, A), B.t(), alpha=scale)
     return y if x.ndim == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
@@ -388,10 +401,13 @@ def _parts(matrix: Tensor, addends: Sequence[Addend], dim: int = 1) -> Sequence[
     return matrix.split_with_sizes(ranks, dim=dim) if len(ranks) > 1 else (matrix,)
 
 
+_MANY, _FEW = 256, 16  # from so many rows on, factors of fewer columns than this are laid out by columns
+
+
 def _in_columns(factors: Sequence[Tensor], rows: int) -> Sequence[Tensor]:
     """The B, laid out by columns where few of them would make a product with rows up to ten times as slow on a CPU."""
     ranks = {B.shape[1] for B in factors}
-    if rows < 256 or len(ranks) > 1 or max(ranks) >= 16 or factors[0].device.type != "cpu":
+    if rows < _MANY or len(ranks) > 1 or max(ranks) >= _FEW or factors[0].device.type != "cpu":
         return factors
     joined = torch.cat([B.t() for B in factors], dim=1)  # (rank, sum of lengths)
     return [part.t() for part in joined.split_with_sizes([B.shape[0] for B in factors], dim=1)]

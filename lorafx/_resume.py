@@ -63,13 +63,13 @@ def resume(
         3
     """
     adapter, source = only_active(model, adapter, "resume continues one adapter"), f"'{os.fspath(path)}'"
-    found, made_for = _formats.read(path)
+    found, made_for = _formats.read(path, model=model)
     training = found.training
     if training is None:
         raise FormatError(f"{source} has no training state: it was saved without optimizer=... and step=....")
     fitted, live = fit(model, read(model), found, source, made_for), _live(model, adapter)
     _check_adapter(extract(model, adapter), fitted, source)
-    names = dict(zip(dict(found.tensors()), dict(fitted.tensors())))  # in the file, and in this model
+    names = _names(found, fitted, source)
     state = _state_dict(optimizer, training, {name: live[names[name]] for name in names}, source)
     _check_generators(model, training.random, source)
     optimizer.load_state_dict(state)
@@ -146,6 +146,19 @@ def _check_adapter(ours: Adapter, theirs: Adapter, source: str) -> None:
         if ours.pairs[site].scale != pair.scale:
             raise MismatchError(f"{source} has scale {pair.scale} at '{site}', and adapter {ours.name!r} "
                                 f"{ours.pairs[site].scale}: lorafx.load(base, path) makes one that fits.")
+
+
+def _names(found: Adapter, fitted: Adapter, source: str) -> dict[str, str]:
+    """{name in the file: name in this model} of an adapter's tensors, which must be the same in both."""
+    old, new = dict(found.tensors()), dict(fitted.tensors())
+    if len(old) != len(new) or not all(map(_same, old.values(), new.values())):
+        raise MismatchError(f"{source} was trained on a model that stores its weights in another way: lorafx.load "
+                            "takes the adapter, but its training cannot go on in this model.")
+    return dict(zip(old, new))
+
+
+def _same(theirs: Tensor, ours: Tensor) -> bool:
+    return torch.equal(theirs.to(ours), ours)
 
 
 def _state_dict(

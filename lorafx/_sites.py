@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -173,6 +173,25 @@ def _hint(sites: Sequence[Site], pattern: Any = None, left_alone: Mapping[str, s
     names = near(pattern, [name for site in sites for name in site.names])
     count = f"{len(sites)} site" + "s" * (len(sites) > 1)
     return f"This model has {count}, such as {names}. lorafx.sites(model) lists them."
+
+
+# What data-parallel and compile wrappers, and models around a model, put before every name.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+
+
+def renamed(names: Sequence[str], known: Container[str]) -> Callable[[str], str]:
+    """How these names become known ones: as they are, or by wrappers' prefixes, if one way alone fits them all."""
+    if not names or all(name in known for name in names):
+        return lambda name: name
+    strips = [""]
+    while prefix := next((w for w in WRAPPERS if all(name.startswith(strips[-1] + w) for name in names)), ""):
+        strips.append(strips[-1] + prefix)
+    ways = [(strip, add) for strip in strips for add in ("", *WRAPPERS)
+            if all(add + name.removeprefix(strip) in known for name in names)]
+    if len(ways) != 1:
+        return lambda name: name
+    (strip, add), = ways
+    return lambda name: add + name.removeprefix(strip)
 
 
 def near(pattern: Any, names: Iterable[str], count: int = 3) -> str:

@@ -194,8 +194,9 @@ class TestDamaged:
             lorafx.load(Model(7), tmp_path / "a.safetensors")
 
     def test_unknown_endings(self, tmp_path: Path) -> None:
-        for call in (lambda: lorafx.save(injected(), tmp_path / "a.bin"), lambda: lorafx.load(Model(), tmp_path)):
-            with pytest.raises(lorafx.FormatError, match="names no known format by its ending: use .safetensors"):
+        path = tmp_path / "a.bin"
+        for call in (lambda: lorafx.save(injected(), path), lambda: lorafx.load(Model(), path)):
+            with pytest.raises(lorafx.FormatError, match="names no known format by its ending: use a folder .PEFT"):
                 call()
         (tmp_path / "a.pth").mkdir()
         with pytest.raises(lorafx.FormatError, match="is a folder: name a file in it"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import lorafx
 from lorafx import _kernels
@@ -245,12 +245,40 @@ def test_only_x_and_the_ranks_are_saved(dtype):
     assert all(y.dtype == dtype for y in outputs)
 
 
-def test_a_small_call_saves_the_same():
-    """x once, and its ranks a row."""
-    x, calls = torch.randn(2, 64, 256, requires_grad=True), calls_of(256, (256,), torch.float32, rank=16)
+SMALL = {
+    "in place": (torch.randn(2, 64, 256), 16, True), "few rows of low rank": (torch.randn(2, 64, 256), 4, True),
+    "many rows of low rank": (torch.randn(4, 64, 256), 4, False),
+    "rows that are no view": (torch.randn(2, 256, 64).transpose(1, 2), 16, False),
+    "a matrix by columns": (torch.randn(256, 128).t(), 16, True),
+    "half precision": (torch.randn(2, 64, 256).bfloat16(), 16, False), "large": (torch.randn(2048, 256), 16, False)}
+
+
+@pytest.mark.parametrize("x, rank, in_place", SMALL.values(), ids=SMALL)
+def test_a_small_call_saves_the_same(x, rank, in_place):
+    """x once, and its ranks a row, whichever way it is computed."""
+    x, calls = x.detach().requires_grad_(), calls_of(256, (256,), x.dtype, rank=rank)
     with Saved(*own(calls)) as saved:
-        assert type(linears(x, calls)[0].grad_fn).__name__ != "_LinearsBackward"
-    assert saved.bytes == x.nbytes + 2 * 64 * 16 * 4
+        y = linears(x, calls)[0]
+    assert (type(y.grad_fn).__name__ != "_LinearsBackward") == in_place
+    assert saved.bytes == x.nbytes + x.numel() // 256 * rank * x.itemsize
+
+
+def test_several_addends_of_a_small_call(form):
+    x, (call,) = normal(3, 4, 7), calls_of(7, (5,))
+    more = [Addend(normal(rank, 7), normal(5, rank), scale) for rank, scale in ((1, -2.0), (3, 0.0))]
+    check(x, [call._replace(addends=[*call.addends, *more])])
+
+
+@pytest.mark.parametrize("outs", [(7,), (7, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 7), (2, 4, 7)], ids=str)
+def test_selective_checkpointing(form, outs, shape):
+    """It keeps the results of some operators, and takes them up again in the backward pass."""
+    x, calls = normal(*shape), calls_of(7, outs)
+    keep = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    loss = checkpoint(lambda x: sum(y.pow(3).sum() for y in linears(x, calls)), x, use_reentrant=False,
+                      context_fn=lambda: create_selective_checkpoint_contexts(keep))
+    wanted = sum(y.pow(3).sum() for y in expected(x, calls))
+    torch.testing.assert_close(*(torch.autograd.grad(total, [x, *factors(calls)]) for total in (loss, wanted)))
 
 
 def test_dropout_saves_a_bit_an_element():
@@ -284,7 +312,7 @@ def test_operators_of_a_group(rank, copies):
     rows = 256
     x = torch.randn(rows, 128, requires_grad=True)
     calls = [Linear(torch.randn(out, 128), None, [Addend(normal(rank, 128, dtype=torch.float32),
-                                                        normal(out, rank, dtype=torch.float32), 1.0)])
+                                                         normal(out, rank, dtype=torch.float32), 1.0)])
              for out in (128, 64, 64)]
     gradients = [torch.ones(rows, out) for out in (128, 64, 64)]
     with Operators() as count:
