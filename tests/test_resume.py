@@ -258,3 +258,41 @@ def test_another_adapter(tmp_path: Path, settings: dict, message: str) -> None:
     with pytest.raises(lorafx.MismatchError, match=message):
         lorafx.resume(other, optimizer, path)
     assert same(everything(other, optimizer), before)
+
+
+class Product(nn.Module):
+    """A linear layer that keeps its weight as (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+def test_a_weight_that_is_stored_in_another_way(tmp_path: Path) -> None:
+    other, path = Model(), tmp_path / "a.safetensors"
+    other.up = Product()
+    model = injected()
+    optimizer = torch.optim.AdamW(lorafx.parameters(model))
+    model(torch.randn(2, 5)).sum().backward()
+    optimizer.step()
+    lorafx.save(model, path, optimizer=optimizer, step=1)
+    loaded = lorafx.load(other, path)
+    optimizer = torch.optim.AdamW(lorafx.parameters(loaded))
+    before = everything(loaded, optimizer)
+    with pytest.raises(lorafx.MismatchError, match="stores its weights in another way: lorafx.load takes the adapter"):
+        lorafx.resume(loaded, optimizer, path)
+    assert same(everything(loaded, optimizer), before)
+
+
+def test_a_format_without_a_place_for_training(tmp_path: Path) -> None:
+    model = injected()
+    optimizer = torch.optim.AdamW(lorafx.parameters(model))
+    with pytest.raises(lorafx.FormatError, match="is a PEFT file, which keeps no optimizer and step"):
+        lorafx.save(model, tmp_path / "folder", optimizer=optimizer, step=1)
+    for name in ("folder", "a.pth"):
+        lorafx.save(model, tmp_path / name)
+        with pytest.raises(lorafx.FormatError, match="has no training state: it was saved without"):
+            lorafx.resume(model, optimizer, tmp_path / name)
