@@ -128,7 +128,8 @@ class Stored(NamedTuple):
 class Adapter:
     """A named adapter apart from any model: its config, {site: Pair}, and base tensors trained beside it.
 
-    `stored` says how the weights of its sites are stored, where that is known.
+    `stored` says how the weights of its sites are stored, where that is known. `alone` says that what it is for goes by
+    no other name: where a model has a site or a trained tensor under several, it means something else.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Adapter:
     pairs: Mapping[str, Pair]
     trained: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     stored: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
+    alone: bool = False
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         """Every tensor under the name it has in a file of lorafx: `<site>.lora.A`, `<site>.lora.B`, or the base's."""

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, check_name, join, pattern_matches
@@ -112,21 +113,37 @@ def fit(model: nn.Module, program: Program, adapter: Adapter, source: str, made_
         if site.name in pairs:
             raise MismatchError(f"{source} has two adapters for the weight of '{site.name}', which goes by the names "
                                 f"{', '.join(site.names)} too.")
+        if adapter.alone and site.aliases:
+            raise MismatchError(f"{source} adapts '{name}' alone, but in this model its weight is that of "
+                                f"'{next(other for other in site.names if other != name)}' too: untie them first.")
         weight = weight_at(places, site)
         to = weight.device, factor_dtype(adapter.config, weight)
-        pairs[site.name] = Pair(pair.A.to(*to, copy=True), pair.B.to(*to, copy=True), pair.scale)
-    trained = {}
-    for name, tensor in ((here(name), tensor) for name, tensor in adapter.trained.items()):
-        if name not in base or base[name].shape != tensor.shape:
-            has = f"has it as {tuple(base[name].shape)}" if name in base else f"has {near(name, base)}"
-            raise MismatchError(f"{source} has a trained '{name}' {tuple(tensor.shape)}, but this model {has}.")
-        trained[name] = tensor.to(base[name], copy=True)
+        A, B = (factor.to(*to, copy=True, memory_format=torch.contiguous_format) for factor in pair[:2])
+        pairs[site.name] = Pair(A, B, pair.scale)
+    renamed_tensors = {here(name): tensor for name, tensor in adapter.trained.items()}
+    trained = _fit_trained(base, renamed_tensors, adapter.alone, source)
     return dataclasses.replace(adapter, pairs=pairs, trained=trained)
 
 
 def _sizes(in_features: int, out_features: int, experts: int | None = None) -> str:
     each = "" if experts is None else f" for each of {experts} experts"
     return f"{in_features} to {out_features} features{each}"
+
+
+def _fit_trained(
+    base: Mapping[str, nn.Parameter], trained: Mapping[str, Tensor], alone: bool, source: str
+) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in trained.items():
+        if name not in base or base[name].shape != tensor.shape:
+            has = f"has it as {tuple(base[name].shape)}" if name in base else f"has {near(name, base)}"
+            raise MismatchError(f"{source} has a trained '{name}' {tuple(tensor.shape)}, but this model {has}.")
+        tied = [other for other, parameter in base.items() if parameter is base[name] and other != name]
+        if alone and tied:
+            raise MismatchError(f"{source} has a '{name}' of its own, but in this model that is tied to '{tied[0]}': "
+                                "untie them first.")
+        found[name] = tensor.to(base[name], copy=True)
+    return found
 
 
 def _in_blocks(
