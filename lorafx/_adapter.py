@@ -157,6 +157,8 @@ class Adapter:
     """A named adapter apart from any model: its config, {site: Pair}, and base tensors trained beside it.
 
     `stored` says how the weights of its sites are stored, where that is known; `training` where its training stands.
+    `alone` says that what it is for goes by no other name: where a model has a site or a trained tensor under several,
+    it means something else.
     """
 
     name: str
@@ -165,6 +167,7 @@ class Adapter:
     trained: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     stored: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
     training: Training | None = None
+    alone: bool = False
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         """Every tensor under the name it has in a file of lorafx: `<site>.lora.A`, `<site>.lora.B`, or the base's."""

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, check_name, join, pattern_matches
@@ -112,18 +113,27 @@ def fit(model: nn.Module, program: Program, adapter: Adapter, source: str, made_
         if site.name in pairs:
             raise MismatchError(f"{source} has two adapters for the weight of '{site.name}', which goes by the names "
                                 f"{', '.join(site.names)} too.")
+        if adapter.alone and site.aliases:
+            raise MismatchError(f"{source} adapts '{name}' alone, but in this model its weight is that of "
+                                f"'{next(other for other in site.names if other != name)}' too: untie them first.")
         weight = weight_at(places, site)
         to = weight.device, factor_dtype(adapter.config, weight)
-        pairs[site.name] = Pair(pair.A.to(*to, copy=True), pair.B.to(*to, copy=True), pair.scale)
+        A, B = (factor.to(*to, copy=True, memory_format=torch.contiguous_format) for factor in pair[:2])
+        pairs[site.name] = Pair(A, B, pair.scale)
     taken = {id(weight_at(places, sites[name])): name for name in pairs}
     whole = {here(name): tensor for name, tensor in adapter.trained.items()}
     if len(whole) != len(adapter.trained):
         raise MismatchError(f"{source} has one trained tensor under two names of this model.")
-    return dataclasses.replace(adapter, pairs=pairs, trained=_fit_trained(base, taken, whole, source))
+    return dataclasses.replace(adapter, pairs=pairs, trained=_fit_trained(base, taken, whole, adapter.alone, source))
+
+
+def _sizes(in_features: int, out_features: int, experts: int | None = None) -> str:
+    each = "" if experts is None else f" for each of {experts} experts"
+    return f"{in_features} to {out_features} features{each}"
 
 
 def _fit_trained(
-    base: Mapping[str, nn.Parameter], taken: Mapping[int, str], tensors: Mapping[str, Tensor], source: str
+    base: Mapping[str, nn.Parameter], taken: Mapping[int, str], tensors: Mapping[str, Tensor], alone: bool, source: str
 ) -> dict[str, Tensor]:
     """The tensors that an adapter trained whole; `taken` names what it has for a parameter already, by id."""
     fitted, names = {}, dict(taken)
@@ -131,17 +141,16 @@ def _fit_trained(
         if name not in base or base[name].shape != tensor.shape:
             has = f"has it as {tuple(base[name].shape)}" if name in base else f"has {near(name, base)}"
             raise MismatchError(f"{source} has a trained '{name}' {tuple(tensor.shape)}, but this model {has}.")
+        tied = [other for other, parameter in base.items() if parameter is base[name] and other != name]
+        if alone and tied:
+            raise MismatchError(f"{source} has a '{name}' of its own, but in this model that is tied to '{tied[0]}': "
+                                "untie them first.")
         other = names.setdefault(id(base[name]), name)
         if other is not name:
             raise MismatchError(f"{source} has a trained '{name}', which in this model is the weight of '{other}', "
                                 "that it has too.")
         fitted[name] = tensor.to(base[name], copy=True)
     return fitted
-
-
-def _sizes(in_features: int, out_features: int, experts: int | None = None) -> str:
-    each = "" if experts is None else f" for each of {experts} experts"
-    return f"{in_features} to {out_features} features{each}"
 
 
 def _in_blocks(

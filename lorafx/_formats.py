@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from . import _kohya, _minimind, _native, _peft_read, _peft_write
+from . import _kohya, _minimind, _native, _peft_config, _peft_read, _peft_write
 from ._adapter import Adapter, validate
 from ._errors import ConfigError, FormatError
 from ._files import sync_folder, write_whole
@@ -94,16 +94,19 @@ def _write_peft(adapter: Adapter, path: Path, model: nn.Module | None, base: str
     """Into the folder itself if the adapter is called default, else into a folder of its name, as PEFT does.
 
     A folder that is not there yet appears whole. In one that is, a config that differs is written first, then the
-    tensors: where a save was cut short between the two, ranks or names do not agree, and reading says so.
+    tensors, with a digest of the config: where a save was cut short between the two, reading says so.
     """
     if model is None:
         raise ConfigError("PEFT's format depends on the model: load the adapter into it, and save it from there.")
-    if path.is_file():
+    if path.is_file() or path.name in _PEFT_FILES:
         raise ConfigError("PEFT's format is a folder, and that is a file.")
     folder = path if adapter.name == "default" else path / adapter.name
     config, tensors = _peft_write.encode(adapter, model)
-    files = {_peft_read.CONFIG: config, _peft_read.TENSORS: tensors}
+    files = {_peft_config.CONFIG: config, _peft_read.TENSORS: tensors}
     if folder.exists():
+        taken = next((name for name in files if (folder / name).is_dir()), None)
+        if taken is not None or not folder.is_dir():
+            raise ConfigError(f"'{folder / taken if taken else folder}' is in the way.")
         for name, content in files.items():
             if not (folder / name).is_file() or (folder / name).read_bytes() != content:
                 write_whole(folder / name, content)
@@ -119,20 +122,25 @@ def _write_peft(adapter: Adapter, path: Path, model: nn.Module | None, base: str
 
 
 def _read_peft(path: Path, name: str | None, model: nn.Module | None) -> tuple[Adapter, str | None]:
-    folder = path if path.is_dir() else path.parent
-    named = sorted(child.name for child in folder.iterdir() if (child / _peft_read.CONFIG).is_file())
-    if name in named:
-        return dataclasses.replace(_peft_read.decode(folder / str(name), model), name=str(name)), None
-    if (folder / _peft_read.CONFIG).is_file():
-        return _peft_read.decode(folder, model), None
-    if len(named) == 1:
-        return dataclasses.replace(_peft_read.decode(folder / named[0], model), name=named[0]), None
-    has = f"has {', '.join(map(repr, named))}: name one with adapter=..." if named else f"has no {_peft_read.CONFIG}"
-    raise FormatError(f"'{folder}' {has}.")
+    folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
+    named = sorted(child.name for child in folder.iterdir()
+                   if child.name[0] != "." and (child / _peft_config.CONFIG).is_file()) if file is None else []
+    own = (folder / _peft_config.CONFIG).is_file()
+    if own and (not named or name in (None, "default")):
+        return _peft_read.decode(folder, model, None if file == _peft_config.CONFIG else file), None
+    chosen = name if name in named else named[0] if len(named) == 1 and not own else None
+    if chosen is None:
+        has = ", ".join(map(repr, [*["default"] * own, *named]))
+        has = f"has {has}: name one with adapter=..." if has else f"has no {_peft_config.CONFIG}"
+        raise FormatError(f"'{folder}' {has}.")
+    return dataclasses.replace(_peft_read.decode(folder / chosen, model), name=chosen), None
+
+
+_PEFT_FILES = (_peft_config.CONFIG, _peft_read.TENSORS, _peft_read.OLD)
 
 
 def _is_peft(path: Path) -> bool:
-    return path.suffix == "" or path.name in (_peft_read.CONFIG, _peft_read.TENSORS, _peft_read.OLD)
+    return path.suffix == "" or path.name in _PEFT_FILES
 
 
 FORMATS = (
@@ -141,7 +149,7 @@ FORMATS = (
            _write_native, _read_safetensors, keeps_training=True),
     Format("MiniMind", "*.pth or *.pt", lambda path: path.suffix.lower() in (".pth", ".pt"),
            _write_minimind, _read_minimind),
-    Format("PEFT", "one that is there already", Path.is_dir, _write_peft, _read_peft),
+    Format("PEFT", "an existing folder of any name", Path.is_dir, _write_peft, _read_peft),
 )
 
 

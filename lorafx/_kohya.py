@@ -5,14 +5,16 @@ from which the scale is alpha / rank, 1 without it. kohya writes a module's name
 says to which part of a pipeline it belongs (`lora_unet_`, `lora_te_`); diffusers writes it as it is, after `unet.`.
 """
 
+import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, check_shapes
+from ._branch import Own
 from ._errors import FormatError, MismatchError
 from ._files import read_safetensors, safetensors_names
 from ._sites import near
@@ -21,6 +23,11 @@ from ._sites import near
 _HALVES = {"lora_down.weight": "A", "lora_up.weight": "B", "lora.down.weight": "A", "lora.up.weight": "B",
            "lora_A.weight": "A", "lora_B.weight": "B", "alpha": "alpha"}
 _FORM = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _HALVES))})")
+
+
+# What each part of a pipeline is called: by diffusers, and by kohya.
+_DOTTED = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "prior.")
+_FLAT = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_", "lora_prior_unet_")
 
 
 def is_kohya(path: Path) -> bool:
@@ -33,7 +40,9 @@ def decode(path: Path, model: nn.Module | None) -> Adapter:
     """The adapter in a file, on the modules of a model, whose names the file has in another form."""
     if model is None:
         raise FormatError(f"'{path}' names modules in a form that only the model tells: load it into the model.")
-    tensors, _ = read_safetensors(path)
+    tensors, header = read_safetensors(path)
+    if any(name.startswith("base_model.model.") for name in tensors):
+        raise FormatError(f"'{path}' holds PEFT's tensors without its config: load the folder of both.")
     halves: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         match = _FORM.fullmatch(name)
@@ -42,40 +51,64 @@ def decode(path: Path, model: nn.Module | None) -> Adapter:
         if _HALVES[match[2]] in halves[match[1]]:
             raise FormatError(f"'{path}' has two tensors for the {_HALVES[match[2]]} of '{match[1]}'.")
         halves[match[1]][_HALVES[match[2]]] = tensor
-    modules = [name for name, module in model.named_modules() if name and not list(module.children())]
-    known = _by_form(modules, lambda name: name), _by_form(modules, lambda name: name.replace(".", "_"))
+    modules = [name for name, module in model.named_modules()
+               if name and not isinstance(module, Own) and module._parameters]
+    here = _mapping(list(halves), modules, path)
+    shared = _shared_scales(header, path)
     pairs: dict[str, Pair] = {}
     for stem, half in halves.items():
         if not {"A", "B"} <= half.keys():
             raise FormatError(f"'{path}' has only {', '.join(sorted(half))} of '{stem}'.")
-        A, B = half["A"], half["B"]
+        A, B, name = half["A"], half["B"], here[stem]
+        if A.ndim > 3:
+            raise FormatError(f"'{path}' adapts '{stem}', a convolution, which lorafx does not support.")
         check_shapes(stem, A, B)
-        name = _module(stem, *known, path, modules)
         if name in pairs:
             raise MismatchError(f"'{path}' has two adapters for '{name}'.")
         alpha = half.get("alpha")
         if alpha is not None and alpha.numel() != 1:
             raise FormatError(f"'{path}' has an alpha of shape {tuple(alpha.shape)} at '{stem}'.")
-        pairs[name] = Pair(A, B, 1.0 if alpha is None else alpha.item() / A.shape[-2])
+        part = stem.partition(".")[0]
+        if alpha is not None and part in shared:
+            raise FormatError(f"'{path}' has an alpha at '{stem}', and another in its header.")
+        pairs[name] = Pair(A, B, shared.get(part, 1.0) if alpha is None else alpha.item() / A.shape[-2])
     rank = max(pair.A.shape[-2] for pair in pairs.values())
-    return Adapter("default", LoRAConfig(rank=rank, targets=list(pairs)), pairs)
+    return Adapter("default", LoRAConfig(rank=rank, targets=list(pairs)), pairs, alone=True)
 
 
-def _by_form(names: Iterable[str], form: Callable[[str], str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        found[form(name)].append(name)
+def _mapping(stems: Sequence[str], modules: Sequence[str], path: Path) -> dict[str, str]:
+    """{name in the file: the one module that it means}, all of them names of one part of a pipeline."""
+    dotted, flat = ({part for part in parts if all(stem.startswith(part) for stem in stems)} for parts in (
+        ("", *_DOTTED), _FLAT))
+    ways = [{part + name: [name] for name in modules} for part in dotted]
+    for part in flat:
+        way: dict[str, list[str]] = defaultdict(list)
+        for name in modules:
+            way[part + name.replace(".", "_")].append(name)
+        ways.append(way)
+    found = {}
+    for stem in stems:
+        means = {name for way in ways for name in way.get(stem, ())}
+        if len(means) != 1:
+            which = f"may mean {', '.join(map(repr, sorted(means)))}" if means else (
+                f"means no module of this model; near it: {near(stem.replace('_', '.'), modules)}")
+            raise MismatchError(f"'{path}' has an adapter at '{stem}', which {which}.")
+        found[stem], = means
     return found
 
 
-def _module(stem: str, dotted: dict[str, list[str]], flat: dict[str, list[str]], path: Path, names: list[str]) -> str:
-    """The one module that a name means: whole, or without the part of the pipeline that it begins with."""
-    part = re.match(r"lora_[a-z0-9]+_", stem)
-    flattened = flat.get(stem[part.end():], []) if part else []
-    found: set[str] = {*dotted.get(stem, []), *dotted.get(stem.partition(".")[2], []), *flattened}
-    if len(found) != 1:
-        means = f"may mean {', '.join(map(repr, sorted(found)))}" if found else (
-            f"means no module of this model; near it: {near(stem.replace('_', '.'), names)}")
-        raise MismatchError(f"'{path}' has an adapter at '{stem}', which {means}.")
-    name, = found
-    return name
+def _shared_scales(header: Mapping[str, str], path: Path) -> dict[str, float]:
+    """{part of the pipeline: alpha / rank} where diffusers wrote the configs of all into the header."""
+    if "lora_adapter_metadata" not in header:
+        return {}
+    try:
+        config = dict(json.loads(header["lora_adapter_metadata"]))
+        said = {str(name).partition(".")[::2]: value for name, value in config.items()}
+        odd = [name for (_, name), value in said.items() if value and name in ("rank_pattern", "alpha_pattern",
+                                                                               "use_rslora", "use_dora", "lora_bias")]
+        if odd:
+            raise FormatError(f"The header of '{path}' asks for {odd[0]}, which lorafx does not read there.")
+        return {part: float(value) / int(said[part, "r"]) for (part, name), value in said.items()
+                if name == "lora_alpha"}
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
+        raise FormatError(f"The header of '{path}' is damaged: {type(error).__name__}: {error}.") from error

@@ -5,8 +5,6 @@ itself (`target_parameters`) is named after its module; where a module has sever
 named so, and those before it after one more `base_layer` each. See PEFT 0.21.2 and its checkpoint format page.
 """
 
-import json
-import math
 import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -15,21 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._adapter import Adapter, LoRAConfig, Pair, Stored, check_shapes, first_match, join
-from ._errors import ConfigError, FormatError
+from ._adapter import Adapter, Pair, Stored, check_shapes, join
+from ._branch import Own
+from ._errors import FormatError
 from ._files import read_pickle, read_safetensors
+from ._peft_config import (CONFIG, check_complete, digest, is_saved, is_target, lora_config, parameters_of,
+                           rank_and_scale, read_config)
 from ._sites import renamed
 
 PREFIX = "base_model.model."
-CONFIG, TENSORS, OLD = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-# Entries of the config that say how the adapter was made, not what it computes.
-_ABOUT = {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
-          "layers_to_transform", "layers_pattern", "exclude_modules", "megatron_core", "megatron_config",
-          "ensure_weight_tying", "fan_in_fan_out", "qalora_group_size", "runtime_config",
-          "target_modules", "eva_config", "corda_config", "lora_ga_config"}
-_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias",
-         "modules_to_save", "target_parameters", "init_lora_weights"}
+TENSORS, OLD = "adapter_model.safetensors", "adapter_model.bin"
+DIGEST = "lorafx_config"  # in the header of TENSORS: the digest of the config that was written with it
 
 
 class Key(NamedTuple):
@@ -40,9 +34,13 @@ class Key(NamedTuple):
     part: str  # lora_A.weight, lora_B.weight
 
 
-def decode(folder: Path, model: nn.Module | None) -> Adapter:
-    """The adapter in a folder, named default; the model tells apart parameters that its keys alone cannot."""
-    config, (path, tensors) = _config(folder / CONFIG), _tensors(folder)
+def decode(folder: Path, model: nn.Module | None, file: str | None = None) -> Adapter:
+    """The adapter in a folder, named default; the model tells apart parameters that its keys alone cannot.
+
+    `file` is the name of its tensors' file, by default the newer of the two that PEFT has written.
+    """
+    config = read_config(folder / CONFIG)
+    path, tensors = _tensors(folder, file, config)
     keys = {name: key for name in tensors if (key := _key(name)) is not None}
     halves: dict[tuple[str, int], dict[str, Tensor]] = {}
     for name, key in keys.items():
@@ -50,71 +48,102 @@ def decode(folder: Path, model: nn.Module | None) -> Adapter:
     for (module, _), half in halves.items():
         if len(half) != 2:
             raise FormatError(f"'{path}' has the {next(iter(half))} of '{module}' but not its other half.")
+        if half["lora_A.weight"].ndim > 3:
+            raise FormatError(f"'{path}' adapts '{module}', a convolution, which lorafx does not support.")
         check_shapes(module, half["lora_A.weight"], half["lora_B.weight"])
     if not halves:
         raise FormatError(f"'{path}' holds no adapter: it has no lora_A and lora_B.")
     adapted = {module for module, _ in halves}
-    owners = {} if model is None else dict(model.named_modules(remove_duplicate=False))
-    here = renamed(sorted(adapted), owners)
+    modules = {} if model is None else {name: module for name, module in model.named_modules(remove_duplicate=False)
+                                        if not isinstance(module, Own)}
+    here = renamed(sorted(adapted), modules)
     attentions = {key.path.removesuffix(".out_proj") for name, key in keys.items() if ".base_layer.out_proj." in name}
+    reader = _Reader(config, path, attentions)
     pairs: dict[str, Pair] = {}
     stored: dict[str, Stored] = {}
     for (module, after), half in halves.items():
-        A, B, owner = half["lora_A.weight"], half["lora_B.weight"], owners.get(here(module))
-        attribute = _attribute(config, module, after, owner, path)
-        inner = module.removesuffix(".out_proj") if module.removesuffix(".out_proj") in attentions else module
-        matched = inner if attribute is None else join(module, attribute)
-        site = here(module) if attribute in (None, "weight") else join(here(module), str(attribute))
-        if attribute is None and module in attentions:
-            site = join(site, "in_proj_weight")
-        rank, scale = _rank_and_scale(config, matched)
-        if attribute is not None:
-            weight = None if owner is None else owner._parameters[attribute]
-            A, B = _stacks(A, B, rank, weight, matched)
-            if weight is not None:
-                stored[site] = Stored(tuple(weight.shape), A.ndim == 3 and bool(getattr(owner, "is_transposed", False)))
-        if A.shape[-2] != rank:
-            raise FormatError(f"'{path}' has rank {A.shape[-2]} at '{matched}', but its config says {rank}.")
-        pairs[site] = Pair(A, B, scale)
+        found = reader.pair(module, after, half["lora_A.weight"], half["lora_B.weight"], modules.get(here(module)))
+        site = join(here(module), found.attribute) if found.attribute else here(module)
+        pairs[site] = found.pair
+        if found.stored is not None:
+            stored[site] = found.stored
+    names = {join(name, key): tensor for name, module in modules.items()
+             for key, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
     rest = {name: tensor for name, tensor in tensors.items() if name not in keys}
     trained = {here(name): tensor for name, tensor in _trained(rest, adapted, config, path).items()}
-    return Adapter("default", _lora_config(config, pairs, trained), pairs, trained, stored)
+    trained = {name: tensor for name, tensor in trained.items() if not _is_bases(name, tensor, names, rest, path)}
+    check_complete(config, {here(module) for module in adapted}, modules.items(),
+                   [name.replace(".base_layer.", ".") for name in rest], path)
+    return Adapter("default", lora_config(config, pairs, trained), pairs, trained, stored, alone=True)
 
 
-def _tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+def _tensors(folder: Path, file: str | None, config: Mapping[str, Any]) -> tuple[Path, dict[str, Tensor]]:
     """The file of a folder's tensors, and these by name, without the prefix of all."""
-    path = next((folder / name for name in (TENSORS, OLD) if (folder / name).is_file()), None)
+    path = next((folder / name for name in (TENSORS, OLD) if file in (None, name) and (folder / name).is_file()), None)
     if path is None:
         raise FormatError(f"'{folder}' has neither {TENSORS} nor {OLD}.")
-    tensors = read_safetensors(path)[0] if path.name == TENSORS else read_pickle(path)
+    tensors, header = read_safetensors(path) if path.name == TENSORS else (read_pickle(path), {})
+    if header.get(DIGEST, digest(config)) != digest(config):
+        raise FormatError(f"'{path}' was not written together with the {CONFIG} beside it: a save was cut short, or "
+                          "one of them was changed; save it again.")
     for name in tensors:
         if not name.startswith(PREFIX):
             raise FormatError(f"'{path}' has a tensor '{name}', which does not begin with '{PREFIX}' as PEFT's do.")
     return path, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """The config, of which every entry is understood, or else says nothing."""
-    try:
-        config = json.loads(path.read_text("utf-8"))
-        found = dict(config)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise FormatError(f"'{path}' is missing or damaged: {type(error).__name__}: {error}.") from error
-    if found.get("peft_type") != "LORA":
-        raise FormatError(f"'{path}' is for PEFT's {found.get('peft_type')!r}; lorafx reads 'LORA'.")
-    for name, value in found.items():
-        if name not in _ABOUT | _READ and value not in (None, False, 0, [], {}, ""):
-            raise FormatError(f"'{path}' asks for {name}={value!r}, which lorafx does not support.")
-    if found.get("init_lora_weights", True) not in _INITS:
-        raise FormatError(f"'{path}' asks for init_lora_weights={found['init_lora_weights']!r}, which changes the "
-                          "base's weights: let PEFT save it with path_initial_model_for_weight_conversion.")
-    for name, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("modules_to_save", list),
-                       ("target_parameters", list)):
-        if not isinstance(found.get(name) or kind(), kind):
-            raise FormatError(f"'{path}' has {name}={found[name]!r}, which is no {kind.__name__}.")
-    if found.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise FormatError(f"'{path}' has bias={found['bias']!r}, not none, all or lora_only.")
-    return found
+class _Found(NamedTuple):
+    """A pair, the parameter of its module that it is for (None for the weight), and how that is stored, if known."""
+
+    pair: Pair
+    attribute: str | None
+    stored: Stored | None
+
+
+class _Reader(NamedTuple):
+    """What all pairs of a folder are read by."""
+
+    config: Mapping[str, Any]
+    path: Path
+    attentions: Container[str]
+
+    def pair(self, module: str, after: int, A: Tensor, B: Tensor, owner: nn.Module | None) -> _Found:
+        """The pair of a module, whose module in this model is the owner, if there is one."""
+        attribute = _attribute(self.config, module, after, owner, self.path)
+        above = module.removesuffix(".out_proj")
+        matched = join(module, attribute) if attribute else above if above in self.attentions else module
+        if attribute is None and not is_target(self.config, matched):
+            raise FormatError(f"'{self.path}' has an adapter of '{module}', which target_modules does not name, so "
+                              "that PEFT does not use it.")
+        rank, scale = rank_and_scale(self.config, matched)
+        stored = None
+        if attribute is not None:
+            weight = None if owner is None else owner._parameters[attribute]
+            A, B = _stacks(A, B, rank, weight, matched)
+            if weight is not None:
+                transposed = A.ndim == 3 and bool(getattr(owner, "is_transposed", False))
+                if transposed and len(A) == 1:
+                    raise FormatError(f"'{self.path}' adapts '{matched}', one transposed expert, which PEFT takes for "
+                                      "one that is not.")
+                stored = Stored(tuple(weight.shape), transposed)
+        if A.shape[-2] != rank:
+            raise FormatError(f"'{self.path}' has rank {A.shape[-2]} at '{matched}', but its config says {rank}.")
+        if attribute is None and module in self.attentions:
+            attribute = "in_proj_weight"
+        return _Found(Pair(A, B, scale), None if attribute == "weight" else attribute, stored)
+
+
+def _is_bases(name: str, tensor: Tensor, base: Mapping[str, Tensor], rest: Container[str], path: Path) -> bool:
+    """Whether a tensor is what the base has anyway: a buffer, or an adapted layer's weight, which PEFT may save."""
+    own = base.get(name)
+    module, _, attribute = name.rpartition(".")
+    copied = f"{module}.base_layer.{attribute}" in rest and attribute != "bias"
+    if own is None or not copied and isinstance(own, nn.Parameter):
+        return False
+    if own.shape == tensor.shape and torch.equal(own.to(tensor.device, tensor.dtype), tensor):
+        return True
+    what = "the weight of an adapted layer" if copied else "a buffer"
+    raise FormatError(f"'{path}' has '{name}', {what}, in which this model differs, and lorafx trains none.")
 
 
 def _key(name: str) -> Key | None:
@@ -129,21 +158,11 @@ def _key(name: str) -> Key | None:
     return Key(match[1].replace(".base_layer.", "."), match[2].count("base_layer"), match[3])
 
 
-def _parameters(config: Mapping[str, Any], module: str) -> list[str]:
-    """The parameters of a module that the config adapts by themselves, by name."""
-    found = []
-    for target in config.get("target_parameters") or ():
-        owner, _, attribute = str(target).rpartition(".")
-        if module == owner or module.endswith("." + owner):
-            found.append(attribute)
-    return sorted(set(found))
-
-
 def _attribute(
     config: Mapping[str, Any], module: str, after: int, owner: nn.Module | None, path: Path
 ) -> str | None:
     """The parameter of a module that is adapted by itself and that some others follow, `after` of them; or None."""
-    among = _parameters(config, module)
+    among = parameters_of(config, module)
     if not among:
         if after:
             raise FormatError(f"'{path}' adapts several parameters of '{module}', but target_parameters names none.")
@@ -166,19 +185,7 @@ def _stacks(A: Tensor, B: Tensor, rank: int, weight: Tensor | None, name: str) -
         raise FormatError(f"At '{name}' A has {A.shape[0]} rows, which is not its rank, {rank}, for each expert.")
     if experts == 1 and (weight is None or weight.ndim == 2):
         return A, B
-    return A.reshape(experts, rank, -1), B.reshape(B.shape[0], rank, experts).permute(2, 0, 1)
-
-
-def _rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
-    """The rank and alpha / rank, or alpha / sqrt(rank), at a module; what is missing is 8."""
-    try:
-        rank = first_match(config.get("rank_pattern") or {}, name, config.get("r", 8))
-        alpha = float(first_match(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8)))
-    except (re.error, TypeError, ValueError) as error:
-        raise FormatError(f"The config's rank and alpha at '{name}' cannot be read: {error}.") from error
-    if not isinstance(rank, int) or rank < 1:
-        raise FormatError(f"The config's rank at '{name}' is {rank!r}.")
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return A.reshape(experts, rank, -1), B.reshape(B.shape[0], rank, experts).permute(2, 0, 1).contiguous()
 
 
 def _trained(
@@ -191,9 +198,10 @@ def _trained(
         owner, _, attribute = base.rpartition(".")
         if attribute == "bias" and config.get("bias") == "all" and _is_copy(owner, tensors, whole):
             continue
-        saved = any(re.fullmatch(rf"(.*\.)?{re.escape(str(module))}(\..*)?", owner) for module in whole)
+        saved = is_saved(config, owner)
+        copied = attribute == "weight" and owner in adapted and base != name  # of a layer next to an embedding
         biased = attribute == "bias" and config.get("bias", "none") != "none"
-        if not saved and not biased:
+        if not saved and not biased and not copied:
             raise FormatError(f"'{path}' has a tensor '{PREFIX}{name}', which its config does not account for.")
         if biased and not saved and owner in adapted and base == name:
             raise FormatError(f"'{path}' has '{PREFIX}{name}', which PEFT does not read: an adapted layer's bias is "
@@ -209,14 +217,3 @@ def _is_copy(owner: str, tensors: Mapping[str, Tensor], whole: Sequence[Any]) ->
         return False
     same = kind == "original_module" or torch.equal(tensors[f"{owner}.bias"], tensors[f"{module}.bias"])
     return same and any(module == str(name) or module.endswith(f".{name}") for name in whole)
-
-
-def _lora_config(config: Mapping[str, Any], pairs: Mapping[str, Pair], trained: Mapping[str, Tensor]) -> LoRAConfig:
-    owners = sorted({name.rpartition(".")[0] for name in trained if name.rpartition(".")[0] not in pairs})
-    try:
-        return LoRAConfig(
-            rank=config.get("r", 8), alpha=config.get("lora_alpha", 8), rslora=bool(config.get("use_rslora")),
-            dropout=config.get("lora_dropout", 0.0) or 0.0, rank_pattern=config.get("rank_pattern") or {},
-            alpha_pattern=config.get("alpha_pattern") or {}, targets=list(pairs), trainable=tuple(owners))
-    except ConfigError as error:
-        raise FormatError(f"The config cannot be used: {error}") from error

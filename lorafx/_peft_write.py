@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ._adapter import Adapter, Pair, Stored, join
-from ._branch import Own, submodule
+from ._branch import Branch, Own, submodule
 from ._errors import ConfigError
-from ._peft_read import PREFIX
+from ._peft_config import digest
+from ._peft_read import DIGEST, PREFIX
 from ._sites import split_block
 
 
@@ -46,7 +47,8 @@ def encode(adapter: Adapter, model: nn.Module) -> tuple[bytes, bytes]:
             tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = A, B
     config = _config(adapter, model, entries, modules, biases)
     content = {PREFIX + name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}
-    return json.dumps(config, indent=2).encode(), safetensors.torch.save(content, {"format": "pt"})
+    return json.dumps(config, indent=2).encode(), safetensors.torch.save(
+        content, {"format": "pt", DIGEST: digest(config)})
 
 
 def _stem(module: str, entries: Iterable[_Entry]) -> str:
@@ -66,8 +68,8 @@ def _whole(adapter: Adapter) -> dict[str, tuple[Pair, Stored]]:
     found = {}
     for name, parts in blocks.items():
         (first, stored), *others = parts
-        height = stored.shape[0]
-        if not others and first.B.shape[-2] == (stored.shape[-1] if stored.transposed else stored.shape[-2]):
+        height = stored.shape[-1] if stored.transposed else stored.shape[-2]  # of B
+        if not others and first.B.shape[-2] == height:
             found[name] = first, stored
             continue
         alike = all(torch.equal(pair.A, first.A) and pair.scale == first.scale for pair, _ in others)
@@ -75,16 +77,17 @@ def _whole(adapter: Adapter) -> dict[str, tuple[Pair, Stored]]:
         column = 0
         for pair, (_, _, start) in parts:
             length, rank = pair.B.shape
-            B[start:start + length, column:column + rank] = pair.B if alike else pair.B * pair.scale
+            B[start:start + length, column:column + rank] += pair.B if alike else pair.B * pair.scale
             column += 0 if alike else rank
         A = first.A if alike else torch.cat([pair.A for pair, _ in parts])
-        found[name] = Pair(A, B, first.scale if alike else 1.0), Stored(stored.shape)
+        found[name] = Pair(A, B, first.scale if alike else 1.0), stored._replace(start=0)
     return found
 
 
 def _entries(adapter: Adapter, model: nn.Module, whole: Mapping[str, tuple[Pair, Stored]]) -> list[_Entry]:
     attentions: dict[str, dict[str, Pair]] = defaultdict(dict)
     entries = []
+    _check_alone(adapter, model)
     for name, (pair, stored) in whole.items():
         owner, attribute = _place(model, name)
         module = submodule(model, owner)
@@ -95,11 +98,13 @@ def _entries(adapter: Adapter, model: nn.Module, whole: Mapping[str, tuple[Pair,
             attentions[above]["out_proj"] = pair
         elif attribute == "weight" and isinstance(module, (nn.Linear, *_conv1d())):
             entries.append(_Entry(owner, owner, None, pair))
-        elif not owner or isinstance(module, (nn.Linear, nn.Embedding, *_conv1d())):
+        elif not owner or isinstance(module, (nn.Linear, nn.Embedding, nn.MultiheadAttention, *_conv1d())):
             raise ConfigError(f"PEFT's format has no place for an adapter of '{name}', a parameter of "
                               f"{'the model itself' if not owner else 'a ' + type(module).__name__}: {_INSTEAD}.")
         else:
             swapped = bool(getattr(module, "is_transposed", False)) and len(stored.shape) == 3
+            if swapped and stored.shape[0] == 1:
+                raise ConfigError(f"PEFT takes the one transposed expert '{name}' for one that is not: {_INSTEAD}.")
             if stored.transposed != swapped:
                 pair = Pair(pair.B.mT, pair.A.mT, pair.scale)
             entries.append(_Entry(join(owner, attribute), owner, attribute, pair))
@@ -116,6 +121,22 @@ def _entries(adapter: Adapter, model: nn.Module, whole: Mapping[str, tuple[Pair,
 
 
 _INSTEAD = "save to a path that ends in .safetensors"
+
+
+def _check_alone(adapter: Adapter, model: nn.Module) -> None:
+    """Raise where an adapter is for a tensor that has several names: PEFT would change it under one alone."""
+    sites: dict[Branch, list[str]] = defaultdict(list)
+    tensors: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Branch) and adapter.name in module._modules:
+            sites[module].append(path.rpartition(".")[0])
+        for name, parameter in module._parameters.items() if not isinstance(module, Own) else ():
+            if parameter is not None:
+                tensors[parameter].append(join(path, name))
+    trained = [names for names in tensors.values() if not adapter.trained.keys().isdisjoint(names)]
+    for names in (*sites.values(), *trained):
+        if len(names) > 1:
+            raise ConfigError(f"PEFT would change '{names[0]}' and not '{names[1]}', which is tied to it: {_INSTEAD}.")
 
 
 def _attention(model: nn.Module, owner: str, halves: Mapping[str, Pair]) -> list[_Entry]:
@@ -162,7 +183,7 @@ def _trained(
     PEFT trains whole modules: all that a module has is written, as it is in the base where it was not trained.
     """
     adapted = {entry.module for entry in entries if entry.attribute is None}
-    kinds, modules, tensors = set(), [], {}
+    kinds, owners, tensors = set(), [], {}
     by_owner: dict[str, set[str]] = defaultdict(set)
     for name in adapter.trained:
         by_owner[name.rpartition(".")[0]].add(name.rpartition(".")[2])
@@ -171,16 +192,19 @@ def _trained(
             kinds.add("lora_only" if owner in adapted else "all")
             stem = _stem(owner, entries) + ".base_layer" * (owner in adapted)
             tensors[join(stem, "bias")] = adapter.trained[join(owner, "bias")]
-            continue
-        if not owner:
-            raise ConfigError(f"PEFT trains whole modules, and '{min(names)}' belongs to the model itself.")
-        modules.append(owner)
-        module = submodule(model, owner)
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        elif owner:
+            owners.append(owner)
+        else:
+            raise ConfigError(f"PEFT trains whole modules, and '{min(names)}' belongs to the model itself: {_INSTEAD}.")
+    modules = [owner for owner in owners if not any(owner.startswith(f"{other}.") for other in owners)]
+    for path, module in _modules(model):
+        inside = any(path == owner or path.startswith(f"{owner}.") for owner in modules)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()) if inside else ():
             if tensor is not None and name not in module._non_persistent_buffers_set:
-                tensors[join(owner, name)] = adapter.trained.get(join(owner, name), tensor)
+                tensors[join(path, name)] = adapter.trained.get(join(path, name), tensor)
     for other, _ in _modules(model):
-        if other not in modules and any(other.endswith(module) for module in modules):
+        if not any(f"{other}.".startswith(f"{module}.") for module in modules) and any(
+                other.endswith(module) for module in modules):
             raise ConfigError(f"PEFT would train '{other}' too, since its name ends as that of a trained module does.")
     return "all" if "all" in kinds else "lora_only" if kinds else "none", modules, tensors
 

@@ -186,11 +186,12 @@ def renamed(names: Sequence[str], known: Container[str]) -> Callable[[str], str]
     strips = [""]
     while prefix := next((w for w in WRAPPERS if all(name.startswith(strips[-1] + w) for name in names)), ""):
         strips.append(strips[-1] + prefix)
-    ways = [(strip, add) for strip in strips for add in ("", *WRAPPERS)
-            if all(add + name.removeprefix(strip) in known for name in names)]
+    ways = {tuple(add + name.removeprefix(strip) for name in names): (strip, add)
+            for strip in strips for add in ("", *WRAPPERS)
+            if all(add + name.removeprefix(strip) in known for name in names)}
     if len(ways) != 1:
         return lambda name: name
-    (strip, add), = ways
+    (strip, add), = ways.values()
     return lambda name: add + name.removeprefix(strip)
 
 

@@ -1,6 +1,7 @@
 """kohya's and diffusers' files, read: names are matched where one module alone is meant."""
 
 import copy
+import json
 
 import pytest
 import safetensors.torch
@@ -63,6 +64,29 @@ class Ambiguous(nn.Module):
         return self.a_b(self.a["b"](x))
 
 
+def test_an_injected_model(tmp_path):
+    net, x = lorafx.inject(Net(), targets="linear"), torch.randn(3, 4)
+    safetensors.torch.save_file(halves("lora_unet_down_blocks_0_to_q"), tmp_path / "a.safetensors")
+    lorafx.load(net, tmp_path / "a.safetensors", adapter="more")
+    assert lorafx.adapters(net) == ["default", "more"] and net(x).shape == (3, 4)
+
+
+@pytest.mark.parametrize("header, scale", [
+    ({"transformer.r": 2, "transformer.lora_alpha": 8}, 4.0), ({"unet.r": 2, "unet.lora_alpha": 8}, 1.0)])
+def test_the_scale_in_diffusers_header(tmp_path, header, scale):
+    tensors = {"transformer.down_blocks.0.to_q.lora_A.weight": torch.randn(2, 4),
+               "transformer.down_blocks.0.to_q.lora_B.weight": torch.randn(4, 2)}
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file(tensors, path, {"lora_adapter_metadata": json.dumps(header)})
+    assert lorafx.load(Net(), path).down_blocks[0].to_q.lora.default.scale == scale
+    for more, message in (({"transformer.use_rslora": True}, "asks for use_rslora"),
+                          ({"transformer.r": 0}, "is damaged")):
+        safetensors.torch.save_file(tensors, path, {"lora_adapter_metadata": json.dumps(
+            {"transformer.lora_alpha": 8, "transformer.r": 2} | more)})
+        with pytest.raises(lorafx.FormatError, match=message):
+            lorafx.load(Net(), path)
+
+
 def halves(stem, shape=(2, 4), **more):
     return {f"{stem}.lora_down.weight": torch.zeros(shape), f"{stem}.lora_up.weight": torch.zeros(4, 2), **more}
 
@@ -73,11 +97,16 @@ WRONG = {
     "half": (Net, {"lora_unet_down_blocks_0_to_q.lora_up.weight": torch.zeros(4, 2)}, lorafx.FormatError, "only B of"),
     "extra": (Net, halves("lora_unet_down_blocks_0_to_q", x=torch.zeros(1)), lorafx.FormatError, "a tensor 'x', which"),
     "a convolution": (Net, halves("lora_unet_down_blocks_0_to_q", (2, 4, 3, 3)), lorafx.FormatError,
-                      "are not .rank, in"),
+                      "a convolution, which lorafx does not support"),
+    "several networks": (Net, halves("lora_te1_down_blocks_0_to_q") | halves("lora_te2_down_blocks_1_to_q"),
+                         lorafx.MismatchError, "means no module of this"),
+    "another prefix": (Net, halves("decoder.down_blocks.0.to_q"), lorafx.MismatchError, "means no module of this"),
+    "PEFT's": (Net, {"base_model.model.down_blocks.0.to_q.lora_A.weight": torch.zeros(2, 4)}, lorafx.FormatError,
+               "holds PEFT's tensors without its config"),
     "alpha": (Net, halves("lora_unet_down_blocks_0_to_q", **{
         "lora_unet_down_blocks_0_to_q.alpha": torch.zeros(2)}), lorafx.FormatError, "alpha of shape"),
     "twice": (Net, halves("lora_unet_down_blocks_0_to_q") | halves("down_blocks.0.to_q"), lorafx.MismatchError,
-              "two adapters for 'down_blocks.0.to_q'"),
+              "means no module of this"),
     "two ways": (Net, halves("down_blocks.0.to_q", **{"down_blocks.0.to_q.lora_A.weight": torch.zeros(2, 4)}),
                  lorafx.FormatError, "two tensors for the A of"),
 }
