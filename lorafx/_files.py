@@ -131,6 +131,7 @@ def _reading(path: Path, otherwise: str) -> Iterator[BinaryIO]:
         raise
     except Exception as error:  # damaged bytes make the parsers of JSON, zip and pickle raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = "".join(character if character.isprintable() else "?" for character in reason)
         raise FormatError(f"'{path}' is damaged or {otherwise}: {reason}.") from error
 
 

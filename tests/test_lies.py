@@ -62,14 +62,6 @@ def directory(old: bytes, new: bytes) -> bytes:
     return data[:at] + data[at:].replace(old, new)
 
 
-def before_zip(old: bytes, new: bytes) -> bytes:
-    """A file as torch.save wrote it long ago, with a part replaced."""
-    made = io.BytesIO()
-    torch.save({"lora.A.weight": torch.ones(2, 5).half()}, made, _use_new_zipfile_serialization=False)
-    assert made.getvalue().count(old)
-    return made.getvalue().replace(old, new)
-
-
 SIZES = b"K\x02K\x05\x86"
 BIG = b"\x8a\x06" + HUGE.to_bytes(6, "little")  # in a pickle
 LIES = {
@@ -88,19 +80,21 @@ LIES = {
     "long name": (lambda: native(**{"a" * 501: entry([1], 0, 4)}) + bytes(4), "a name of 501 characters"),
     "twice": (lambda: b"\x10" + bytes(7) + b'{"a": 1, "a": 2}', "'a' stands twice in one JSON object"),
     "metadata": (lambda: native(__metadata__={"a": 1}), "its metadata is not an object of strings"),
-    "storage": (lambda: program(b"K\nt", BIG + b"t"), f"claims {HUGE} elements of torch.float16, and has 20 bytes"),
-    "view": (lambda: program(SIZES, BIG + b"K\x05\x86"), "a shape of 2 dimensions claims more than the file's"),
-    "offset": (lambda: program(b"QK\x00", b"QK\x01"), "claims 10 elements, up to number 10, of a storage that has 10"),
-    "stride": (lambda: program(b"K\x05K\x01\x86", b"K\x06K\x01\x86"), "up to number 10, of a storage that has 10"),
-    "expanded": (lambda: program(SIZES, b"K\x32K\x05\x86"), "claims 250 elements"),
-    "text": (lambda: program(b"X\x0d\x00\x00\x00", b"X\xff\xff\xff\x7f"), "expected 2147483647 bytes"),
-    "call": (lambda: program(b"torch._utils\n_rebuild_tensor_v2", b"os\nsystem"), "holds 'os.system'"),
+    "storage": (lambda: program(b"K\nt", BIG + b"t"), "does not match expected size"),
+    "view": (lambda: program(SIZES, BIG + b"K\x05\x86"), "not resizable"),
+    "offset": (lambda: program(b"QK\x00", b"QK\x01"), "not resizable"),
+    "stride": (lambda: program(b"K\x05K\x01\x86", b"K\x06K\x01\x86"), "not resizable"),
+    "expanded": (lambda: program(SIZES, b"K\x32K\x05\x86"), "not resizable"),
+    "text": (lambda: program(b"X\x0d\x00\x00\x00", b"X\xff\xff\xff\x7f"), "is damaged or holds more than tensors"),
+    "call": (lambda: program(b"torch._utils\n_rebuild_tensor_v2", b"os\nsystem"),
+             "torch.load with weights_only=True does not let it in"),
     "packed": (lambda: zipped(packed=zipfile.ZIP_DEFLATED, tensors={"a": torch.zeros(10**6)}), "is compressed or"),
     "member": (lambda: directory(b"\x14\x00\x00\x00" * 2, b"\xff\xff\xff\x7f" * 2), "compressed or claims more"),
-    "order": (lambda: zipped(lambda n, d: b"big" if n.endswith("order") else d), "its numbers are not little-endian"),
-    "bits": (lambda: zipped().replace(torch.ones(10).half().numpy().tobytes(), bytes(20)), "Bad CRC-32"),
-    "old count": (lambda: before_zip(b"K\nNt", BIG + b"Nt"), f"a storage claims {HUGE} elements"),
-    "old storage": (lambda: before_zip(b"\n" + bytes(7), b"\n" + b"\xff" * 7), "a storage claims bytes up to"),
+    "bits": (lambda: zipped().replace(torch.ones(10).half().numpy().tobytes(), bytes(20)),
+             "the checksum of its member 'archive/data/0' is wrong"),
+    "before zip": (lambda: bytes((0x80, 2)) + bytes(100), "it is no archive, as torch.save has written them"),
+    "one for all": (lambda: program(SIZES + b"q\x08K\x05K\x01\x86", BIG + b"K\x05\x86q\x08K\x00K\x00\x86"),
+                    "claims 5000000000000 elements"),
 }
 
 
@@ -128,16 +122,15 @@ def test_nothing_in_a_pickle_runs(tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    for zip_file in (True, False):
-        torch.save({"up.lora.A.weight": Bomb()}, tmp_path / "a.pth", _use_new_zipfile_serialization=zip_file)
-        with pytest.raises(lorafx.FormatError, match="holds more than tensors: it holds '[a-z]+.mkdir'"):
-            lorafx.load(Model(), tmp_path / "a.pth")
+    torch.save({"up.lora.A.weight": Bomb()}, tmp_path / "a.pth")
+    with pytest.raises(lorafx.FormatError, match="holds more than tensors: torch.load with .* does not let it in"):
+        lorafx.load(Model(), tmp_path / "a.pth")
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("zip_file", [True, False])
-def test_what_torch_writes_is_read(tmp_path: Path, protocol: int, zip_file: bool) -> None:
+@pytest.mark.parametrize("protocol", [2, 3])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # of any but 2
+def test_what_torch_writes_is_read(tmp_path: Path, protocol: int) -> None:
     model, path = injected(), tmp_path / "a.pth"
     lorafx.save(model, path)
     tensors = torch.load(path, weights_only=True)
@@ -145,7 +138,7 @@ def test_what_torch_writes_is_read(tmp_path: Path, protocol: int, zip_file: bool
     state = OrderedDict(tensors, **{"up.lora.A.weight": whole[1], "up.lora.B.weight": nn.Parameter(
         tensors["up.lora.B.weight"].t().contiguous().t())})
     state._metadata = OrderedDict({"": {"version": 1}})
-    torch.save(state, path, _use_new_zipfile_serialization=zip_file, pickle_protocol=protocol)
+    torch.save(state, path, pickle_protocol=protocol)
     loaded = lorafx.load(Model(), path)
     for name, tensor in lorafx.named_parameters(loaded):
         assert torch.equal(tensor, state[name.replace("default.", "") + ".weight"].float())
