@@ -27,12 +27,12 @@ class Format:
     name: str
     form: str
     fits: Callable[[Path], bool]
-    write: Callable[[Adapter, Path, nn.Module | None, str], None]
+    write: Callable[[Adapter, Path, nn.Module | None, str | None], None]
     read: Callable[[Path, str | None, nn.Module | None], tuple[Adapter, str | None]]
     keeps_training: bool = False
 
 
-def write(adapter: Adapter, path: str | os.PathLike[str], model: nn.Module | None, base: str) -> None:
+def write(adapter: Adapter, path: str | os.PathLike[str], model: nn.Module | None, base: str | None) -> None:
     """Save an adapter whole or not at all; `base` is the fingerprint of the model that it is from."""
     path = Path(path)
     row = _row(path)
@@ -66,7 +66,7 @@ def read(
     return adapter, base
 
 
-def _write_native(adapter: Adapter, path: Path, model: nn.Module | None, base: str) -> None:
+def _write_native(adapter: Adapter, path: Path, model: nn.Module | None, base: str | None) -> None:
     _write_file(path, _native.encode(adapter, base))
 
 
@@ -82,7 +82,7 @@ def _read_safetensors(path: Path, name: str | None, model: nn.Module | None) -> 
     return _native.decode(path)
 
 
-def _write_minimind(adapter: Adapter, path: Path, model: nn.Module | None, base: str) -> None:
+def _write_minimind(adapter: Adapter, path: Path, model: nn.Module | None, base: str | None) -> None:
     _write_file(path, _minimind.encode(adapter, base))
 
 
@@ -90,7 +90,7 @@ def _read_minimind(path: Path, name: str | None, model: nn.Module | None) -> tup
     return _minimind.decode(path)
 
 
-def _write_peft(adapter: Adapter, path: Path, model: nn.Module | None, base: str) -> None:
+def _write_peft(adapter: Adapter, path: Path, model: nn.Module | None, base: str | None) -> None:
     """Into the folder itself if the adapter is called default, else into a folder of its name, as PEFT does.
 
     A folder that is not there yet appears whole. In one that is, a config that differs is written first, then the

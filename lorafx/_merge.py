@@ -156,6 +156,11 @@ def _fold(places: list[Place], parts: list[Part]) -> None:
 _BLOCK = 1 << 21  # elements of W that are summed at a time, while they are in a cache
 
 
+def rows_at_a_time(shape: Sequence[int]) -> int:
+    """How many rows of each matrix of a stack (..., m, n) are summed at a time."""
+    return max(_BLOCK // max(math.prod(shape) // max(shape[-2], 1), 1), 1)
+
+
 def folded(matrix: Tensor, parts: Sequence[Part]) -> Tensor:
     """W + sum s L R as a new tensor (..., m, n), summed in float32 or wider and rounded once.
 
@@ -167,7 +172,7 @@ def folded(matrix: Tensor, parts: Sequence[Part]) -> Tensor:
     wide = wide_dtype(matrix, parts)
     parts = [part._replace(left=part.left.to(wide), right=part.right.to(wide)) for part in parts]
     *stack, height, width = matrix.shape
-    length = max(_BLOCK // max(math.prod(stack) * width, 1), 1)
+    length = rows_at_a_time(matrix.shape)
     buffer = None if wide == matrix.dtype else total.new_empty(*stack, min(length, height), width, dtype=wide)
     for start in range(0, height, length):
         source, target = (tensor[..., start:start + length, :] for tensor in (matrix, total))

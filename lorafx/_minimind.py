@@ -11,7 +11,7 @@ from ._errors import ConfigError
 from ._files import pairs_of, read_pickle
 
 
-def encode(adapter: Adapter, base: str) -> bytes:
+def encode(adapter: Adapter, base: str | None) -> bytes:
     """The content of a file."""
     if adapter.trained:
         name = next(iter(adapter.trained))

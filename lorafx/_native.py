@@ -18,7 +18,7 @@ from ._training import PREFIX, pack, unpack
 VERSION = "1"
 
 
-def encode(adapter: Adapter, base: str) -> bytes:
+def encode(adapter: Adapter, base: str | None) -> bytes:
     """The content of a file."""
     about = {"name": adapter.name, "config": _config_to_json(adapter.config), "base": base,
              "scales": {site: pair.scale for site, pair in adapter.pairs.items()}, "trained": list(adapter.trained),
@@ -89,7 +89,9 @@ def _stored(shape: Any, transposed: Any, start: Any) -> Stored:
     return Stored(tuple(shape), transposed, start)
 
 
-def _base(value: Any) -> str:
+def _base(value: Any) -> str | None:
+    if value is None:  # it was converted from a format that does not say
+        return None
     if type(value) is not str or not re.fullmatch("[0-9a-f]{16}", value):
         raise ValueError(f"{shown(value)} is no fingerprint of a model")
     return value

@@ -11,6 +11,7 @@ import claims
 import coverage
 import finetune
 import pytest
+import stream
 import torch
 from minimind import Config, MiniMind
 from oracle import frozen, randomise
@@ -137,6 +138,13 @@ def test_coverage(capsys):
         assert rows[name].lorafx.identical() and rows[name].lorafx.no_silent() and rows[name].lorafx.layers >= layers
     assert rows["siglip"].peft.silent and "AdaptedWeightError" in rows["rwkv"].lorafx.error
     assert "1 silent, such as vision_model.head.attention.out_proj" in capsys.readouterr().out
+
+
+def test_stream(tmp_path, capsys):
+    found = stream.main(["--tiny", "--no-peft", "--folder", str(tmp_path), "--json", str(tmp_path / "stream.json")])
+    assert found["sites"] == 105 and found["shards"] > 2 and len(found["ratios"]) == 1
+    assert json.loads((tmp_path / "stream.json").read_text()) == found
+    assert "was left out: --no-peft" in capsys.readouterr().out
 
 
 def test_claims(tmp_path, capsys):

@@ -1,0 +1,197 @@
+"""Checkpoints on a disk: which tensors a safetensors file holds, and where, so that one at a time is read and written.
+
+A safetensors file is eight bytes with the length of its header, little-endian, the header, JSON, and the data.
+"""
+
+import ctypes
+import dataclasses
+import io
+import json
+import math
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from ._errors import FormatError
+
+INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CHUNK = 1 << 18  # bytes that are copied at a time
+
+Moved = Callable[[int], object]  # told how many bytes have been written
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file: its dtype as the file calls it, its shape, and its bytes in the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return self.end - self.begin
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its tensors in the order of their bytes, its metadata, and where its data begins."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+    start: int
+
+
+def open_shard(path: Path) -> Shard:
+    """The header of a safetensors file, checked against the file."""
+    try:
+        with safetensors.safe_open(path, framework="pt"):  # checks the header, and it against the file's length
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise FormatError(f"'{path}' is damaged or no safetensors file: {error}.") from error
+    metadata = header.pop("__metadata__", None) or {}
+    entries = {name: Entry(value["dtype"], tuple(value["shape"]), *value["data_offsets"])
+               for name, value in header.items()}
+    order = sorted(entries, key=lambda name: (entries[name].begin, entries[name].end))
+    return Shard(path, {name: entries[name] for name in order}, metadata, 8 + length)
+
+
+def _without_repeats(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, count in Counter(name for name, _ in items).items():
+        if count > 1:
+            raise ValueError(f"its header has '{name}' {count} times")
+    return dict(items)
+
+
+def header_bytes(entries: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with, for tensors in this order: (name, dtype, shape, bytes) of each."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, dtype, shape, size in entries:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def octets(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU; the view keeps the tensor."""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return memoryview(b"")
+    held: Any = (ctypes.c_ubyte * size).from_address(tensor.data_ptr())
+    held.tensor = tensor
+    return memoryview(held).cast("B")
+
+
+def read_rows(file: io.BufferedReader, shard: Shard, entry: Entry, shape: Sequence[int], start: int,
+              length: int) -> Tensor:
+    """Rows of one tensor of a shard that is open as `file`, the tensor seen with this shape."""
+    rows = torch.empty((min(length, shape[0] - start), *shape[1:]), dtype=DTYPES[entry.dtype])
+    file.seek(shard.start + entry.begin + start * (entry.size // shape[0]) if entry.size else 0)
+    if file.readinto(octets(rows)) != rows.nbytes:
+        raise FormatError(f"'{shard.path}' became shorter while it was read.")
+    return rows
+
+
+def write_all(file: io.BufferedWriter, content: memoryview, moved: Moved) -> None:
+    """Write bytes, and say how many."""
+    for start in range(0, len(content), CHUNK):
+        file.write(content[start:start + CHUNK])
+    moved(len(content))
+
+
+def copy_bytes(source: io.BufferedReader, target: io.BufferedWriter, begin: int, count: int, moved: Moved) -> None:
+    """Append bytes of one file, from `begin` on, to another."""
+    source.seek(begin)
+    buffer = memoryview(bytearray(min(CHUNK, count)))
+    while count:
+        read = source.readinto(buffer[:count])
+        if not read:
+            raise FormatError(f"'{source.name}' became shorter while it was read.")
+        target.write(buffer[:read])
+        moved(read)
+        count -= read
+
+
+def shards_of(folder: Path) -> list[Shard]:
+    """The shards of a Hugging Face folder: those that its index names, or its only one."""
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            raise FormatError(f"The folder '{folder}' holds neither {INDEX} nor {SINGLE}: name a checkpoint in "
+                              "safetensors format, or a single .safetensors, .pth or .pt file.")
+        return [open_shard(folder / SINGLE)]
+    listed = read_json(index).get("weight_map")
+    if not (isinstance(listed, dict) and listed and all(isinstance(name, str) for name in listed.values())):
+        raise FormatError(f"'{index}' has no weight_map of tensors to files.")
+    for name in listed.values():
+        parts = PurePosixPath(name).parts
+        if not parts or "\\" in name or PurePosixPath(name).is_absolute() or ".." in parts:
+            raise FormatError(f"'{index}' names a shard '{name}', which is no file in its folder.")
+    shards = [open_shard(folder / name) for name in dict.fromkeys(listed.values())]
+    held: dict[str, Path] = {}
+    for shard in shards:
+        for name in shard.entries:
+            if name in held:
+                raise FormatError(f"'{held[name]}' and '{shard.path}' both hold '{name}'.")
+            held[name] = shard.path
+    wrong = [name for name in {**listed, **held} if name not in listed or held.get(name) != folder / listed[name]]
+    if wrong:
+        place = listed.get(wrong[0], "no shard")
+        raise FormatError(f"'{index}' says that '{wrong[0]}' is in {place}, but it is in "
+                          f"{held[wrong[0]].name if wrong[0] in held else 'none'}: the index is of other shards.")
+    return shards
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The dict in a JSON file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"'{path}' is no JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"'{path}' does not hold a JSON object.")
+    return value
+
+
+def open_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote, mapped from the disk where its format allows that."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes make torch's unpickler raise anything
+        reason = str(error).partition("\n")[0]
+        raise FormatError(f"'{path}' is damaged or holds more than tensors: {reason}.") from error
+    if not isinstance(held, dict):
+        raise FormatError(f"'{path}' holds a {type(held).__name__}, not a dict of named tensors.")
+    for name, value in held.items():
+        if not (isinstance(name, str) and type(value) is Tensor and value.layout == torch.strided):
+            raise FormatError(f"'{path}' holds {name!r}, a {type(value).__name__}, beside named tensors: save the "
+                              "state_dict by itself.")
+    return held
+
+
+def nbytes(shape: Iterable[int], dtype: torch.dtype) -> int:
+    """The bytes of a tensor."""
+    return math.prod(shape) * dtype.itemsize

@@ -1,0 +1,296 @@
+"""Which tensors of a checkpoint an adapter changes, and how: there is no model to ask, only names and shapes."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._adapter import FLOATS, Adapter, join
+from ._branch import factor_dtype
+from ._errors import AdapterError, FormatError, MismatchError, TiedWeightError
+from ._sites import WRAPPERS, near, split_block
+from ._weight import Part, rows_of
+
+
+class Held(NamedTuple):
+    """What is known of a tensor of the checkpoint: its shape, and its dtype, None where torch has none like it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+
+class Weighed(NamedTuple):
+    """An adapter, what to call it in errors, and its weight in the sum."""
+
+    label: str
+    adapter: Adapter
+    weight: float
+
+
+@dataclasses.dataclass
+class Change:
+    """What becomes of one tensor: `trained` takes its place, if any, and the parts are added."""
+
+    trained: Tensor | None = None
+    parts: list[Part] = dataclasses.field(default_factory=list)
+
+    def rows(self, start: int, length: int) -> "Change":
+        """What becomes of some rows of a matrix."""
+        trained = None if self.trained is None else self.trained.narrow(0, start, length)
+        return Change(trained, rows_of(self.parts, start, length))
+
+
+class Found(NamedTuple):
+    """Where a site is: the tensor to write, and the one to read, which is another where a head is tied to it."""
+
+    key: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """{tensor to write: Change}; those that the checkpoint does not hold, {name: tensor to read}; whether it unties."""
+
+    changes: dict[str, Change]
+    new: Mapping[str, str]
+    unties: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Ties:
+    """What a Hugging Face config says: whether the head is tied to the embedding, None if unsaid, and their rows."""
+
+    tied: bool | None
+    vocabularies: frozenset[int]
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> "Ties":
+        """From the content of config.json, nested configs too."""
+        values = list(_nested(config))
+        flags = [value["tie_word_embeddings"] for value in values if "tie_word_embeddings" in value]
+        rows = frozenset(value["vocab_size"] for value in values if isinstance(value.get("vocab_size"), int))
+        return Ties(any(flags) if flags else None, rows)
+
+
+def _nested(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _nested(value)
+
+
+def plan(adapters: Sequence[Weighed], held: Mapping[str, Held], ties: Ties | None, base: str, untie: bool) -> Plan:
+    """What the adapters together change in a checkpoint that holds these tensors; every name and shape is checked.
+
+    Without `ties` no tensor is tied to one that the checkpoint does not hold.
+    """
+    changes: dict[str, Change] = {}
+    new: dict[str, str] = {}
+    parts: dict[str, dict[str, list[Part]]] = {}  # of a tensor, by site, so that they add up as in lorafx.merge
+    rivals: dict[str, str] = {}
+    unties = False
+    for weighed in adapters:
+        label, adapter, weight = weighed
+        places = _find(adapter, label, held, ties, base)
+        for name, tensor in adapter.trained.items():
+            key = places[name].key
+            _check_trained(weighed, name, rivals.setdefault(key, label), held[key], base)
+            changes.setdefault(key, Change()).trained = tensor
+        ways = _ways(weighed, {site: held[places[site].source] for site in adapter.pairs}, base)
+        for site, way in ways.items():
+            found = places[site]
+            unties |= _unties(found, site, held, ties, base, untie)
+            new |= {found.key: found.source} if found.key != found.source else {}
+            part = _part(weighed, site, way, held[found.source], f"'{found.source}' of {base}")
+            parts.setdefault(found.key, {}).setdefault(site, []).append(part)
+    for key, by_site in parts.items():
+        changes.setdefault(key, Change()).parts = [part for several in by_site.values() for part in several]
+    return Plan(changes, new, unties)
+
+
+def _check_trained(weighed: Weighed, name: str, first: str, tensor: Held, base: str) -> None:
+    """Raise unless a tensor that an adapter trained whole can take the place of the checkpoint's."""
+    label, adapter, weight = weighed
+    if first != label:
+        raise AdapterError(f"{first} and {label} both train '{name}' whole, and one tensor cannot be both: fold one "
+                           "of them.")
+    if weight != 1:
+        raise AdapterError(f"{label} trains '{name}' whole, which cannot be weighed by {weight:g}: give it the weight "
+                           "1, or leave it out.")
+    shape = tuple(adapter.trained[name].shape)
+    if shape != tensor.shape:
+        raise MismatchError(f"{label} has a trained '{name}' {shape}, but {base} has it as {tensor.shape}.")
+    if tensor.dtype not in FLOATS:
+        raise FormatError(f"'{name}' of {base} is stored as {tensor.dtype or 'a type that torch lacks'}: dequantise "
+                          "the checkpoint first.")
+
+
+def _part(weighed: Weighed, site: str, way: "Way", tensor: Held, name: str) -> Part:
+    """The addend of a tensor as it is stored, in the dtype that the factors would have in a model."""
+    if tensor.dtype not in FLOATS:
+        raise FormatError(f"{name} is stored as {tensor.dtype or 'a type that torch lacks'}, in which there is no "
+                          "W + s B A: dequantise the checkpoint first.")
+    dtype = factor_dtype(weighed.adapter.config, torch.empty(0, dtype=tensor.dtype))
+    A, B, scale = weighed.adapter.pairs[site]
+    part = Part(B.to(dtype), A.to(dtype), weighed.weight * scale, -2, way.start)
+    return part.transposed if way.transposed else part
+
+
+def _find(adapter: Adapter, label: str, held: Mapping[str, Held], ties: Ties | None, base: str) -> dict[str, Found]:
+    """{site or trained tensor: where it is in the checkpoint}."""
+    whole = {site: split_block(site)[0] for site in adapter.pairs} | {name: name for name in adapter.trained}
+    names = list(dict.fromkeys(whole.values()))
+    shapes = {whole[site]: _shape(adapter, site) for site in adapter.pairs}
+    complete: dict[tuple[str, ...], dict[str, Found]] = {}
+    for tied in (None, ties):  # heads that are not held come last
+        for number, rename in enumerate(_renamings(names, held)):
+            places = _places({name: rename(name) for name in names}, shapes, held, tied)
+            if len(places) == len(names):
+                complete[tuple(found.key for found in places.values())] = places
+                if number == 0:  # the names as they are
+                    break
+        if complete:
+            break
+    if len(complete) > 1:
+        first, second = list(complete)[:2]
+        raise MismatchError(f"{label} fits {base} in several ways, '{names[0]}' at '{first[0]}' or at '{second[0]}': "
+                            "rename the tensors of one of them.")
+    if not complete:
+        missing = next(name for name in names if _tensor_named(name, held) is None)
+        raise MismatchError(f"{label} has '{missing}', but {base} has no such tensor, with or without a wrapper's "
+                            f"prefix; near it: {near(missing, (name.removesuffix('.weight') for name in held))}.")
+    places = list(complete.values())[-1]
+    owners: dict[str, str] = {}
+    for name, (key, _) in places.items():
+        if owners.setdefault(key, name) != name:
+            raise MismatchError(f"{label} has both '{owners[key]}' and '{name}', which are one tensor of {base}, "
+                                f"'{key}'.")
+    return {name: places[owner] for name, owner in whole.items()}
+
+
+def _places(renamed: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], held: Mapping[str, Held],
+            ties: Ties | None) -> dict[str, Found]:
+    """{name: where it is}, for the names that are found as they are renamed, or are heads tied to what is held."""
+    keys = {name: _tensor_named(to, held) for name, to in renamed.items()}
+    places = {}
+    for name, key in keys.items():
+        source = key
+        if key is None and name in shapes and ties is not None and ties.tied is not False:
+            shape = shapes[name]
+            alike = [other for other, tensor in held.items() if tensor.shape == shape and other not in keys.values()]
+            if len(alike) == 1 and (not ties.vocabularies or shape[0] in ties.vocabularies):
+                key, source = join(renamed[name], "weight"), alike[0]
+        if key is not None and source is not None:
+            places[name] = Found(key, source)
+    return places
+
+
+def _renamings(names: Sequence[str], held: Iterable[str]) -> Iterator[Callable[[str], str]]:
+    """Names as they are, then each way to take a wrapper's prefix from all of them and to put another before them."""
+    for old in sorted(_prefixes(names), key=len):
+        for new in sorted(_prefixes(held), key=len):
+            if all(name.startswith(old) for name in names):
+                yield functools.partial(_renamed, old, new)
+
+
+def _renamed(old: str, new: str, name: str) -> str:
+    return new + name.removeprefix(old)
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """What wrappers may have put before these names: '', 'module.', 'module.model.', ..."""
+    found = {""}
+    for name in names:
+        prefix = ""
+        while (more := next((p for p in WRAPPERS if name.startswith(p, len(prefix))), None)) is not None:
+            prefix += more
+            found.add(prefix)
+    return found
+
+
+def _tensor_named(name: str, held: Mapping[str, Held]) -> str | None:
+    """The tensor of a site, or a trained one: the module's weight, or the tensor's own name."""
+    return next((key for key in (join(name, "weight"), name) if key in held), None)
+
+
+def _shape(adapter: Adapter, site: str) -> tuple[int, ...]:
+    """The shape of a site's weight, as the adapter says or as (out, in)."""
+    pair, stored = adapter.pairs[site], adapter.stored.get(site)
+    return stored.shape if stored is not None else (*pair.B.shape[:-1], pair.A.shape[-1])
+
+
+def _unties(found: Found, site: str, held: Mapping[str, Held], ties: Ties | None, base: str, untie: bool) -> bool:
+    """Whether folding into a tensor unties it from another; TiedWeightError where that is not wanted, or cannot be."""
+    shape = held[found.source].shape
+    if ties is None or ties.tied is False or (found.key == found.source and shape[0] not in ties.vocabularies):
+        return False
+    alike = [name for name, tensor in held.items() if tensor.shape == shape and name != found.key]
+    if found.key == found.source and ties.tied is None and alike:
+        return False
+    if found.key == found.source and not alike:
+        known = "is" if ties.tied else "may be"
+        raise TiedWeightError(
+            f"The weight of '{site}' {known} tied to another that {base} does not hold, so that folding an adapter "
+            "into it would change that too: untie them in the model and save it again, or set tie_word_embeddings to "
+            "false in config.json if they are not tied.")
+    if not untie:
+        raise TiedWeightError(
+            f"The weight of '{site}' is tied to '{alike[0]}' in {base}, so that folding an adapter into it "
+            "would change that too: --untie gives it a tensor of its own and sets tie_word_embeddings to false in the "
+            "new config.json.")
+    return True
+
+
+class Way(NamedTuple):
+    """Whether a weight is stored as (in, out), and the first row that is the site."""
+    transposed: bool
+    start: int
+
+
+def _ways(weighed: Weighed, tensors: Mapping[str, Held], base: str) -> dict[str, Way]:
+    """How the weight of each site is stored: as the adapter says, or as the shapes do."""
+    possible = {site: _possible(weighed, site, tensor.shape) for site, tensor in tensors.items()}
+    for site, ways in possible.items():
+        A, B, _ = weighed.adapter.pairs[site]
+        if not ways:
+            stored = weighed.adapter.stored.get(site)
+            known = "" if stored is None else f" for a weight {stored.shape}{' of (in, out)' * stored.transposed}"
+            raise MismatchError(f"{weighed.label} has A {tuple(A.shape)} and B {tuple(B.shape)} at '{site}'{known}, "
+                                f"which do not fit the tensor {tensors[site].shape} of {base}.")
+    turned = next((site for site, ways in possible.items() if all(way.transposed for way in ways)), None)
+    for site, ways in possible.items():
+        if len(ways) > 1 and turned is not None:
+            raise MismatchError(f"{weighed.label} does not say whether the square weight of '{site}' is stored as "
+                                f"(out, in) or, as that of '{turned}', as (in, out): save the adapter again with "
+                                "lorafx.save to a .safetensors file, which says so.")
+    return {site: ways[0] for site, ways in possible.items()}
+
+
+def _possible(weighed: Weighed, site: str, shape: tuple[int, ...]) -> list[Way]:
+    """The ways in which the weight of a site can be stored with this shape, (out, in) first."""
+    (A, B, _), block = weighed.adapter.pairs[site], split_block(site)[1]
+    stored = weighed.adapter.stored.get(site)
+    start, rows = 0, re.fullmatch(r"\[(\d+):(\d+)\]", block)
+    if stored is not None:
+        if tuple(stored.shape) != shape:
+            return []
+        start = stored.start
+    elif rows is not None:
+        start = int(rows[1])
+    elif block:
+        raise MismatchError(f"{weighed.label} does not say which rows of its weight '{site}' is: save the adapter "
+                            "again with lorafx.save to a .safetensors file, which says so.")
+    found = []
+    for transposed in (False, True) if stored is None else (stored.transposed,):
+        if len(shape) == A.ndim and shape[:-2] == A.shape[:-2]:
+            height, width = (shape[-1], shape[-2]) if transposed else shape[-2:]
+            fits = start + B.shape[-2] <= height if block else B.shape[-2] == height
+            if rows is not None and int(rows[2]) - int(rows[1]) != B.shape[-2]:
+                fits = False
+            if A.shape[-1] == width and fits and start >= 0:
+                found.append(Way(transposed, start))
+    return found

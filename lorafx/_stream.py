@@ -1,0 +1,226 @@
+"""Folds adapters into a checkpoint on a disk, W + sum w s B A, one tensor in memory at a time, as lorafx.merge would.
+
+A safetensors file is written as it is read, a folder file by file; what torch.save wrote is read from the disk where it
+is needed, and its sums are in memory until they are written.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._adapter import FLOATS
+from ._checkpoint import CONFIG, DTYPES, INDEX, Moved, Shard, octets, open_pickle, open_shard, read_json, shards_of
+from ._errors import TiedWeightError
+from ._locate import Change, Held, Plan, Ties, Weighed, plan
+from ._output import Job, check_paths, copy_job, files_in, json_job, run_file, run_folder
+from ._shards import outputs_of, shard_job, summed
+
+OUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """What a merge wrote: files and bytes, in seconds, and how many of how many tensors the adapters changed."""
+
+    files: int
+    bytes: int
+    seconds: float
+    changed: int
+    tensors: int
+
+
+def merge(base: Path, adapters: Sequence[Weighed], out: Path, *, dtype: torch.dtype | None = None, untie: bool = False,
+          force: bool = False, inputs: Iterable[Path] = (), threads: int = 1, progress: bool = False) -> Merged:
+    """Write to `out` what the checkpoint `base` is with the adapters folded in, whole or not at all.
+
+    Each sum is computed in float32 or wider and rounded once, to `dtype` if given; it then applies to all tensors of
+    float64, float32, float16 and bfloat16. Other files of a folder are carried along.
+
+    Args:
+        base: a .safetensors, .pth or .pt file, or a folder with model.safetensors or its shards and their index.
+        untie: give an adapted weight that another name shares a tensor of its own.
+        force: replace a checkpoint that is at `out`.
+        inputs: the adapters' paths, which `out` must not replace.
+        threads: how many compute. The bits are those of lorafx.merge with as many (torch.set_num_threads): of some very
+            wide matrices torch's products differ in the last bit of a few entries with their number.
+        progress: whether to show a bar on stderr.
+
+    Raises:
+        FormatError, MismatchError, TiedWeightError, ConfigError: `out` is as it was. OSError: as the system says.
+    """
+    began = time.monotonic()
+    check_paths(base, out, inputs, force)
+    with _threads(threads):
+        return _merged(base, adapters, out, dtype, untie, force, progress, began)
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """This many threads compute; more than one wait, spinning, where others read and write."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _merged(base: Path, adapters: Sequence[Weighed], out: Path, dtype: torch.dtype | None, untie: bool, force: bool,
+            progress: bool, began: float) -> Merged:
+    if base.is_dir():
+        jobs, made, total = _folder(base, adapters, dtype, untie)
+        about = _fingerprint(base, jobs, adapters, dtype, untie)
+        run_folder(jobs, out, about, force, progress)
+    else:
+        way = {".safetensors": _safetensors, ".pth": _pickle, ".pt": _pickle}[base.suffix.lower()]
+        job, made, total = way(base, adapters, dtype, untie)
+        jobs = [job]
+        run_file(job, out, force, progress)
+    return Merged(len(jobs), sum(job.size for job in jobs), time.monotonic() - began, len(made.changes), total)
+
+
+# Files.
+
+def _held(shards: Iterable[Shard]) -> dict[str, Held]:
+    return {name: Held(entry.shape, DTYPES.get(entry.dtype))
+            for shard in shards for name, entry in shard.entries.items()}
+
+
+def _safetensors(path: Path, adapters: Sequence[Weighed], dtype: torch.dtype | None,
+                 untie: bool) -> tuple[Job, Plan, int]:
+    shard = open_shard(path)
+    made = _plan_file(path, adapters, _held([shard]), untie)
+    return shard_job(shard, path.name, made, dtype), made, len(shard.entries)
+
+
+def _plan_file(path: Path, adapters: Sequence[Weighed], held: Mapping[str, Held], untie: bool) -> Plan:
+    """The plan for a file by itself; of what the config beside it says is tied, nothing can be untied."""
+    config = path.parent / CONFIG
+    ties = Ties.of(read_json(config)) if config.is_file() else None
+    made = plan(adapters, held, ties, f"'{path}'", untie)
+    if made.unties:
+        raise TiedWeightError(f"'{config}' says that an adapted weight of '{path}' is tied, and would tie it again: "
+                              f"merge the folder '{path.parent}', so that its config can say otherwise.")
+    return made
+
+
+# What torch.save wrote.
+
+def _pickle(path: Path, adapters: Sequence[Weighed], dtype: torch.dtype | None, untie: bool) -> tuple[Job, Plan, int]:
+    """The new file holds all of its sums until it is written; tensors that no adapter changes stay on the disk."""
+    tensors = open_pickle(path)
+    made = _plan_file(path, adapters, {n: Held(tuple(t.shape), t.dtype) for n, t in tensors.items()}, untie)
+    _plan_ties(path, tensors, made, untie)
+
+    def write(file: io.BufferedWriter, moved: Moved) -> None:
+        new: dict[Any, Tensor] = {}  # by the old tensor and what becomes of it, so that what was tied stays so
+        for name, tensor in tensors.items():
+            change = made.changes.get(name)
+            to = dtype if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
+            if change is not None or to != tensor.dtype:
+                key = *_bytes_of(tensor), tensor.shape, tensor.stride(), id(change)
+                if key not in new:
+                    new[key] = summed(tensor.detach(), change or Change(), to, name)
+                tensors[name] = new[key]
+            moved(tensor.nbytes)
+        torch.save(tensors, file)
+
+    return Job(path.name, sum(tensor.nbytes for tensor in tensors.values()), write, path), made, len(tensors)
+
+
+def _plan_ties(path: Path, tensors: Mapping[str, Tensor], made: Plan, untie: bool) -> None:
+    """Let what was trained whole replace a tensor under all of its names; refuse other changes of shared memory."""
+    for key, change in list(made.changes.items()):
+        storage, first, last = _bytes_of(tensors[key])
+        for name, tensor in tensors.items():
+            other, begin, end = _bytes_of(tensor)
+            if name == key or other != storage or begin >= last or first >= end:
+                continue
+            if not change.parts and (begin, end, tensor.shape) == (first, last, tensors[key].shape):
+                made.changes[name] = change
+            elif not untie:
+                raise TiedWeightError(f"'{key}' of '{path}' is tied to '{name}', so that folding an adapter into it "
+                                      "would change that too: --untie gives it a tensor of its own.")
+
+
+def _bytes_of(tensor: Tensor) -> tuple[Any, int, int]:
+    """A tensor's storage, and where its bytes in it begin and end."""
+    size = tensor.element_size()
+    first = int(tensor.storage_offset()) * size
+    length = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())) + 1
+    return tensor.untyped_storage()._cdata, first, first + (length * size if tensor.numel() else 0)
+
+
+# Folders.
+
+def _folder(base: Path, adapters: Sequence[Weighed], dtype: torch.dtype | None,
+            untie: bool) -> tuple[list[Job], Plan, int]:
+    """All files of the new folder, shards first."""
+    shards = shards_of(base)
+    config = read_json(base / CONFIG) if (base / CONFIG).is_file() else None
+    made = plan(adapters, _held(shards), None if config is None else Ties.of(config), f"'{base}'", untie)
+    jobs = {shard.path.relative_to(base).as_posix(): shard for shard in shards}
+    found = [shard_job(shard, name, made, dtype) for name, shard in jobs.items()]
+    if config is not None and (made.unties or dtype is not None):
+        found.append(json_job(base / CONFIG, CONFIG, _new_config(config, made.unties, dtype)))
+    if (base / INDEX).is_file() and (made.new or dtype is not None):
+        found.append(json_job(base / INDEX, INDEX, _new_index(base, shards, made, dtype)))
+    written = {job.name for job in found}
+    found += [copy_job(path, name) for name, path in files_in(base) if name not in written]
+    return found, made, sum(len(shard.entries) for shard in shards)
+
+
+def _new_config(config: Mapping[str, Any], unties: bool, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The content of config.json, its nested configs too, with weights no longer tied and the new dtype."""
+    def changed(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: changed(name, inner) for name, inner in value.items()}
+        if key == "tie_word_embeddings" and unties:
+            return False
+        if key in ("dtype", "torch_dtype") and dtype is not None and isinstance(value, str):
+            return str(dtype).removeprefix("torch.")
+        return value
+
+    new: dict[str, Any] = changed("", dict(config))
+    return {**new, "tie_word_embeddings": False} if unties else new
+
+
+def _new_index(base: Path, shards: Iterable[Shard], made: Plan, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The content of the index, with new tensors and sizes."""
+    index = read_json(base / INDEX)
+    places = dict(index["weight_map"])
+    places |= {name: places[source] for name, source in made.new.items()}
+    size = sum(one.size for shard in shards for one in outputs_of(shard, made, dtype))
+    metadata = index.get("metadata")
+    if isinstance(metadata, dict) and "total_size" in metadata:
+        index["metadata"] = {**metadata, "total_size": size}
+    return {**index, "weight_map": places}
+
+
+def _fingerprint(base: Path, jobs: Iterable[Job], adapters: Sequence[Weighed], dtype: torch.dtype | None,
+                 untie: bool) -> dict[str, Any]:
+    """What a merge depends on: if an interrupted one depended on anything else, it starts over."""
+    files = [[job.name, str(job.source), job.size, (stat := job.source.stat()).st_size, stat.st_mtime_ns]
+             for job in jobs]
+    return {"version": 1, "torch": torch.__version__, "base": str(base.resolve()), "files": files,
+            "adapters": [[digest(weighed), weighed.weight] for weighed in adapters], "dtype": str(dtype),
+            "untie": untie}
+
+
+def digest(weighed: Weighed) -> str:
+    """A hash of all that an adapter adds."""
+    found = hashlib.sha256(repr(sorted(weighed.adapter.stored.items())).encode())
+    scales = {site: pair.scale for site, pair in weighed.adapter.pairs.items()}
+    found.update(f"{weighed.adapter.config.dtype} {scales}".encode())
+    for name, tensor in weighed.adapter.tensors():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(octets(tensor.detach().cpu().contiguous()))
+    return found.hexdigest()

@@ -1,0 +1,65 @@
+"""Small checkpoints on a disk and adapters for them, and what is read back."""
+
+import json
+import os
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from oracle import randomise
+from torch import nn
+
+import lorafx
+from lorafx import _checkpoint
+
+
+def save_sharded(tensors: dict[str, torch.Tensor], folder: Path, shards: int, config: object = None) -> Path:
+    """A folder as Hugging Face's, its tensors dealt out to shards, with some other files."""
+    folder.mkdir()
+    names, places = sorted(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name].contiguous() for name in names[i::shards]}
+        safetensors.torch.save_file(part, folder / file, {"format": "pt", "shard": str(i)})
+        places |= dict.fromkeys(part, file)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    (folder / _checkpoint.INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": places}))
+    (folder / "config.json").write_text(json.dumps(config or {"tie_word_embeddings": False, "dtype": "float32"}))
+    (folder / "sub").mkdir()
+    (folder / "sub" / "tokenizer.json").write_bytes(os.urandom(100))
+    return folder
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    files = set(json.loads((folder / _checkpoint.INDEX).read_text())["weight_map"].values())
+    return {name: tensor for file in files for name, tensor in safetensors.torch.load_file(folder / file).items()}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether all tensors have the same names, dtypes and bits."""
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first)
+
+
+def error(capsys) -> str:
+    """The one line on stderr."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("merging")]
+    assert len(lines) == 1 and lines[0].startswith("lorafx "), lines
+    return lines[0]
+
+
+def small_files(folder: Path) -> dict[str, torch.Tensor]:
+    """base.safetensors, base.pth and base/, two layers; adapters for both (a), the first (t), the head (h, i)."""
+    base = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    whole = dict(targets="0", trainable="1")
+    for name, config in (("a", dict(targets="linear")), ("t", dict(targets="0")), ("h", whole), ("i", whole)):
+        lorafx.save(randomise(lorafx.inject(base, rank=2, **config, adapter=name)), folder / f"{name}.safetensors")
+    state = dict(base.state_dict())
+    safetensors.torch.save_file(state, folder / "base.safetensors")
+    torch.save(state, folder / "base.pth")
+    save_sharded(state, folder / "base", 2)
+    return state
