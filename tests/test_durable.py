@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_formats import Model, injected
+from tqdm import tqdm
 
 import lorafx
 
@@ -37,6 +39,7 @@ def child(work: Callable[[], None]) -> int:
     """The id of a forked process that does this work, and never comes back."""
     pid = os.fork()
     if pid == 0:
+        tqdm.set_lock(threading.RLock())  # its own is shared with forks, and one that is killed may hold it for ever
         try:
             work()
         finally:

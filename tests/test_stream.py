@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from oracle import randomise
 from stream_files import error, files, read_folder, same, save_sharded, small_files
+from test_durable import child
 from torch import nn
 
 import lorafx
@@ -258,6 +259,7 @@ def test_memory_that_tensors_of_torch_save_share(small, whole, capsys):
 
 # Interruption.
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_killed_at_any_moment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base, rng, cut = nn.Sequential(*[nn.Linear(40, 40) for _ in range(12)]), random.Random(0), 0
@@ -268,15 +270,10 @@ def test_killed_at_any_moment(tmp_path, monkeypatch):
     assert main([*arguments, "whole"]) == 0
     whole, lasts = files(Path("whole")), time.perf_counter() - began
     for _ in range(20):
-        child = os.fork()
-        if not child:
-            try:
-                os._exit(main([*arguments, "out"]))
-            finally:
-                os._exit(1)
+        pid = child(lambda: os._exit(main([*arguments, "out"])))
         time.sleep(rng.uniform(0, 1.2 * lasts))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
         cut += os.WIFSIGNALED(status) and os.path.exists("out.partial")
         if os.path.exists("out"):
             assert files(Path("out")) == whole
