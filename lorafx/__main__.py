@@ -136,8 +136,8 @@ def _weighed(text: str) -> tuple[str, float]:
 
 
 def _show(options: argparse.Namespace) -> int:
-    about = {"file": str(options.file), "format": _format_of(options.file),
-             **describe(*_read(options.file))}
+    found = describe(*_read(options.file))
+    about = {"file": str(options.file), "format": _format_of(options.file), **found}
     if options.json:
         print(json.dumps(about, indent=2))
         return 0
