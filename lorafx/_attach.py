@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from ._adapter import Adapter, LoRAConfig, Pair, check_name, join, pattern_matches
 from ._branch import (FROZEN_PREFIX, Branch, Factors, Own, Trained, adapted_names, branch_name, factor_dtype, new_pair,
-                      submodule, through_branches)
+                      submodule, through_branches, users_modules)
 from ._errors import AdapterError, ConfigError, MismatchError, NoSiteError, UnsupportedModelError
 from ._group import joins
 from ._program import Place, Program, places_of_sites, tensor_at
@@ -80,8 +80,8 @@ def _trained_tensors(base: Mapping[str, nn.Parameter], config: LoRAConfig) -> di
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """{name: Parameter} of the base, under every name."""
-    return {join(path, name): parameter for path, module in model.named_modules(remove_duplicate=False)
-            if not isinstance(module, Own) for name, parameter in module._parameters.items() if parameter is not None}
+    return {join(path, name): parameter for path, module in users_modules(model).items()
+            for name, parameter in module._parameters.items() if parameter is not None}
 
 
 def fit(model: nn.Module, program: Program, adapter: Adapter, source: str, made_for: str | None) -> Adapter:

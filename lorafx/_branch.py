@@ -159,6 +159,11 @@ def branches(model: nn.Module) -> dict[str, Branch]:
     return found
 
 
+def users_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """{path: module} of all that lorafx did not add, under every name."""
+    return {path: module for path, module in model.named_modules(remove_duplicate=False) if not isinstance(module, Own)}
+
+
 def tensor_names(module: nn.Module) -> list[str]:
     """The attributes of a module that hold a tensor."""
     computed = list(module.parametrizations) if parametrize.is_parametrized(module) else []  # type: ignore[arg-type]

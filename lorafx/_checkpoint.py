@@ -9,7 +9,6 @@ import io
 import json
 import math
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,13 +17,12 @@ import safetensors
 import torch
 from torch import Tensor
 
+from . import _header
 from ._errors import FormatError
+from ._header import parse_json
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}
+DTYPES = {**_header.DTYPES, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 1 << 18  # bytes that are copied at a time
 
@@ -63,7 +61,7 @@ def open_shard(path: Path) -> Shard:
             pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+            header: dict[str, Any] = parse_json(file.read(length).decode())
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise FormatError(f"'{path}' is damaged or no safetensors file: {error}.") from error
     metadata = header.pop("__metadata__", None) or {}
@@ -71,13 +69,6 @@ def open_shard(path: Path) -> Shard:
                for name, value in header.items()}
     order = sorted(entries, key=lambda name: (entries[name].begin, entries[name].end))
     return Shard(path, {name: entries[name] for name in order}, metadata, 8 + length)
-
-
-def _without_repeats(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    for name, count in Counter(name for name, _ in items).items():
-        if count > 1:
-            raise ValueError(f"its header has '{name}' {count} times")
-    return dict(items)
 
 
 def header_bytes(entries: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:

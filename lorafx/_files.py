@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from ._adapter import Pair, check_shapes, join
+from ._adapter import Pair, check_plain, check_shapes, join
 from ._errors import FormatError
 from ._header import check_tensor_name, read_header, read_tensor
 from ._pickled import read_tensors
@@ -114,8 +114,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote, by name, on the CPU; nothing else in it is let in."""
     with _reading(path, "holds more than tensors") as file:
         tensors = read_tensors(file)
-        for name in tensors if isinstance(tensors, dict) else ():
+        for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
             check_tensor_name(str(name))
+            if isinstance(tensor, Tensor):
+                check_plain(name, tensor)
     items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
         raise FormatError(f"'{path}' does not hold a dict of named tensors.")

@@ -13,7 +13,7 @@ from ._adapter import FLOATS, Adapter, LoRAConfig, Stored, shown
 from ._errors import ConfigError, FormatError, LorafxError
 from ._files import pairs_of, read_safetensors
 from ._header import parse_json
-from ._training import PREFIX, pack, unpack
+from ._training import PREFIX, pack, texts, unpack
 
 VERSION = "1"
 
@@ -49,7 +49,7 @@ def decode(path: Path) -> tuple[Adapter, str | None]:
             raise FormatError(f"The header of '{path}' holds {shown(min(unknown))}, which this lorafx does not know: "
                               "update it.")
         config = _config_from_json(about["config"])
-        scales, names, base = dict(about["scales"].items()), set(_texts(about["trained"])), _base(about["base"])
+        scales, names, base = dict(about["scales"].items()), set(texts(about["trained"])), _base(about["base"])
         training = None
         if "training" in about:
             state = {name: tensors.pop(name) for name in list(tensors) if name.startswith(PREFIX)}
@@ -79,7 +79,7 @@ def _config_from_json(fields: dict[str, Any]) -> LoRAConfig:
     if unknown:
         raise FormatError(f"The config holds {shown(min(unknown))}, which this lorafx does not know: update it.")
     for field in ("targets", "exclude", "trainable"):
-        _texts(fields.get(field, []))
+        texts(fields.get(field, []))
     return LoRAConfig(**{**fields, "dtype": dtypes[fields["dtype"]]})
 
 
@@ -94,11 +94,4 @@ def _base(value: Any) -> str | None:
         return None
     if type(value) is not str or not re.fullmatch("[0-9a-f]{16}", value):
         raise ValueError(f"{shown(value)} is no fingerprint of a model")
-    return value
-
-
-def _texts(value: Any) -> list[str]:
-    """A list of strings, or a ValueError."""
-    if type(value) is not list or not all(type(text) is str for text in value):
-        raise ValueError("a list of names is not one")
     return value

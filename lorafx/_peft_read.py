@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._adapter import Adapter, Pair, Stored, check_shapes, join
-from ._branch import Own
+from ._branch import users_modules
 from ._errors import FormatError
 from ._files import read_pickle, read_safetensors
 from ._peft_config import (CONFIG, check_complete, digest, is_saved, is_target, lora_config, parameters_of,
@@ -54,8 +54,7 @@ def decode(folder: Path, model: nn.Module | None, file: str | None = None) -> Ad
     if not halves:
         raise FormatError(f"'{path}' holds no adapter: it has no lora_A and lora_B.")
     adapted = {module for module, _ in halves}
-    modules = {} if model is None else {name: module for name, module in model.named_modules(remove_duplicate=False)
-                                        if not isinstance(module, Own)}
+    modules = {} if model is None else users_modules(model)
     here = renamed(sorted(adapted), modules)
     attentions = {key.path.removesuffix(".out_proj") for name, key in keys.items() if ".base_layer.out_proj." in name}
     reader = _Reader(config, path, attentions)

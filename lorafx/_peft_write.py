@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._adapter import Adapter, Pair, Stored, join
-from ._branch import Branch, Own, submodule
+from ._branch import Branch, Own, submodule, users_modules
 from ._errors import ConfigError
 from ._peft_config import digest
 from ._peft_read import DIGEST, PREFIX
@@ -86,10 +86,11 @@ def _whole(adapter: Adapter) -> dict[str, tuple[Pair, Stored]]:
 
 def _entries(adapter: Adapter, model: nn.Module, whole: Mapping[str, tuple[Pair, Stored]]) -> list[_Entry]:
     attentions: dict[str, dict[str, Pair]] = defaultdict(dict)
-    entries = []
+    entries, modules = [], users_modules(model)
     _check_alone(adapter, model)
     for name, (pair, stored) in whole.items():
-        owner, attribute = _place(model, name)
+        # a weight goes by its module's name if it is called weight
+        owner, attribute = (name, "weight") if name in modules else (name.rpartition(".")[0], name.rpartition(".")[2])
         module = submodule(model, owner)
         above = owner.rpartition(".")[0]
         if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
@@ -154,14 +155,6 @@ def _attention(model: nn.Module, owner: str, halves: Mapping[str, Pair]) -> list
     return entries
 
 
-def _place(model: nn.Module, name: str) -> tuple[str, str]:
-    """(module, parameter) of a weight's name, which is that of its module if the parameter is called weight."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if name in modules:
-        return name, "weight"
-    return name.rpartition(".")[0], name.rpartition(".")[2]
-
-
 def _conv1d() -> tuple[type, ...]:
     """transformers' Conv1D, which stores (in, out), if it is loaded: a model that has one has loaded it."""
     loaded = sys.modules.get("transformers.pytorch_utils")
@@ -197,22 +190,17 @@ def _trained(
         else:
             raise ConfigError(f"PEFT trains whole modules, and '{min(names)}' belongs to the model itself: {_INSTEAD}.")
     modules = [owner for owner in owners if not any(owner.startswith(f"{other}.") for other in owners)]
-    for path, module in _modules(model):
+    known = users_modules(model)
+    for path, module in known.items():
         inside = any(path == owner or path.startswith(f"{owner}.") for owner in modules)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()) if inside else ():
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 tensors[join(path, name)] = adapter.trained.get(join(path, name), tensor)
-    for other, _ in _modules(model):
+    for other in known:
         if not any(f"{other}.".startswith(f"{module}.") for module in modules) and any(
                 other.endswith(module) for module in modules):
             raise ConfigError(f"PEFT would train '{other}' too, since its name ends as that of a trained module does.")
     return "all" if "all" in kinds else "lora_only" if kinds else "none", modules, tensors
-
-
-def _modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """The user's modules, by name."""
-    return ((name, module) for name, module in model.named_modules(remove_duplicate=False)
-            if not isinstance(module, Own))
 
 
 def _config(adapter: Adapter, model: nn.Module, entries: Sequence[_Entry], modules: list[str],
@@ -224,12 +212,13 @@ def _config(adapter: Adapter, model: nn.Module, entries: Sequence[_Entry], modul
     rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
     parameters = [entry.name for entry in entries if entry.attribute is not None]
     others = sorted({entry.name for entry in entries if entry.attribute is None})
+    known = users_modules(model)
     config: dict[str, Any] = {
         "peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True, "init_lora_weights": True,
         "r": rank, "lora_alpha": alpha, "lora_dropout": adapter.config.dropout,
-        "target_modules": _targets(others, [name for name, _ in _modules(model)])}
+        "target_modules": _targets(others, list(known))}
     if parameters:
-        _check_suffixes(parameters, [join(path, name) for path, module in _modules(model)
+        _check_suffixes(parameters, [join(path, name) for path, module in known.items()
                                      for name in module._parameters])
         config["target_parameters"] = parameters
     options = {"use_rslora": rslora, "bias": biases if biases != "none" else None, "modules_to_save": modules,

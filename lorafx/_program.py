@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from ._adapter import FLOATS, join
-from ._branch import Own, frozen, hooks, site_name, submodule, tensor_names, thawed, through_branches
+from ._branch import (Own, frozen, hooks, site_name, submodule, tensor_names, thawed, through_branches,
+                      users_modules)
 from ._region import is_plain_graph, why_not_adapted, why_not_region
 from ._rules import blocks_of, computed_from, linear_call, only_metadata, readers_of, sources_of
 from ._scan import fetched, products, weights_kept
@@ -272,8 +273,7 @@ def tensor_at(module: nn.Module, attribute: str) -> Any:
 
 def places_of_sites(model: nn.Module) -> dict[str, Place]:
     """{name of a site of the whole tensor: (owner, attribute)} for every tensor that could be one, by all its names."""
-    return {site_name(path, attribute): (module, attribute)
-            for path, module in model.named_modules(remove_duplicate=False) if not isinstance(module, Own)
+    return {site_name(path, attribute): (module, attribute) for path, module in users_modules(model).items()
             for attribute in tensor_names(module)}
 
 

@@ -13,8 +13,8 @@ from ._attach import fit
 from ._branch import branches, factors_at
 from ._errors import AdapterError, ConfigError, FormatError, MismatchError
 from ._program import read
-from ._record import check_adapter, injection, trained
-from ._switch import extract
+from ._record import check_adapter, injection
+from ._switch import extract, trained_whole
 from ._training import fits
 
 NOT_OPTIONS = ("params", "param_names")  # of a parameter group: they are this process's own
@@ -116,15 +116,12 @@ def only_active(model: nn.Module, adapter: str | None, doing: str) -> str:
 
 def _live(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """The tensors of an adapter under the names that `extract` gives them."""
-    found: dict[nn.Parameter, str] = {}
+    found: dict[str, nn.Parameter] = {}
     for site, branch in branches(model).items():
         factors = factors_at(branch, adapter)
         if factors is not None:
-            found |= {factors.A: join(site, "lora.A"), factors.B: join(site, "lora.B")}
-    for path, _, held in trained(model):
-        for name, parameter in held.sets().get(adapter, {}).items():
-            found.setdefault(parameter, join(path, name))
-    return {name: parameter for parameter, name in found.items()}
+            found |= {join(site, "lora.A"): factors.A, join(site, "lora.B"): factors.B}
+    return found | trained_whole(model, adapter)
 
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:

@@ -72,9 +72,10 @@ def outputs_of(shard: Shard, made: Plan, dtype: torch.dtype | None) -> list[Outp
     return found
 
 
-def _write_shard(shard: Shard, outputs: Sequence[Output], file: io.BufferedWriter, moved: Moved) -> None:
+def _write_shard(
+    shard: Shard, header: bytes, outputs: Sequence[Output], file: io.BufferedWriter, moved: Moved
+) -> None:
     """The new file of a shard; some rows and their sum are in memory at a time, and what does not change is copied."""
-    header = header_bytes(((one.name, one.dtype, one.entry.shape, one.size) for one in outputs), shard.metadata)
     write_all(file, memoryview(header), moved)
     with open(shard.path, "rb") as source, open(shard.path, "rb") as copied, _behind() as behind:
         for one in outputs:
@@ -114,9 +115,10 @@ def _blocks(file: io.BufferedReader, shard: Shard, entry: Entry, change: Change)
 
 
 def shard_job(shard: Shard, name: str, made: Plan, dtype: torch.dtype | None) -> Job:
+    """The new file of a shard, with this name in its folder; a copy where nothing changes."""
     outputs = outputs_of(shard, made, dtype)
     if all(one.as_it_is for one in outputs):
         return copy_job(shard.path, name)
     header = header_bytes(((one.name, one.dtype, one.entry.shape, one.size) for one in outputs), shard.metadata)
     size = len(header) + sum(one.size for one in outputs)
-    return Job(name, size, functools.partial(_write_shard, shard, outputs), shard.path)
+    return Job(name, size, functools.partial(_write_shard, shard, header, outputs), shard.path)

@@ -175,9 +175,14 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
     if lost:
         raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module was replaced after "
                            "injection, as resize_token_embeddings does with a head: do that before lorafx.inject.")
-    whole: dict[nn.Parameter, str] = {}
+    whole = {name: parameter.detach() for name, parameter in trained_whole(model, adapter).items()}
+    return Adapter(adapter, injection(model).configs[adapter], pairs, whole, stored)
+
+
+def trained_whole(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """{first name: Parameter} of all that an adapter trains in the place of the base's."""
+    found: dict[nn.Parameter, str] = {}
     for path, _, held in trained(model):
         for name, parameter in held.sets().get(adapter, {}).items():
-            whole.setdefault(parameter, join(path, name))
-    tensors = {name: parameter.detach() for parameter, name in whole.items()}
-    return Adapter(adapter, injection(model).configs[adapter], pairs, tensors, stored)
+            found.setdefault(parameter, join(path, name))
+    return {name: parameter for parameter, name in found.items()}

@@ -46,7 +46,7 @@ def unpack(about: Any, tensors: Mapping[str, Tensor], names: set[str]) -> Traini
         raise ValueError(f"{shown(about['step'])} is no number of steps")
     left = dict(tensors)
     random = {place: left.pop(f"{PREFIX}random:{place}") for place in about["random"]}
-    groups = [(_options(group["options"]), _names(group["names"])) for group in about["groups"]]
+    groups = [(_options(group["options"]), texts(group["names"])) for group in about["groups"]]
     listed = [name for _, group in groups for name in group]
     state = {name: {key: left.pop(f"{PREFIX}state:{key}:{name}") if value == {} else
                     checked(f"the optimizer's {key!r}", value) for key, value in entries.items()}
@@ -92,7 +92,8 @@ def _options(value: Any) -> dict[str, Any]:
     return {key: checked(f"the optimizer's {key!r}", option) for key, option in value.items()}
 
 
-def _names(value: Any) -> list[str]:
-    if type(value) is not list or not all(type(name) is str for name in value):
-        raise ValueError("the names of a parameter group are not a list of texts")
+def texts(value: Any) -> list[str]:
+    """A list of strings, or a ValueError."""
+    if type(value) is not list or not all(type(text) is str for text in value):
+        raise ValueError("a list of names is not one")
     return value
