@@ -12,7 +12,7 @@ from . import _formats
 from ._adapter import Adapter
 from ._compare import are_equal, describe, difference
 from ._errors import ConfigError, FormatError, LorafxError
-from ._locate import Weighed
+from ._stored import Weighed
 from ._stream import OUT_DTYPES, merge
 
 MERGE = """\

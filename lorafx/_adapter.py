@@ -158,7 +158,8 @@ class Adapter:
 
     `stored` says how the weights of its sites are stored, where that is known; `training` where its training stands.
     `alone` says that what it is for goes by no other name: where a model has a site or a trained tensor under several,
-    it means something else.
+    it means something else. `turned` is whether its file says that the weights are stored as (in, out), which
+    shapes may gainsay.
     """
 
     name: str
@@ -168,6 +169,7 @@ class Adapter:
     stored: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
     training: Training | None = None
     alone: bool = False
+    turned: bool = False
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         """Every tensor under the name it has in a file of lorafx: `<site>.lora.A`, `<site>.lora.B`, or the base's."""

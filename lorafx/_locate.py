@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,30 +12,20 @@ from ._adapter import FLOATS, Adapter, join
 from ._branch import factor_dtype
 from ._errors import AdapterError, FormatError, MismatchError, TiedWeightError
 from ._sites import WRAPPERS, near, split_block
+from ._stored import Held, Way, Weighed, turned_matrices, ways_of
 from ._weight import Part, rows_of
-
-
-class Held(NamedTuple):
-    """What is known of a tensor of the checkpoint: its shape, and its dtype, None where torch has none like it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-
-
-class Weighed(NamedTuple):
-    """An adapter, what to call it in errors, and its weight in the sum."""
-
-    label: str
-    adapter: Adapter
-    weight: float
 
 
 @dataclasses.dataclass
 class Change:
-    """What becomes of one tensor: `trained` takes its place, if any, and the parts are added."""
+    """What becomes of one tensor: `trained` takes its place, if any, and the parts are added.
+
+    `alone` says that what is trained is for this name only, where the tensor has others.
+    """
 
     trained: Tensor | None = None
     parts: list[Part] = dataclasses.field(default_factory=list)
+    alone: bool = False
 
     def rows(self, start: int, length: int) -> "Change":
         """What becomes of some rows of a matrix."""
@@ -92,15 +81,18 @@ def plan(adapters: Sequence[Weighed], held: Mapping[str, Held], ties: Ties | Non
     new: dict[str, str] = {}
     parts: dict[str, dict[str, list[Part]]] = {}  # of a tensor, by site, so that they add up as in lorafx.merge
     rivals: dict[str, str] = {}
-    unties = False
+    unties, turned = False, turned_matrices(held)
     for weighed in adapters:
         label, adapter, weight = weighed
         places = _find(adapter, label, held, ties, base)
         for name, tensor in adapter.trained.items():
             key = places[name].key
             _check_trained(weighed, name, rivals.setdefault(key, label), held[key], base)
-            changes.setdefault(key, Change()).trained = tensor
-        ways = _ways(weighed, {site: held[places[site].source] for site in adapter.pairs}, base)
+            if adapter.alone and tensor.ndim == 2:
+                unties |= _unties(places[name], name.removesuffix(".weight"), held, ties, base, untie)
+            for other in [key] if adapter.alone else _names_of(key, held, ties):
+                changes[other] = Change(tensor, alone=adapter.alone)
+        ways = ways_of(weighed, {site: held[places[site].source] for site in adapter.pairs}, turned, base)
         for site, way in ways.items():
             found = places[site]
             unties |= _unties(found, site, held, ties, base, untie)
@@ -110,6 +102,14 @@ def plan(adapters: Sequence[Weighed], held: Mapping[str, Held], ties: Ties | Non
     for key, by_site in parts.items():
         changes.setdefault(key, Change()).parts = [part for several in by_site.values() for part in several]
     return Plan(changes, new, unties)
+
+
+def _names_of(key: str, held: Mapping[str, Held], ties: Ties | None) -> list[str]:
+    """A tensor's name, and that of a head or embedding that the config says is tied to it and that is held too."""
+    shape = held[key].shape
+    if ties is None or not ties.tied or len(shape) != 2 or shape[0] not in ties.vocabularies:
+        return [key]
+    return [key, *(name for name, tensor in held.items() if tensor.shape == shape and name != key)]
 
 
 def _check_trained(weighed: Weighed, name: str, first: str, tensor: Held, base: str) -> None:
@@ -129,7 +129,7 @@ def _check_trained(weighed: Weighed, name: str, first: str, tensor: Held, base: 
                           "the checkpoint first.")
 
 
-def _part(weighed: Weighed, site: str, way: "Way", tensor: Held, name: str) -> Part:
+def _part(weighed: Weighed, site: str, way: Way, tensor: Held, name: str) -> Part:
     """The addend of a tensor as it is stored, in the dtype that the factors would have in a model."""
     if tensor.dtype not in FLOATS:
         raise FormatError(f"{name} is stored as {tensor.dtype or 'a type that torch lacks'}, in which there is no "
@@ -166,7 +166,9 @@ def _find(adapter: Adapter, label: str, held: Mapping[str, Held], ties: Ties | N
     places = list(complete.values())[-1]
     owners: dict[str, str] = {}
     for name, (key, _) in places.items():
-        if owners.setdefault(key, name) != name:
+        # beside a pair, PEFT may save the weight of the head that it is for
+        both = {name, owners.setdefault(key, name)}
+        if len(both) == 2 and not (adapter.alone and both & adapter.pairs.keys() and both & adapter.trained.keys()):
             raise MismatchError(f"{label} has both '{owners[key]}' and '{name}', which are one tensor of {base}, "
                                 f"'{key}'.")
     return {name: places[owner] for name, owner in whole.items()}
@@ -243,54 +245,3 @@ def _unties(found: Found, site: str, held: Mapping[str, Held], ties: Ties | None
             "would change that too: --untie gives it a tensor of its own and sets tie_word_embeddings to false in the "
             "new config.json.")
     return True
-
-
-class Way(NamedTuple):
-    """Whether a weight is stored as (in, out), and the first row that is the site."""
-    transposed: bool
-    start: int
-
-
-def _ways(weighed: Weighed, tensors: Mapping[str, Held], base: str) -> dict[str, Way]:
-    """How the weight of each site is stored: as the adapter says, or as the shapes do."""
-    possible = {site: _possible(weighed, site, tensor.shape) for site, tensor in tensors.items()}
-    for site, ways in possible.items():
-        A, B, _ = weighed.adapter.pairs[site]
-        if not ways:
-            stored = weighed.adapter.stored.get(site)
-            known = "" if stored is None else f" for a weight {stored.shape}{' of (in, out)' * stored.transposed}"
-            raise MismatchError(f"{weighed.label} has A {tuple(A.shape)} and B {tuple(B.shape)} at '{site}'{known}, "
-                                f"which do not fit the tensor {tensors[site].shape} of {base}.")
-    turned = next((site for site, ways in possible.items() if all(way.transposed for way in ways)), None)
-    for site, ways in possible.items():
-        if len(ways) > 1 and turned is not None:
-            raise MismatchError(f"{weighed.label} does not say whether the square weight of '{site}' is stored as "
-                                f"(out, in) or, as that of '{turned}', as (in, out): save the adapter again with "
-                                "lorafx.save to a .safetensors file, which says so.")
-    return {site: ways[0] for site, ways in possible.items()}
-
-
-def _possible(weighed: Weighed, site: str, shape: tuple[int, ...]) -> list[Way]:
-    """The ways in which the weight of a site can be stored with this shape, (out, in) first."""
-    (A, B, _), block = weighed.adapter.pairs[site], split_block(site)[1]
-    stored = weighed.adapter.stored.get(site)
-    start, rows = 0, re.fullmatch(r"\[(\d+):(\d+)\]", block)
-    if stored is not None:
-        if tuple(stored.shape) != shape:
-            return []
-        start = stored.start
-    elif rows is not None:
-        start = int(rows[1])
-    elif block:
-        raise MismatchError(f"{weighed.label} does not say which rows of its weight '{site}' is: save the adapter "
-                            "again with lorafx.save to a .safetensors file, which says so.")
-    found = []
-    for transposed in (False, True) if stored is None else (stored.transposed,):
-        if len(shape) == A.ndim and shape[:-2] == A.shape[:-2]:
-            height, width = (shape[-1], shape[-2]) if transposed else shape[-2:]
-            fits = start + B.shape[-2] <= height if block else B.shape[-2] == height
-            if rows is not None and int(rows[2]) - int(rows[1]) != B.shape[-2]:
-                fits = False
-            if A.shape[-1] == width and fits and start >= 0:
-                found.append(Way(transposed, start))
-    return found

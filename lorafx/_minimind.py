@@ -17,6 +17,10 @@ def encode(adapter: Adapter, base: str | None) -> bytes:
         name = next(iter(adapter.trained))
         raise ConfigError(f"a MiniMind file holds no base weights, such as the trained '{name}'; save to a path that "
                           "ends in .safetensors.")
+    for site, (shape, transposed, _) in adapter.stored.items():
+        if transposed and shape[-1] == shape[-2]:
+            raise ConfigError(f"a MiniMind file cannot say that the square weight of '{site}' is stored as (in, out); "
+                              "save to a path that ends in .safetensors.")
     tensors = {}
     for site, (A, B, scale) in adapter.pairs.items():
         tensors[join(site, "lora.A.weight")] = A.half()

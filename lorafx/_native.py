@@ -16,13 +16,14 @@ from ._header import parse_json
 from ._training import PREFIX, pack, texts, unpack
 
 VERSION = "1"
+_FLAGS = ("alone", "turned")  # of an Adapter, kept where they are true
 
 
 def encode(adapter: Adapter, base: str | None) -> bytes:
     """The content of a file."""
     about = {"name": adapter.name, "config": _config_to_json(adapter.config), "base": base,
              "scales": {site: pair.scale for site, pair in adapter.pairs.items()}, "trained": list(adapter.trained),
-             "stored": adapter.stored}
+             "stored": adapter.stored, **{flag: True for flag in _FLAGS if getattr(adapter, flag)}}
     tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors()}
     for name in tensors:
         if name.startswith(PREFIX):
@@ -44,7 +45,7 @@ def decode(path: Path) -> tuple[Adapter, str | None]:
         raise FormatError(f"'{path}' has format version {version}, not {VERSION}: update lorafx.")
     try:
         about = parse_json(header["adapter"])
-        unknown = about.keys() - {"name", "config", "base", "scales", "trained", "stored", "training"}
+        unknown = about.keys() - {"name", "config", "base", "scales", "trained", "stored", "training", *_FLAGS}
         if unknown:
             raise FormatError(f"The header of '{path}' holds {shown(min(unknown))}, which this lorafx does not know: "
                               "update it.")
@@ -61,7 +62,8 @@ def decode(path: Path) -> tuple[Adapter, str | None]:
                 site = min(listed ^ pairs.keys())
                 raise FormatError(f"'{path}' has {shown(site)} in only one of its header and its tensors.")
         stored = {site: _stored(*fields) for site, fields in about.get("stored", {}).items()}
-        return Adapter(about["name"], config, pairs, trained, stored, training), base
+        flags = {flag: _flag(about[flag]) for flag in _FLAGS if flag in about}
+        return Adapter(about["name"], config, pairs, trained, stored, training, **flags), base
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, LorafxError):
             raise
@@ -87,6 +89,12 @@ def _stored(shape: Any, transposed: Any, start: Any) -> Stored:
     if not all(type(number) is int and number >= 0 for number in (*shape, start)) or type(transposed) is not bool:
         raise ValueError("how a weight is stored is not a shape, a flag and a row")
     return Stored(tuple(shape), transposed, start)
+
+
+def _flag(value: Any) -> bool:
+    if value is not True:
+        raise ValueError(f"{shown(value)} is no flag that is set")
+    return value
 
 
 def _base(value: Any) -> str | None:

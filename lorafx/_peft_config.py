@@ -16,11 +16,11 @@ from ._errors import ConfigError, FormatError
 CONFIG = "adapter_config.json"
 # Entries that say how the adapter was made, not what it computes.
 _ABOUT = {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
-          "layers_to_transform", "layers_pattern", "exclude_modules", "megatron_core", "fan_in_fan_out",
-          "qalora_group_size", "runtime_config", "eva_config", "corda_config", "lora_ga_config"}
+          "layers_to_transform", "layers_pattern", "exclude_modules", "megatron_core", "qalora_group_size",
+          "runtime_config", "eva_config", "corda_config", "lora_ga_config"}
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias",
-         "modules_to_save", "target_modules", "target_parameters", "init_lora_weights"}
+         "modules_to_save", "target_modules", "target_parameters", "init_lora_weights", "fan_in_fan_out"}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -39,7 +39,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FormatError(f"'{path}' asks for init_lora_weights={found['init_lora_weights']!r}, which changes the "
                           "base's weights: let PEFT save it with path_initial_model_for_weight_conversion.")
     for name, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("modules_to_save", list),
-                       ("target_parameters", list), ("target_modules", (list, str)), ("use_rslora", bool)):
+                       ("target_parameters", list), ("target_modules", (list, str)), ("use_rslora", bool),
+                       ("fan_in_fan_out", bool)):
         value = found.get(name)
         if value is not None and not isinstance(value, kind) or isinstance(value, list) and not all(
                 isinstance(entry, str) for entry in value):

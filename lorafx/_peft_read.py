@@ -73,7 +73,8 @@ def decode(folder: Path, model: nn.Module | None, file: str | None = None) -> Ad
     trained = {name: tensor for name, tensor in trained.items() if not _is_bases(name, tensor, names, rest, path)}
     check_complete(config, {here(module) for module in adapted}, modules.items(),
                    [name.replace(".base_layer.", ".") for name in rest], path)
-    return Adapter("default", lora_config(config, pairs, trained), pairs, trained, stored, alone=True)
+    return Adapter("default", lora_config(config, pairs, trained), pairs, trained, stored, alone=True,
+                   turned=bool(config.get("fan_in_fan_out")))
 
 
 def _tensors(folder: Path, file: str | None, config: Mapping[str, Any]) -> tuple[Path, dict[str, Tensor]]:
@@ -125,6 +126,10 @@ class _Reader(NamedTuple):
                     raise FormatError(f"'{self.path}' adapts '{matched}', one transposed expert, which PEFT takes for "
                                       "one that is not.")
                 stored = Stored(tuple(weight.shape), transposed)
+            elif A.ndim == 2:
+                stored = Stored((B.shape[0], A.shape[1]))
+        elif module in self.attentions or above in self.attentions:
+            stored = Stored((B.shape[0], A.shape[1]))
         if A.shape[-2] != rank:
             raise FormatError(f"'{self.path}' has rank {A.shape[-2]} at '{matched}', but its config says {rank}.")
         if attribute is None and module in self.attentions:

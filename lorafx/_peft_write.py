@@ -212,6 +212,7 @@ def _config(adapter: Adapter, model: nn.Module, entries: Sequence[_Entry], modul
     rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
     parameters = [entry.name for entry in entries if entry.attribute is not None]
     others = sorted({entry.name for entry in entries if entry.attribute is None})
+    layers = [submodule(model, name) for name in others]
     known = users_modules(model)
     config: dict[str, Any] = {
         "peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True, "init_lora_weights": True,
@@ -221,8 +222,10 @@ def _config(adapter: Adapter, model: nn.Module, entries: Sequence[_Entry], modul
         _check_suffixes(parameters, [join(path, name) for path, module in known.items()
                                      for name in module._parameters])
         config["target_parameters"] = parameters
-    options = {"use_rslora": rslora, "bias": biases if biases != "none" else None, "modules_to_save": modules,
-               "rank_pattern": _pattern(ranks, rank), "alpha_pattern": _pattern(alphas, alpha)}
+    turned = bool(layers) and all(isinstance(layer, _conv1d()) for layer in layers)
+    options = {"use_rslora": rslora, "fan_in_fan_out": turned, "bias": biases if biases != "none" else None,
+               "modules_to_save": modules, "rank_pattern": _pattern(ranks, rank),
+               "alpha_pattern": _pattern(alphas, alpha)}
     return config | {name: value for name, value in options.items() if value}
 
 

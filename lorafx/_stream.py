@@ -19,9 +19,10 @@ from torch import Tensor
 from ._adapter import FLOATS
 from ._checkpoint import CONFIG, DTYPES, INDEX, Moved, Shard, octets, open_pickle, open_shard, read_json, shards_of
 from ._errors import TiedWeightError
-from ._locate import Change, Held, Plan, Ties, Weighed, plan
+from ._locate import Change, Plan, Ties, plan
 from ._output import Job, check_paths, copy_job, files_in, json_job, run_file, run_folder
 from ._shards import outputs_of, shard_job, summed
+from ._stored import Held, Weighed
 
 OUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -144,7 +145,8 @@ def _plan_ties(path: Path, tensors: Mapping[str, Tensor], made: Plan, untie: boo
             other, begin, end = _bytes_of(tensor)
             if name == key or other != storage or begin >= last or first >= end:
                 continue
-            if not change.parts and (begin, end, tensor.shape) == (first, last, tensors[key].shape):
+            whole = (begin, end, tensor.shape) == (first, last, tensors[key].shape)
+            if whole and not change.parts and not change.alone:
                 made.changes[name] = change
             elif not untie:
                 raise TiedWeightError(f"'{key}' of '{path}' is tied to '{name}', so that folding an adapter into it "

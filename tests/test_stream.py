@@ -154,35 +154,6 @@ def test_another_dtype_is_rounded_to_once(made, dtype):
     assert json.loads(Path(folder, "config.json").read_text())["dtype"] == "float32"
 
 
-def test_a_folder_of_peft(tmp_path, capsys):
-    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6))
-    model = randomise(lorafx.inject(net, 2, alpha=3, targets=["0", "2[1:4]"]))
-    safetensors.torch.save_file(net.state_dict(), tmp_path / "base.safetensors")
-    lorafx.save(model, tmp_path / "peft")
-    assert main(["merge", *(str(tmp_path / name) for name in ("base.safetensors", "peft")),
-                 "-o", str(tmp_path / "out.safetensors")]) == 0
-    assert same(safetensors.torch.load_file(tmp_path / "out.safetensors"),
-                lorafx.merge(lorafx.load(net, tmp_path / "peft")).state_dict())
-    assert main(["show", str(tmp_path / "peft")]) == 0 and "'default' (PEFT), 2 sites" in capsys.readouterr().out
-    assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "a.safetensors")]) == 0
-    assert main(["diff", str(tmp_path / "peft"), str(tmp_path / "a.safetensors")]) == 0
-    assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "new")]) == 2
-    assert "PEFT's format depends on the model" in capsys.readouterr().err
-
-
-def test_minimind_files_say_no_orientation(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 6), Turned(6, 5), Turned(5, 5))
-    model = randomise(lorafx.inject(base, rank=2, targets=["0", "1"]))
-    lorafx.save(model, "a.pth")
-    lorafx.save(randomise(lorafx.inject(base, rank=2, targets=["0", "2"])), "b.pth")
-    torch.save(base.state_dict(), "base.pth")
-    assert main(["merge", "base.pth", "a.pth", "-o", "out.pth"]) == 0
-    assert same(torch.load("out.pth"), dict(lorafx.merge(lorafx.load(base, "a.pth")).state_dict()))
-    assert main(["merge", "base.pth", "b.pth", "-o", "no.pth"]) == 2
-    assert "whether the square weight of '0' is stored as (out, in) or, as that of '2', as (in, out)" in error(capsys)
-
-
 @pytest.mark.parametrize("theirs, ours", [("module.", ""), ("", "_orig_mod.module."), ("module.", "model."),
                                           ("", "model.")])
 def test_prefixes_of_wrappers(made, theirs, ours):
