@@ -82,8 +82,9 @@ def _write_shard(
             if one.as_it_is:
                 behind(copy_bytes, copied, file, shard.start + one.entry.begin, one.size, moved)
                 continue
-            for rows, change in _blocks(source, shard, one.entry, one.change or Change()):
-                behind(write_all, file, octets(summed(rows, change, DTYPES[one.dtype], one.name)), moved)
+            read = functools.partial(read_rows, source, shard, one.entry)
+            for rows in summed_rows(read, one.entry.shape, one.change or Change(), DTYPES[one.dtype], one.name):
+                behind(write_all, file, octets(rows), moved)
 
 
 @contextlib.contextmanager
@@ -100,18 +101,19 @@ def _behind() -> Iterator[Callable[..., None]]:
         under_way.pop().result()
 
 
-def _blocks(file: io.BufferedReader, shard: Shard, entry: Entry, change: Change) -> Iterator[tuple[Tensor, Change]]:
-    """Some rows of a matrix at a time, and what becomes of them: those that lorafx.merge sums at a time, or multiples.
+def summed_rows(read: Callable[[Sequence[int], int, int], Tensor], shape: Sequence[int], change: Change,
+                dtype: torch.dtype, name: str) -> Iterator[Tensor]:
+    """What becomes of a tensor of this shape, some rows of a matrix at a time; `read` gives rows of it in a shape.
 
-    So the bits are the same. Any other tensor is read as a whole, as the rows of a stack lie apart in the file.
+    They are those that lorafx.merge sums at a time, or multiples, so that the bits are the same. Any other tensor is
+    read as a whole, as the rows of a stack lie apart in a file.
     """
-    if len(entry.shape) != 2:
-        yield read_rows(file, shard, entry, (1, *entry.shape), 0, 1)[0], change
+    if len(shape) != 2:
+        yield summed(read((1, *shape), 0, 1)[0], change, dtype, name)
         return
-    height, length = entry.shape[0], _BLOCKS * rows_at_a_time(entry.shape)
+    height, length = shape[0], _BLOCKS * rows_at_a_time(shape)
     for start in range(0, height, length):
-        yield (read_rows(file, shard, entry, entry.shape, start, length),
-               change.rows(start, min(length, height - start)))
+        yield summed(read(shape, start, length), change.rows(start, min(length, height - start)), dtype, name)
 
 
 def shard_job(shard: Shard, name: str, made: Plan, dtype: torch.dtype | None) -> Job:

@@ -1,13 +1,12 @@
 """Folds adapters into a checkpoint on a disk, W + sum w s B A, one tensor in memory at a time, as lorafx.merge would.
 
-A safetensors file is written as it is read, a folder file by file; what torch.save wrote is read from the disk where it
-is needed, and its sums are in memory until they are written.
+A file is written as it is read, and a folder file by file.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
-import io
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _archive
 from ._adapter import FLOATS
-from ._checkpoint import CONFIG, DTYPES, INDEX, Moved, Shard, octets, open_pickle, open_shard, read_json, shards_of
+from ._archive import storages_of
+from ._checkpoint import CONFIG, DTYPES, INDEX, Shard, octets, open_pickle, open_shard, read_json, shards_of
 from ._errors import TiedWeightError
 from ._locate import Change, Plan, Ties, plan
 from ._output import Job, check_paths, copy_job, files_in, json_job, run_file, run_folder
-from ._shards import outputs_of, shard_job, summed
+from ._shards import outputs_of, shard_job, summed_rows
 from ._stored import Held, Weighed
 
 OUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -116,25 +117,28 @@ def _plan_file(path: Path, adapters: Sequence[Weighed], held: Mapping[str, Held]
 # What torch.save wrote.
 
 def _pickle(path: Path, adapters: Sequence[Weighed], dtype: torch.dtype | None, untie: bool) -> tuple[Job, Plan, int]:
-    """The new file holds all of its sums until it is written; tensors that no adapter changes stay on the disk."""
+    """What torch.save wrote is read from the disk where it is needed, and summed some rows at a time."""
     tensors = open_pickle(path)
     made = _plan_file(path, adapters, {n: Held(tuple(t.shape), t.dtype) for n, t in tensors.items()}, untie)
     _plan_ties(path, tensors, made, untie)
+    new, sources = dict(tensors), {}
+    fresh: dict[Any, Tensor] = {}  # by the old tensor and what becomes of it, so that what was tied stays so
+    for name, tensor in tensors.items():
+        change = made.changes.get(name)
+        to = dtype if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
+        if change is not None or to != tensor.dtype:
+            key = *_bytes_of(tensor), tensor.shape, tensor.stride(), id(change)
+            if key not in fresh:
+                fresh[key] = torch.empty(tensor.shape, dtype=to)  # memory that is never touched
+                sources[fresh[key].untyped_storage()._cdata] = functools.partial(
+                    summed_rows, functools.partial(_rows, tensor.detach()), tensor.shape, change or Change(), to, name)
+            new[name] = fresh[key]
+    size = sum(storage.nbytes() for storage in storages_of(new.values()).values())
+    return Job(path.name, size, functools.partial(_archive.save, new, sources), path), made, len(tensors)
 
-    def write(file: io.BufferedWriter, moved: Moved) -> None:
-        new: dict[Any, Tensor] = {}  # by the old tensor and what becomes of it, so that what was tied stays so
-        for name, tensor in tensors.items():
-            change = made.changes.get(name)
-            to = dtype if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
-            if change is not None or to != tensor.dtype:
-                key = *_bytes_of(tensor), tensor.shape, tensor.stride(), id(change)
-                if key not in new:
-                    new[key] = summed(tensor.detach(), change or Change(), to, name)
-                tensors[name] = new[key]
-            moved(tensor.nbytes)
-        torch.save(tensors, file)
 
-    return Job(path.name, sum(tensor.nbytes for tensor in tensors.values()), write, path), made, len(tensors)
+def _rows(tensor: Tensor, shape: Sequence[int], start: int, length: int) -> Tensor:
+    return tensor.view(shape).narrow(0, start, min(length, shape[0] - start))
 
 
 def _plan_ties(path: Path, tensors: Mapping[str, Tensor], made: Plan, untie: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from test_stream import Turned, error_last
 from torch import nn
 
 import lorafx
-from lorafx import _checkpoint
+from lorafx import _checkpoint, _merge, _shards
 from lorafx.__main__ import main
 
 peft = pytest.importorskip("peft")
@@ -201,3 +202,28 @@ def test_minimind_files_say_no_orientation(tmp_path, monkeypatch, capsys):
     assert same(torch.load("out.pth"), dict(lorafx.merge(lorafx.load(base, "a.pth")).state_dict()))
     assert main(["merge", "base.pth", "b.pth", "-o", "no.pth"]) == 2
     assert "whether the square weight of '0' is stored as (out, in) or, as others" in error(capsys)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_torch_save_wrote_is_summed_some_rows_at_a_time(monkeypatch, dtype):
+    """And the archive is whole: every checksum is right, every storage where a mapping of the file wants it."""
+    base = nn.Sequential(nn.Linear(1009, 5003), nn.Linear(5003, 1511), nn.Embedding(3, 1009)).bfloat16()
+    lorafx.save(randomise(lorafx.inject(base, rank=5, targets=["0[700:4900]", "1"])), "a.safetensors")
+    state = base.state_dict()
+    state |= {"part": state["0.weight"].view(-1)[5:9], "turned": state["1.weight"].T, "none": torch.empty(0, 3)}
+    torch.save(state, "base.pth")
+    largest, summed = [], _shards.summed
+
+    def watched(matrix, *arguments):
+        largest.append(matrix.numel())
+        return summed(matrix, *arguments)
+
+    monkeypatch.setattr(_shards, "summed", watched)
+    assert main(["merge", "base.pth", "a.safetensors", "-o", "out.pth", "--dtype", dtype, "--untie"]) == 0
+    assert 0 < max(largest) <= _shards._BLOCKS * _merge._BLOCK < state["0.weight"].numel()
+    wanted = lorafx.load(base.to(getattr(torch, dtype)), "a.safetensors")
+    wanted = {**{name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()},
+              **lorafx.merge(wanted).state_dict()}
+    assert same(torch.load("out.pth"), wanted) and same(torch.load("out.pth", mmap=True), wanted)
+    with zipfile.ZipFile("out.pth") as archive:
+        assert archive.testzip() is None
