@@ -10,17 +10,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._adapter import LoRAConfig, Pair, first_match, is_number
+from ._adapter import LoRAConfig, Pair, first_match, is_number, shown
 from ._errors import ConfigError, FormatError
 
 CONFIG = "adapter_config.json"
 # Entries that say how the adapter was made, not what it computes.
 _ABOUT = {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
-          "layers_to_transform", "layers_pattern", "exclude_modules", "megatron_core", "qalora_group_size",
-          "runtime_config", "eva_config", "corda_config", "lora_ga_config"}
+          "megatron_core", "qalora_group_size", "runtime_config", "eva_config", "corda_config", "lora_ga_config"}
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias",
-         "modules_to_save", "target_modules", "target_parameters", "init_lora_weights", "fan_in_fan_out"}
+         "modules_to_save", "target_modules", "target_parameters", "init_lora_weights", "fan_in_fan_out",
+         "exclude_modules", "layers_to_transform", "layers_pattern"}
+_KINDS: dict[str, tuple[type, ...]] = {  # a list is of texts
+    "rank_pattern": (dict,), "alpha_pattern": (dict,), "modules_to_save": (list,), "target_parameters": (list,),
+    "target_modules": (list, str), "exclude_modules": (list, str), "layers_pattern": (list, str), "use_rslora": (bool,),
+    "fan_in_fan_out": (bool,)}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -31,23 +35,40 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise FormatError(f"'{path}' is missing or damaged: {type(error).__name__}: {error}.") from error
     if found.get("peft_type") != "LORA":
-        raise FormatError(f"'{path}' is for PEFT's {found.get('peft_type')!r}; lorafx reads 'LORA'.")
+        raise FormatError(f"'{path}' is for PEFT's {shown(found.get('peft_type'))}; lorafx reads 'LORA'.")
     for name, value in found.items():
         if name not in _ABOUT | _READ and value not in (None, False, 0, [], {}, ""):
-            raise FormatError(f"'{path}' asks for {name}={value!r}, which lorafx does not support.")
+            raise FormatError(f"'{path}' asks for {shown(name)[1:-1]}={shown(value)}, which lorafx does not support.")
     if found.get("init_lora_weights", True) not in _INITS:
-        raise FormatError(f"'{path}' asks for init_lora_weights={found['init_lora_weights']!r}, which changes the "
-                          "base's weights: let PEFT save it with path_initial_model_for_weight_conversion.")
-    for name, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("modules_to_save", list),
-                       ("target_parameters", list), ("target_modules", (list, str)), ("use_rslora", bool),
-                       ("fan_in_fan_out", bool)):
+        raise FormatError(f"'{path}' asks for init_lora_weights={shown(found['init_lora_weights'])}, which changes "
+                          "the base's weights: let PEFT save it with path_initial_model_for_weight_conversion.")
+    for name, kinds in _KINDS.items():
         value = found.get(name)
-        if value is not None and not isinstance(value, kind) or isinstance(value, list) and not all(
+        if value is not None and not isinstance(value, kinds) or isinstance(value, list) and not all(
                 isinstance(entry, str) for entry in value):
-            raise FormatError(f"'{path}' has {name}={value!r}, which PEFT does not mean.")
+            raise FormatError(f"'{path}' has {name}={shown(value)}, which PEFT does not mean.")
     if found.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise FormatError(f"'{path}' has bias={found['bias']!r}, not none, all or lora_only.")
+        raise FormatError(f"'{path}' has bias={shown(found['bias'])}, not none, all or lora_only.")
+    _check_matching(found, path)
     return found
+
+
+def _check_matching(config: Mapping[str, Any], path: Path) -> None:
+    """Raise unless what chooses modules can be matched with their names."""
+    layers = config.get("layers_to_transform")
+    if layers is not None and not all(type(layer) is int for layer in _listed(layers)):
+        raise FormatError(f"'{path}' has layers_to_transform={shown(layers)}, not numbers of layers.")
+    texts = [config.get(name) for name in ("target_modules", "exclude_modules")]
+    for pattern in [*(text for text in texts if isinstance(text, str)), *_layers(config)]:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise FormatError(f"'{path}' matches modules by {shown(pattern)}, which is no regular expression: {error}."
+                              ) from error
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] * (value is not None)
 
 
 def digest(config: Mapping[str, Any]) -> str:
@@ -57,13 +78,30 @@ def digest(config: Mapping[str, Any]) -> str:
 
 
 def is_target(config: Mapping[str, Any], module: str) -> bool:
-    """Whether target_modules names a module: a list by equal names or dotted ends, a text by matching the whole."""
-    targets = config.get("target_modules") or ()
-    if targets == "all-linear":
+    """Whether a module is one of target_modules and none of exclude_modules; of a list, in the layers to transform."""
+    targets, layers = config.get("target_modules") or [], _listed(config.get("layers_to_transform"))
+    if _names(config.get("exclude_modules") or [], module):
+        return False
+    if targets == "all-linear" or not _names(targets, module):
+        return bool(targets == "all-linear")
+    if isinstance(targets, str) or module in targets or not layers:
         return True
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith("." + target) for target in targets)
+    found = next((match for pattern in _layers(config) if (match := re.match(pattern, module))), None)
+    return found is not None and int(found["number"]) in layers
+
+
+def _layers(config: Mapping[str, Any]) -> list[str]:
+    """The regular expressions that find the number of a module's layer, as in PEFT."""
+    number = r"\.(?P<number>\d+)\."
+    return [rf"(?:^|.*?\.){name}{number}" for name in _listed(config.get("layers_pattern") or None)] or [
+        rf".*?\.[^.]*{number}"]
+
+
+def _names(patterns: str | list[str], module: str) -> bool:
+    """Whether a list names a module by its whole name or a dotted end of it, or a text matches the whole."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, module) is not None
+    return any(module == pattern or module.endswith("." + pattern) for pattern in patterns)
 
 
 def is_saved(config: Mapping[str, Any], module: str) -> bool:
@@ -80,8 +118,6 @@ def check_complete(config: Mapping[str, Any], adapted: Container[str], known: It
     for end in config.get("modules_to_save") or ():
         if not any(is_saved({"modules_to_save": [end]}, name.rpartition(".")[0]) for name in names):
             raise FormatError(f"'{path}' has no tensor of '{end}', which modules_to_save names.")
-    if any(config.get(name) for name in ("layers_to_transform", "layers_pattern", "exclude_modules")):
-        return
     for name, module in known:
         if isinstance(module, nn.Linear) and name not in adapted and not is_saved(config, name) and (
                 config.get("target_modules") != "all-linear" and is_target(config, name)):

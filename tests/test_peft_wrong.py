@@ -53,6 +53,10 @@ WRONG = {
                                            for h in "AB"}), "adapts 'head', a convolution, which lorafx does not"),
     "tied": (config_with(ensure_weight_tying=True), "asks for ensure_weight_tying=True, which lorafx does not"),
     "parameters": (config_with(target_parameters="x"), "has target_parameters='x', which PEFT does not mean"),
+    "excluded": (config_with(exclude_modules="he.*"), "which target_modules does not name, so that PEFT"),
+    "layers": (config_with(layers_to_transform="1"), "has layers_to_transform='1', not numbers of layers"),
+    "expression": (config_with(target_modules="("), "matches modules by '\\(', which is no regular expression"),
+    "expressions": (config_with(layers_pattern=["h", "("]), "which is no regular expression"),
     "two parameters": (key_with("head.base_layer.lora_A.weight", (2, 6)), "but not its other half"),
 }
 
@@ -67,6 +71,35 @@ def test_what_is_wrong_with_a_folder(tmp_path, change, message):
     safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(lorafx.FormatError, match=message):
+        lorafx.load(net, tmp_path)
+
+
+@pytest.mark.parametrize("options", [
+    dict(layers_to_transform=1), dict(layers_to_transform=[0, 1], layers_pattern="layers"),
+    dict(layers_to_transform=[1], layers_pattern=["x", "layers"]), dict(exclude_modules=["1.q"]),
+    dict(exclude_modules=r".*\.0\..*"), dict(target_modules=["q", "model.layers.0.v"], layers_to_transform=[1])])
+def test_layers_and_exclusions_of_peft(tmp_path, options):
+    """Which modules they mean is what PEFT adapts: where one of them has no pair in the file, loading says so."""
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = [nn.ModuleDict({"q": nn.Linear(4, 4), "v": nn.Linear(4, 4)}) for _ in range(3)]
+            self.model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+
+        def forward(self, x):
+            for layer in self.model["layers"]:
+                x = layer["q"](x).tanh() + layer["v"](x)
+            return x
+
+    net, x = Layers(), torch.randn(2, 4)
+    wrapped = saved_by_peft(net, tmp_path, **dict(r=2, target_modules=["q", "v"]) | options)
+    assert torch.allclose(lorafx.load(net, tmp_path)(x), wrapped(x), atol=1e-5)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    stem = next(name for name in tensors).partition(".lora_")[0]
+    for half in "AB":
+        del tensors[f"{stem}.lora_{half}.weight"]
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(lorafx.FormatError, match="has no adapter of '.*', which target_modules names"):
         lorafx.load(net, tmp_path)
 
 
