@@ -1,8 +1,7 @@
 """Which tensors of a checkpoint an adapter changes, and how: there is no model to ask, only names and shapes."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from ._adapter import FLOATS, Adapter, join
 from ._branch import factor_dtype
 from ._errors import AdapterError, FormatError, MismatchError, TiedWeightError
-from ._sites import WRAPPERS, near, split_block
+from ._sites import near, renamings, split_block
 from ._stored import Held, Way, Weighed, turned_matrices, ways_of
 from ._weight import Part, rows_of
 
@@ -147,7 +146,7 @@ def _find(adapter: Adapter, label: str, held: Mapping[str, Held], ties: Ties | N
     shapes = {whole[site]: _shape(adapter, site) for site in adapter.pairs}
     complete: dict[tuple[str, ...], dict[str, Found]] = {}
     for tied in (None, ties):  # heads that are not held come last
-        for number, rename in enumerate(_renamings(names, held)):
+        for number, rename in enumerate(renamings(names, held)):
             places = _places({name: rename(name) for name in names}, shapes, held, tied)
             if len(places) == len(names):
                 complete[tuple(found.key for found in places.values())] = places
@@ -189,29 +188,6 @@ def _places(renamed: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], h
         if key is not None and source is not None:
             places[name] = Found(key, source)
     return places
-
-
-def _renamings(names: Sequence[str], held: Iterable[str]) -> Iterator[Callable[[str], str]]:
-    """Names as they are, then each way to take a wrapper's prefix from all of them and to put another before them."""
-    for old in sorted(_prefixes(names), key=len):
-        for new in sorted(_prefixes(held), key=len):
-            if all(name.startswith(old) for name in names):
-                yield functools.partial(_renamed, old, new)
-
-
-def _renamed(old: str, new: str, name: str) -> str:
-    return new + name.removeprefix(old)
-
-
-def _prefixes(names: Iterable[str]) -> set[str]:
-    """What wrappers may have put before these names: '', 'module.', 'module.model.', ..."""
-    found = {""}
-    for name in names:
-        prefix = ""
-        while (more := next((p for p in WRAPPERS if name.startswith(p, len(prefix))), None)) is not None:
-            prefix += more
-            found.add(prefix)
-    return found
 
 
 def _tensor_named(name: str, held: Mapping[str, Held]) -> str | None:

@@ -6,7 +6,7 @@ named so, and those before it after one more `base_layer` each. See PEFT 0.21.2 
 """
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,11 +196,11 @@ def _trained(
     tensors: Mapping[str, Tensor], adapted: Container[str], config: Mapping[str, Any], path: Path
 ) -> dict[str, Tensor]:
     """{name of a base tensor: what stands in its place}: biases, and modules that were trained whole."""
-    whole, found = config.get("modules_to_save") or [], {}
+    found = {}
     for name in sorted(tensors):
         base = name.replace(".base_layer.", ".")
         owner, _, attribute = base.rpartition(".")
-        if attribute == "bias" and config.get("bias") == "all" and _is_copy(owner, tensors, whole):
+        if attribute == "bias" and config.get("bias") == "all" and _is_copy(owner, tensors, config):
             continue
         saved = is_saved(config, owner)
         copied = attribute == "weight" and owner in adapted and base != name  # of a layer next to an embedding
@@ -214,10 +214,10 @@ def _trained(
     return found
 
 
-def _is_copy(owner: str, tensors: Mapping[str, Tensor], whole: Sequence[Any]) -> bool:
+def _is_copy(owner: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
     """Whether a bias is one of the two that PEFT, told to save all biases, writes again of a module trained whole."""
     module, _, kind = owner.rpartition(".")
     if kind not in ("modules_to_save", "original_module") or f"{module}.bias" not in tensors:
         return False
     same = kind == "original_module" or torch.equal(tensors[f"{owner}.bias"], tensors[f"{module}.bias"])
-    return same and any(module == str(name) or module.endswith(f".{name}") for name in whole)
+    return same and is_saved(config, module)

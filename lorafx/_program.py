@@ -251,6 +251,8 @@ class _Reader:
             if owner in self.breaks:
                 return f"no linear call on it was found, and its module is a graph break: {self.breaks[owner]}"
             return "no traced call reads it"
+        if any("[" in name for name in weight.places):
+            return "its name holds '[', which is how blocks of rows are named"
         if weight.dtype not in FLOATS:
             return f"its weight has dtype {weight.dtype}"
         if len(weight.shape) > 3 or weight.stacked and (len(weight.shape) > 2 or weight.shape[0] % len(weight.stacked)):

@@ -3,8 +3,9 @@
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -179,20 +180,35 @@ def _hint(sites: Sequence[Site], pattern: Any = None, left_alone: Mapping[str, s
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
-def renamed(names: Sequence[str], known: Container[str]) -> Callable[[str], str]:
+def renamed(names: Sequence[str], known: Collection[str]) -> Callable[[str], str]:
     """How these names become known ones: as they are, or by wrappers' prefixes, if one way alone fits them all."""
-    if not names or all(name in known for name in names):
-        return lambda name: name
-    strips = [""]
-    while prefix := next((w for w in WRAPPERS if all(name.startswith(strips[-1] + w) for name in names)), ""):
-        strips.append(strips[-1] + prefix)
-    ways = {tuple(add + name.removeprefix(strip) for name in names): (strip, add)
-            for strip in strips for add in ("", *WRAPPERS)
-            if all(add + name.removeprefix(strip) in known for name in names)}
-    if len(ways) != 1:
-        return lambda name: name
-    (strip, add), = ways.values()
-    return lambda name: add + name.removeprefix(strip)
+    fits = {tuple(map(rename, names)): rename for rename in renamings(names, known)
+            if all(rename(name) in known for name in names)}
+    same = tuple(names)
+    return fits.get(same) or (next(iter(fits.values())) if len(fits) == 1 else lambda name: name)
+
+
+def renamings(names: Sequence[str], known: Iterable[str]) -> Iterator[Callable[[str], str]]:
+    """Names as they are, then each way to take a wrapper's prefix from all of them and to put a known one before."""
+    for old in sorted(_prefixes(names), key=len):
+        for new in sorted(_prefixes(known), key=len):
+            if all(name.startswith(old) for name in names):
+                yield functools.partial(_renamed, old, new)
+
+
+def _renamed(old: str, new: str, name: str) -> str:
+    return new + name.removeprefix(old)
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """What wrappers may have put before these names: '', 'module.', 'module.model.', ..."""
+    found = {""}
+    for name in names:
+        prefix = ""
+        while (more := next((p for p in WRAPPERS if name.startswith(p, len(prefix))), None)) is not None:
+            prefix += more
+            found.add(prefix)
+    return found
 
 
 def near(pattern: Any, names: Iterable[str], count: int = 3) -> str:

@@ -3,6 +3,7 @@
 import re
 import threading
 import types
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -119,6 +120,8 @@ MODELS = {
     "no linear": (lambda: nn.Sequential(nn.ReLU()), NoSiteError, "This model makes no linear call on a weight of"),
     "no linear but matrices": (lambda: nn.LSTM(3, 3), NoSiteError,
                                "'weight_ih_l0' cannot be adapted: no linear call on it was found"),
+    "a bracket in a name": (lambda: nn.Sequential(OrderedDict({"a[0]": nn.Linear(3, 3)})), NoSiteError,
+                            r"'a\[0\]' cannot be adapted: its name holds '\[', which is how blocks of rows are"),
     "closure": (lambda: with_closure(Net()), UnsupportedModelError,
                 "This Net holds a function, 'act', that closes over a part of the model"),
     "closure over a weight": (lambda: with_closure_over_a_weight(Net()), UnsupportedModelError, "'act', that"),
