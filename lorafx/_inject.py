@@ -11,8 +11,9 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from . import _formats
 from ._adapter import LoRAConfig, check_name
-from ._attach import attach, check_free, create, fingerprint, fit, start
+from ._attach import attach, check_free, create, start
 from ._branch import branches
+from ._fit import fingerprint, fit
 from ._guard import check_model
 from ._merge import merge
 from ._program import read

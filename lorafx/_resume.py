@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from . import _formats, _generators
 from ._adapter import Adapter, Training, join, shown
-from ._attach import fit
 from ._branch import branches, factors_at
 from ._errors import AdapterError, ConfigError, FormatError, MismatchError
+from ._fit import fit
 from ._program import read
 from ._record import check_adapter, injection
 from ._switch import extract, trained_whole

@@ -15,11 +15,12 @@ LEVELS = {
     "_record": 4, "_group": 4, "_kohya": 4, "_peft_read": 4, "_archive": 4, "_output": 4,
     "_region": 5, "_peft_write": 5, "_inductor": 5,
     "_program": 6, "_formats": 6, "_guard": 6, "_compile": 6,
-    "_merge": 7, "_attach": 7,
-    "_switch": 8, "_report": 8, "_locate": 8, "_compare": 8,
-    "_resume": 9, "_shards": 9,
-    "_inject": 10, "_stream": 10,
-    "__init__": 11, "__main__": 11,
+    "_merge": 7, "_fit": 7,
+    "_attach": 8, "_report": 8, "_locate": 8, "_compare": 8,
+    "_switch": 9, "_shards": 9,
+    "_resume": 10, "_stream": 10,
+    "_inject": 11,
+    "__init__": 12, "__main__": 12,
 }
 FOLDER = Path(lorafx.__file__).parent
 
