@@ -166,15 +166,15 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
     check_adapter(model, adapter)
     pairs, stored, places = {}, {}, places_of_sites(model)
     for site, branch in branches(model).items():
-        factors = factors_at(branch, adapter)
-        if factors is not None:
+        factors, place = factors_at(branch, adapter), places.get(split_block(site)[0])
+        if factors is not None and place is not None:
             pairs[site] = Pair(factors.A.detach(), factors.B.detach(), factors.scale)
-            weight = tensor_at(*places[split_block(site)[0]])
+            weight = tensor_at(*place)
             stored[site] = Stored(tuple(weight.shape), branch.transposed, branch.rows[0] if branch.rows else 0)
     lost = [site for site in injection(model).configs[adapter].targets if site not in pairs]
     if lost:
-        raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module was replaced after "
-                           "injection, as resize_token_embeddings does with a head: do that before lorafx.inject.")
+        raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module or weight was replaced "
+                           "after injection, as by resize_token_embeddings with a head: do that before lorafx.inject.")
     whole = {name: parameter.detach() for name, parameter in trained_whole(model, adapter).items()}
     return Adapter(adapter, injection(model).configs[adapter], pairs, whole, stored)
 

@@ -41,3 +41,7 @@ def test_a_lost_site_is_not_saved_as_if_whole(tmp_path):
     model.resize_token_embeddings(110, mean_resizing=False)
     with pytest.raises(lorafx.AdapterError, match="no longer at 'lm_head'"):
         lorafx.save(model, tmp_path / "adapter.safetensors")
+    model = lorafx.inject(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    model[0].register_parameter("weight", None)
+    with pytest.raises(lorafx.AdapterError, match="no longer at '0'"):
+        lorafx.save(model, tmp_path / "adapter.safetensors")
