@@ -20,6 +20,7 @@ from torch import Tensor
 from . import _header
 from ._errors import FormatError
 from ._header import parse_json
+from ._scratch import Scratch
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 DTYPES = {**_header.DTYPES, "BOOL": torch.bool}
@@ -94,10 +95,10 @@ def octets(tensor: Tensor) -> memoryview:
     return memoryview(held).cast("B")
 
 
-def read_rows(file: io.BufferedReader, shard: Shard, entry: Entry, shape: Sequence[int], start: int,
+def read_rows(file: io.BufferedReader, shard: Shard, entry: Entry, scratch: Scratch, shape: Sequence[int], start: int,
               length: int) -> Tensor:
     """Rows of one tensor of a shard that is open as `file`, the tensor seen with this shape."""
-    rows = torch.empty((min(length, shape[0] - start), *shape[1:]), dtype=DTYPES[entry.dtype])
+    rows = scratch.empty("rows", (min(length, shape[0] - start), *shape[1:]), DTYPES[entry.dtype])
     file.seek(shard.start + entry.begin + start * (entry.size // shape[0]) if entry.size else 0)
     if file.readinto(octets(rows)) != rows.nbytes:
         raise FormatError(f"'{shard.path}' became shorter while it was read.")

@@ -15,6 +15,7 @@ from ._errors import TiedWeightError, UnsupportedModelError
 from ._program import Place, places_of_sites
 from ._record import RECORD, injection, trained, weights_of
 from ._region import is_plain_graph, same_kind, share
+from ._scratch import Scratch
 from ._sites import split_block
 from ._weight import Part, rows_of, whole, wide_dtype
 
@@ -106,8 +107,9 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
     by_weight: dict[tuple[str, ...], list[Part]] = defaultdict(list)
     for name, (names, _) in sites.items():
         by_weight[tuple(names)] += held[name].parts(chosen)
+    scratch = Scratch()
     for aliases, parts in by_weight.items():
-        _fold([places[name] for name in aliases], parts)
+        _fold([places[name] for name in aliases], parts, scratch)
     return twin
 
 
@@ -135,7 +137,7 @@ def _key(module: nn.Module, attribute: str) -> Any:
     return (module, attribute) if parameter is None else parameter
 
 
-def _fold(places: list[Place], parts: list[Part]) -> None:
+def _fold(places: list[Place], parts: list[Part], scratch: Scratch) -> None:
     """Put W + sum s B A, in W's dtype and rounded once, in the place of W, under all of its names."""
     for owner, attribute in places:
         if parametrize.is_parametrized(owner, attribute):
@@ -146,7 +148,7 @@ def _fold(places: list[Place], parts: list[Part]) -> None:
         raise UnsupportedModelError(
             f"The {attribute} of a {type(owner).__name__} is computed before every call, by a hook such as the old "
             "weight_norm's: remove that from the model (torch.nn.utils.remove_weight_norm) before lorafx.inject.")
-    total = folded(weight.detach(), [part.detached for part in parts])
+    total = folded(weight.detach(), [part.detached for part in parts], scratch)
     new = same_kind(weight, total) if isinstance(weight, nn.Parameter) else total
     for owner, attribute in places:
         table: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers
@@ -161,19 +163,20 @@ def rows_at_a_time(shape: Sequence[int]) -> int:
     return max(_BLOCK // max(math.prod(shape) // max(shape[-2], 1), 1), 1)
 
 
-def folded(matrix: Tensor, parts: Sequence[Part]) -> Tensor:
-    """W + sum s L R as a new tensor (..., m, n), summed in float32 or wider and rounded once.
+def folded(matrix: Tensor, parts: Sequence[Part], scratch: Scratch, total: Tensor | None = None) -> Tensor:
+    """W + sum s L R, (..., m, n), summed in float32 or wider and rounded once, as a new tensor or in `total`.
 
-    That happens some rows at a time, in the new tensor itself or, for a narrow W, in one wide buffer.
+    That happens some rows at a time, in the result itself or, if that is narrow, in a wide buffer.
     """
     if type(matrix) is not Tensor:  # rows of a sharded one are no views of it
         return whole(matrix, parts)
-    total = torch.empty_like(matrix)
+    total = torch.empty_like(matrix) if total is None else total
     wide = wide_dtype(matrix, parts)
     parts = [part._replace(left=part.left.to(wide), right=part.right.to(wide)) for part in parts]
     *stack, height, width = matrix.shape
     length = rows_at_a_time(matrix.shape)
-    buffer = None if wide == matrix.dtype else total.new_empty(*stack, min(length, height), width, dtype=wide)
+    buffer = None if wide == total.dtype else scratch.empty("wide", (*stack, min(length, height), width), wide,
+                                                            matrix.device)
     for start in range(0, height, length):
         source, target = (tensor[..., start:start + length, :] for tensor in (matrix, total))
         rows = (target if buffer is None else buffer[..., :source.shape[-2], :]).copy_(source)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ._adapter import Adapter, LoRAConfig, join
+from ._adapter import Adapter, LoRAConfig, all_finite, join
 from ._errors import ConfigError
 from ._files import pairs_of, read_pickle
 
@@ -26,7 +26,7 @@ def encode(adapter: Adapter, base: str | None) -> bytes:
         tensors[join(site, "lora.A.weight")] = A.half()
         tensors[join(site, "lora.B.weight")] = (scale * B.to(torch.float64)).half()  # its readers know no scale
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise ConfigError(f"'{name}' exceeds float16's 65504; save to a path that ends in .safetensors.")
     buffer = io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, buffer)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -11,32 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._adapter import all_finite
 from ._checkpoint import (DTYPES, NAMES, Entry, Moved, Shard, copy_bytes, header_bytes, nbytes, octets, read_rows,
                           write_all)
 from ._errors import ConfigError
 from ._locate import Change, Plan
 from ._merge import folded, rows_at_a_time
 from ._output import Job, copy_job
-from ._weight import rows_of, wide_dtype
+from ._scratch import Scratch
+
+Read = Callable[[Scratch, Sequence[int], int, int], Tensor]  # of a tensor in a shape, so many rows from one on
 
 _BLOCKS = 2  # of those that `folded` sums at a time, this many are read and written at a time
 
 
-def summed(matrix: Tensor, change: Change, dtype: torch.dtype, name: str) -> Tensor:
-    """W + sum s L R in this dtype, rounded once; W is `matrix`, (..., m, n), or what was trained in its place."""
+def summed(matrix: Tensor, change: Change, dtype: torch.dtype, name: str, scratch: Scratch) -> Tensor:
+    """W + sum s L R in this dtype, rounded once, in scratch memory.
+
+    W is `matrix`, (..., m, n), or what was trained in its place.
+    """
     source = matrix if change.trained is None else change.trained.cpu()
     if dtype == matrix.dtype:
         source = source.to(dtype)  # as when an adapter is loaded
-        total = folded(source, change.parts) if change.parts else source.contiguous()
-    elif not change.parts:
-        total = source.to(dtype).contiguous()
+    total = scratch.empty("sum", matrix.shape, dtype)
+    if change.parts:
+        folded(source, change.parts, scratch, total)
     else:
-        total = torch.empty(source.shape, dtype=dtype)
-        wide, length = wide_dtype(source, change.parts), rows_at_a_time(source.shape)
-        for start in range(0, source.shape[-2], length):
-            rows, target = (tensor[..., start:start + length, :] for tensor in (source, total))
-            target.copy_(folded(rows.to(wide), rows_of(change.parts, start, rows.shape[-2])))
-    if dtype == torch.float16 and not total.isfinite().all() and source.isfinite().all():
+        total.copy_(source)
+    if dtype == torch.float16 and not all_finite(total) and all_finite(source):
         raise ConfigError(f"'{name}' exceeds float16's 65504: write another --dtype, such as bfloat16.")
     return total
 
@@ -77,13 +80,15 @@ def _write_shard(
 ) -> None:
     """The new file of a shard; some rows and their sum are in memory at a time, and what does not change is copied."""
     write_all(file, memoryview(header), moved)
+    turns = itertools.cycle((Scratch(), Scratch()))  # of which one is written while the other is summed
     with open(shard.path, "rb") as source, open(shard.path, "rb") as copied, _behind() as behind:
         for one in outputs:
             if one.as_it_is:
                 behind(copy_bytes, copied, file, shard.start + one.entry.begin, one.size, moved)
                 continue
             read = functools.partial(read_rows, source, shard, one.entry)
-            for rows in summed_rows(read, one.entry.shape, one.change or Change(), DTYPES[one.dtype], one.name):
+            change = one.change or Change()
+            for rows in summed_rows(read, one.entry.shape, change, DTYPES[one.dtype], one.name, turns):
                 behind(write_all, file, octets(rows), moved)
 
 
@@ -101,19 +106,21 @@ def _behind() -> Iterator[Callable[..., None]]:
         under_way.pop().result()
 
 
-def summed_rows(read: Callable[[Sequence[int], int, int], Tensor], shape: Sequence[int], change: Change,
-                dtype: torch.dtype, name: str) -> Iterator[Tensor]:
-    """What becomes of a tensor of this shape, some rows of a matrix at a time; `read` gives rows of it in a shape.
+def summed_rows(read: Read, shape: Sequence[int], change: Change, dtype: torch.dtype, name: str,
+                turns: Iterator[Scratch]) -> Iterator[Tensor]:
+    """What becomes of a tensor of this shape, some rows of a matrix at a time, each on memory that has its turn.
 
     They are those that lorafx.merge sums at a time, or multiples, so that the bits are the same. Any other tensor is
     read as a whole, as the rows of a stack lie apart in a file.
     """
     if len(shape) != 2:
-        yield summed(read((1, *shape), 0, 1)[0], change, dtype, name)
+        scratch = Scratch()
+        yield summed(read(scratch, (1, *shape), 0, 1)[0], change, dtype, name, scratch)
         return
     height, length = shape[0], _BLOCKS * rows_at_a_time(shape)
     for start in range(0, height, length):
-        yield summed(read(shape, start, length), change.rows(start, min(length, height - start)), dtype, name)
+        scratch, some = next(turns), change.rows(start, min(length, height - start))
+        yield summed(read(scratch, shape, start, length), some, dtype, name, scratch)
 
 
 def shard_job(shard: Shard, name: str, made: Plan, dtype: torch.dtype | None) -> Job:

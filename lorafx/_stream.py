@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from ._checkpoint import CONFIG, DTYPES, INDEX, Shard, octets, open_pickle, open
 from ._errors import TiedWeightError
 from ._locate import Change, Plan, Ties, plan
 from ._output import Job, check_paths, copy_job, files_in, json_job, run_file, run_folder
+from ._scratch import Scratch
 from ._shards import outputs_of, shard_job, summed_rows
 from ._stored import Held, Weighed
 
@@ -122,6 +124,7 @@ def _pickle(path: Path, adapters: Sequence[Weighed], dtype: torch.dtype | None, 
     made = _plan_file(path, adapters, {n: Held(tuple(t.shape), t.dtype) for n, t in tensors.items()}, untie)
     _plan_ties(path, tensors, made, untie)
     new, sources = dict(tensors), {}
+    turns = itertools.repeat(Scratch())
     fresh: dict[Any, Tensor] = {}  # by the old tensor and what becomes of it, so that what was tied stays so
     for name, tensor in tensors.items():
         change = made.changes.get(name)
@@ -131,13 +134,15 @@ def _pickle(path: Path, adapters: Sequence[Weighed], dtype: torch.dtype | None, 
             if key not in fresh:
                 fresh[key] = torch.empty(tensor.shape, dtype=to)  # memory that is never touched
                 sources[fresh[key].untyped_storage()._cdata] = functools.partial(
-                    summed_rows, functools.partial(_rows, tensor.detach()), tensor.shape, change or Change(), to, name)
+                    summed_rows, functools.partial(_rows, tensor.detach()), tensor.shape, change or Change(), to, name,
+                    turns)
             new[name] = fresh[key]
     size = sum(storage.nbytes() for storage in storages_of(new.values()).values())
     return Job(path.name, size, functools.partial(_archive.save, new, sources), path), made, len(tensors)
 
 
-def _rows(tensor: Tensor, shape: Sequence[int], start: int, length: int) -> Tensor:
+def _rows(tensor: Tensor, scratch: Scratch, shape: Sequence[int], start: int, length: int) -> Tensor:
+    """Rows of a tensor in memory, or that is mapped there from a file, which takes no other memory."""
     return tensor.view(shape).narrow(0, start, min(length, shape[0] - start))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._adapter import Training, check_plain, shown
+from ._adapter import Training, all_finite, check_plain, shown
 from ._errors import ConfigError
 from ._header import DTYPES
 
@@ -82,7 +82,7 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
         check_plain(name, tensor)
         if tensor.dtype not in DTYPES.values():
             raise ConfigError(f"'{name}' has dtype {tensor.dtype}.")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise ConfigError(f"'{name}' has NaN or infinite values.")
 
 
