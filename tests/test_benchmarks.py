@@ -98,11 +98,12 @@ def test_finetune(tmp_path, capsys):
 
 def killed_when(path, options):
     """Run finetune in another process, and kill that when a file appears."""
-    pid = child(lambda: finetune.main(options))
-    while not path.exists():
+    pid, late = child(lambda: finetune.main(options)), time.monotonic() + 120
+    while not path.exists() and time.monotonic() < late:
         assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it ended by itself"
         time.sleep(0.001)
     os.kill(pid, signal.SIGKILL)
+    assert path.exists(), "it stands still"
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
 
 
