@@ -14,9 +14,9 @@ from torch import Tensor
 from ._checkpoint import (DTYPES, NAMES, Entry, Moved, Shard, copy_bytes, header_bytes, nbytes, octets, read_rows,
                           write_all)
 from ._errors import ConfigError
+from ._jobs import Job, copy_job
 from ._locate import Change, Plan
 from ._merge import folded, rows_at_a_time
-from ._output import Job, copy_job
 from ._weight import rows_of, wide_dtype
 
 _BLOCKS = 2  # of those that `folded` sums at a time, this many are read and written at a time
