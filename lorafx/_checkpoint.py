@@ -10,6 +10,7 @@ import json
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,6 +26,10 @@ from ._scratch import Scratch
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 DTYPES = {**_header.DTYPES, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Files of a folder that hold its weights once more, or make programs look for them or for an adapter.
+OTHER_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.onnx", "pytorch_model*.bin",
+                 "pytorch_model*.bin.index.json", "consolidated*.pth", "tf_model*.h5", "flax_model*.msgpack",
+                 "rust_model.ot", "adapter_config.json", "adapter_model*.bin")
 CHUNK = 1 << 18  # bytes that are copied at a time
 
 Moved = Callable[[int], object]  # told how many bytes have been written
@@ -126,7 +131,20 @@ def copy_bytes(source: io.BufferedReader, target: io.BufferedWriter, begin: int,
 
 
 def shards_of(folder: Path) -> list[Shard]:
-    """The shards of a Hugging Face folder: those that its index names, or its only one."""
+    """The shards of a Hugging Face folder that holds no other weights: those that its index names, or its only one."""
+    shards = _listed_shards(folder)
+    used = {folder / INDEX, *(shard.path for shard in shards)}
+    named = read_json(folder / CONFIG).get("transformers_weights") if (folder / CONFIG).is_file() else None
+    others = [path.name for path in folder.iterdir() if any(fnmatchcase(path.name, row) for row in OTHER_WEIGHTS)]
+    others += [named] if isinstance(named, str) else []
+    names = sorted({f"'{name}'" for name in others if (folder / name).is_file() and folder / name not in used})
+    if names:
+        raise FormatError(f"'{folder}' also holds {', '.join(names)}: weights that would stay as they are, and that "
+                          "programs may load in place of the merged ones or add to them: move them away first.")
+    return shards
+
+
+def _listed_shards(folder: Path) -> list[Shard]:
     index = folder / INDEX
     if not index.is_file():
         if not (folder / SINGLE).is_file():

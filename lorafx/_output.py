@@ -1,223 +1,263 @@
 """Large files, and folders of them, that are written whole or not at all, and go on where they were interrupted.
 
-What is written goes beside OUT, to OUT.partial, and gets OUT's name when all of it is on the disk. In a folder each
-file gets its name when it is on the disk, so that those which have it are done.
+All of it is written in a folder OUT.partial, and gets OUT's name when it is on the disk. In that folder, `new` holds
+the finished files under their names, so that no other name can be one of theirs; the one that is being written is
+`unfinished`, and STATE says what they are made from. A file takes the place of an old one in one step. A folder cannot
+everywhere: the old one is moved to `old` first, and only between that and the next step is nothing at OUT. A process
+that is killed there leaves both whole, and the next merge to OUT puts the old one back before it does anything else.
 """
 
 import contextlib
-import dataclasses
 import errno
-import functools
-import io
 import json
 import os
 import shutil
+import stat
 import sys
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from ._checkpoint import INDEX, SINGLE, Moved, copy_bytes, write_all
+from ._checkpoint import INDEX, SINGLE, Moved
 from ._errors import FormatError
 from ._files import sync_folder
+from ._jobs import Job
 
 if sys.platform != "win32":
     import fcntl
 
-STATE = ".lorafx-merge.json"  # what a folder that is being written is made from
+PARTIAL = ".partial"
+STATE = ".lorafx-merge.json"  # what is being written is made from this; who has locked it writes
+NEW, OLD, UNFINISHED = "new", "old", "unfinished"
 _FLUSHED = 1 << 26  # bytes after which what is written is sent to the disk
-UNFINISHED = ".unfinished"  # the end of a file's name until it is on the disk
+_ENDINGS = {".safetensors": (".safetensors",), ".pth": (".pth", ".pt"), ".pt": (".pth", ".pt")}
 
 
-class Writer(Protocol):
-    """Writes the content of a file, and tells `moved` of its bytes."""
-
-    def __call__(self, file: io.BufferedWriter, moved: Moved) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One file to write: its path in the folder, its bytes, how, and the file that it is made from."""
-
-    name: str
-    size: int
-    write: Writer
-    source: Path
-
-
-def copy_job(path: Path, name: str) -> Job:
-    """A file that is copied as it is."""
-    size = path.stat().st_size
-
-    def write(file: io.BufferedWriter, moved: Moved) -> None:
-        with open(path, "rb") as source:
-            copy_bytes(source, file, 0, size, moved)
-
-    return Job(name, size, write, path)
-
-
-def json_job(path: Path, name: str, content: dict[str, Any]) -> Job:
-    """A JSON file with new content."""
-    text = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-    def write(file: io.BufferedWriter, moved: Moved) -> None:
-        write_all(file, memoryview(text), moved)
-
-    return Job(name, len(text), write, path)
-
-
-def files_in(folder: Path, within: str = "", above: frozenset[Path] = frozenset()) -> Iterator[tuple[str, Path]]:
-    """Every file below a folder, through links too: its path from there, and where it is."""
-    real = folder.resolve()
-    if real in above:
-        raise FormatError(f"'{folder}' is a link to a folder that it is in.")
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            yield from files_in(path, f"{within}{path.name}/", above | {real})
-        elif path.is_file():
-            yield within + path.name, path
-        else:
-            raise FormatError(f"'{path}' is no file that can be carried along: it is a link to nothing, or a device.")
-
+# Paths.
 
 def check_paths(base: Path, out: Path, adapters: Iterable[Path], force: bool) -> None:
     """Raise FormatError unless `base` is there, of a known kind, and `out` is a place for the same kind."""
-    endings = {".safetensors": (".safetensors",), ".pth": (".pth", ".pt"), ".pt": (".pth", ".pt")}
     if not base.exists():
         raise FormatError(f"There is no checkpoint '{base}'.")
-    if not base.is_dir() and base.suffix.lower() not in endings:
-        raise FormatError(f"'{base}' is no checkpoint by its ending: name a .safetensors, .pth or .pt file, or a "
-                          "folder.")
-    if not base.is_dir() and out.suffix.lower() not in endings[base.suffix.lower()]:
-        raise FormatError(f"'{base}' becomes a file of the same kind: end '{out}' in "
-                          f"{' or '.join(endings[base.suffix.lower()])}.")
-    if not base.is_dir() and out.is_dir():
-        raise FormatError(f"'{out}' is a folder: name a file in it.")
-    holds = out.is_dir() and any((out / name).is_file() for name in (INDEX, SINGLE))
-    if base.is_dir() and out.exists() and not holds:
+    if not base.is_dir():
+        endings = _ENDINGS.get(base.suffix.lower())
+        if endings is None:
+            raise FormatError(f"'{base}' is no checkpoint by its ending: name a .safetensors, .pth or .pt file, or a "
+                              "folder.")
+        if out.suffix.lower() not in endings:
+            raise FormatError(f"'{base}' becomes a file of the same kind: end '{out}' in {' or '.join(endings)}.")
+    above = next(folder for folder in out.resolve().parents if folder.exists())
+    if not above.is_dir():
+        raise FormatError(f"'{out}' would be in '{above}', which is no folder: choose another path.")
+    check_free(out, base.is_dir(), True)
+    if out.resolve().is_relative_to(base.resolve()):
+        raise FormatError(f"'{out}' is '{base}' itself or in it, which is read meanwhile: choose a path outside.")
+    if any((folder / STATE).exists() for folder in (base, base.resolve().parent)):
+        raise FormatError(f"'{base}' is what an interrupted lorafx merge left: let that finish first.")
+    check_kept((base, *adapters), out)
+    check_free(out, base.is_dir(), force)
+
+
+def check_free(out: Path, folder: bool, force: bool) -> None:
+    """Raise FormatError if something is at `out`, unless it is of the kind that is to replace it."""
+    if folder and out.exists() and not any((out / name).is_file() for name in (INDEX, SINGLE)):
         raise FormatError(f"'{out}' is there already and is no folder with a checkpoint, so that it is not replaced: "
                           "choose another path.")
-    target = out.resolve()
-    if target.is_relative_to(base.resolve()):
-        raise FormatError(f"'{out}' is '{base}' itself or in it, which is read meanwhile: choose a path outside.")
-    if (base / STATE).exists():
-        raise FormatError(f"'{base}' is what an interrupted lorafx merge left: let that finish first.")
-    for path in (base, *adapters):
-        real = path.resolve()
-        if real.is_relative_to(target) or real.is_relative_to(target.with_name(target.name + ".partial")):
-            raise FormatError(f"'{path}' is '{out}' or in it, and would be replaced: choose another path.")
+    if not folder and out.is_dir():
+        raise FormatError(f"'{out}' is a folder: name a file in it.")
+    if out.is_symlink() and out.exists():
+        raise FormatError(f"'{out}' is a link to '{out.resolve()}', which is there already: name that to replace it, "
+                          "or choose another path.")
     if out.exists() and not force:
         raise FormatError(f"'{out}' is there already: choose another path, or replace it with --force.")
 
 
-def run_file(job: Job, out: Path, force: bool, progress: bool) -> None:
-    """Write one file; one that was interrupted starts over."""
-    out = out.resolve()
-    partial = out.with_name(out.name + ".partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(out.parent, job.size)
-    with open(partial, "ab", buffering=0) as lock, _held(lock.fileno(), partial):
+def check_kept(paths: Iterable[Path], out: Path) -> None:
+    """Raise FormatError if one of the paths, or a link that it leads through, would go when `out` is replaced."""
+    target = out.resolve()
+    for path in paths:
+        for place in _way(path):
+            if any(place.is_relative_to(gone) for gone in (target, _partial(target))):
+                raise FormatError(f"'{path}' is '{out}' or in it, and would be replaced: choose another path.")
+
+
+def _way(path: Path) -> Iterator[Path]:
+    """Where a path is, and, if a link is there, where that leads, until it is no link."""
+    place = path.parent.resolve() / path.name
+    while place.is_symlink():
+        yield place
+        linked = place.parent / os.readlink(place)
+        place = linked.parent.resolve() / linked.name
+    yield place.resolve()
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(target.name + PARTIAL)
+
+
+# Writing.
+
+def run(jobs: Sequence[Job], out: Path, about: Mapping[str, Any], folder: bool, force: bool, progress: bool) -> None:
+    """Write the files of a folder, or one file; goes on with what was interrupted if it was `about` the same.
+
+    Raises:
+        FormatError: `out` is as it was. OSError: so it is, unless the error says that `out` is finished.
+    """
+    target = out.resolve()
+    with _work_folder(target) as partial:
         try:
-            with open(partial, "wb") as file, _bar(job.size, progress) as bar, _flushing(file, bar.update) as moved:
-                job.write(file, moved)
-            _check_free(out, force)
+            _restore(partial, target)
+            check_free(out, folder, force)
+            _begin(partial, about)
+            _write_files(jobs, partial, progress)
+            check_free(out, folder, force)
+            _put(partial / NEW if folder else partial / NEW / jobs[0].name, target, partial / OLD)
         except BaseException:
-            partial.unlink()
+            if not any(True for name in (NEW, OLD) for _ in (partial / name).glob("*")):
+                _remove(partial)
             raise
-        os.replace(partial, out)
-    sync_folder(out.parent)
-
-
-def run_folder(jobs: Sequence[Job], out: Path, about: Mapping[str, Any], force: bool, progress: bool) -> None:
-    """Write the files of a folder; goes on with one that was interrupted if it was `about` the same."""
-    out = out.resolve()
-    partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY) if os.name == "posix" else None
-    try:
-        with _held(handle, partial):
-            _begin(jobs, partial, about)
-            left = [job for job in jobs if not (partial / job.name).is_file()]
-            _check_room(partial, sum(job.size for job in left))
-            with _bar(sum(job.size for job in jobs), progress) as bar:
-                bar.update(sum(job.size for job in jobs) - sum(job.size for job in left))
-                for job in left:
-                    _write(job.write, partial / job.name, bar.update, job.source)
-            _check_free(out, force)
-            (partial / STATE).unlink()
-            for folder in {partial / job.name for job in jobs}:
-                sync_folder(folder.parent)
-            _put(partial, out)
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _begin(jobs: Sequence[Job], partial: Path, about: Mapping[str, Any]) -> None:
-    """Clear what an interrupted merge left, unless it was about the same."""
-    state = partial / STATE
-    text = json.dumps(about).encode()
-
-    if state.is_file() and state.read_bytes() == text:
-        return
-    ours = {STATE, *(job.name for job in jobs)}
-    found = [name.removesuffix(UNFINISHED) for name, _ in files_in(partial)]
-    if not state.is_file() and not ours.issuperset(found):
-        raise FormatError(f"'{partial}' is in the way, and no merge began it: remove it.")
-    for path in partial.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path != state:
-            path.unlink()
-    sync_folder(partial)
-    _write(functools.partial(write_all, content=memoryview(text)), state, _ignore)
-    sync_folder(partial)
-
-
-def _write(write: "Writer | functools.partial[None]", path: Path, moved: Moved, like: Path | None = None) -> None:
-    """Write a file that has its name only when it is on the disk, with the permissions of another."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + UNFINISHED)
-    with open(unfinished, "wb") as file, _flushing(file, moved) as told:
-        write(file, moved=told)
-    if like is not None:
-        shutil.copymode(like, unfinished)
-    os.replace(unfinished, path)
-
-
-def _ignore(count: int) -> None:
-    """The state is no part of what is merged."""
-
-
-def _put(partial: Path, out: Path) -> None:
-    """Give a folder its name; one that is there is moved away before and removed after."""
-    old = out.with_name(f".{out.name}.{uuid.uuid4().hex}.old")
-    if out.exists():
-        os.rename(out, old)
-    os.rename(partial, out)
-    sync_folder(out.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _check_free(out: Path, force: bool) -> None:
-    """Raise if something came to `out` while its content was written."""
-    if out.exists() and not force:
-        raise FormatError(f"'{out}' came to be while it was written: choose another path, or replace it with --force.")
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes are to be written, but only {free:,} are free", str(folder))
+        try:
+            sync_folder(target.parent)
+            _remove(partial)
+        except OSError as error:
+            raise OSError(error.errno, f"'{out}' is finished and has its name, but what comes after that, letting the "
+                          f"name reach the disk and removing '{partial}', failed: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
-def _flushing(file: io.BufferedWriter, moved: Moved) -> Iterator[Moved]:
+def _work_folder(target: Path) -> Iterator[Path]:
+    """The folder in which `target` is made, kept from other processes meanwhile, where the system can."""
+    partial = _partial(target)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        partial.mkdir()
+    try:
+        file = _open_state(partial)
+    except FileNotFoundError as error:
+        raise _finished(partial) from error
+    with file:
+        _lock(file, partial / STATE)
+        if os.name != "posix":  # where an open file cannot be removed
+            file.close()
+        yield partial
+
+
+def _open_state(partial: Path) -> BinaryIO:
+    """Mark a folder as one that a merge began, unless something else is there."""
+    state = partial / STATE
+    if not partial.is_symlink() and not partial.is_file() and not state.is_symlink():
+        names = os.listdir(partial)
+        if not names or STATE in names:
+            return open(state, "ab")
+    raise FormatError(f"'{partial}' is in the way, and no merge began it: remove it.")
+
+
+def _lock(file: BinaryIO, state: Path) -> None:
+    """Keep other processes away until the file is closed."""
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FormatError(f"Another process is writing '{state.parent}': wait for it.") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some shared disks have no locks
+                raise
+        if not state.exists() or not os.path.samestat(os.fstat(file.fileno()), state.stat()):
+            raise _finished(state.parent)
+
+
+def _finished(partial: Path) -> FormatError:
+    return FormatError(f"Another process has just finished '{partial}': look at what it wrote.")
+
+
+def _restore(partial: Path, target: Path) -> None:
+    """Put back the folder that a killed process had moved away, or remove it if the new one had taken its place."""
+    old = partial / OLD
+    if old.exists() and (partial / NEW).exists() and not target.exists():
+        os.rename(old, target)
+        sync_folder(target.parent)
+    elif old.exists():
+        shutil.rmtree(old)
+
+
+def _begin(partial: Path, about: Mapping[str, Any]) -> None:
+    """Clear what an interrupted merge left, unless it was about the same."""
+    state, text = partial / STATE, json.dumps(about).encode()
+    if state.read_bytes() != text:
+        _clear(partial)
+        sync_folder(partial)
+        with open(state, "wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    (partial / UNFINISHED).unlink(missing_ok=True)
+    (partial / NEW).mkdir(exist_ok=True)
+
+
+def _clear(partial: Path) -> None:
+    """Remove everything but what says that a merge began the folder."""
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != STATE:
+            path.unlink()
+
+
+def _remove(partial: Path) -> None:
+    """Remove the folder, unless another process begins in it as soon as the state is gone."""
+    _clear(partial)
+    (partial / STATE).unlink()
+    try:
+        partial.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
+
+
+def _write_files(jobs: Sequence[Job], partial: Path, progress: bool) -> None:
+    """Write those files that are not there yet, and let all names reach the disk."""
+    new = partial / NEW
+    left = [job for job in jobs if not (new / job.name).is_file()]
+    needed, total = (sum(job.size for job in some) for some in (left, jobs))
+    free = shutil.disk_usage(partial).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are to be written, but only {free:,} are free", str(partial))
+    with _bar(total, progress) as moved:
+        moved(total - needed)
+        for job in left:
+            _write(job, partial, moved)
+    for folder in {new, *(above for job in jobs for above in (new / job.name).parents if new in above.parents)}:
+        sync_folder(folder)
+
+
+def _write(job: Job, partial: Path, moved: Moved) -> None:
+    """Write a file that has its name only when it is on the disk, with the permissions of the one it is made from."""
+    unfinished, path = partial / UNFINISHED, partial / NEW / job.name
+    with open(unfinished, "xb") as file, _flushing(file, moved) as told:
+        unfinished.chmod(stat.S_IMODE(job.source.stat().st_mode) | stat.S_IWUSR)  # it may be opened again
+        job.write(file, told)
+        shutil.copymode(job.source, unfinished)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(unfinished, path)
+
+
+def _put(new: Path, target: Path, old: Path) -> None:
+    """Give a file or a folder its name; a folder that has it is moved away before, and back if that fails."""
+    try:
+        if target.is_dir():
+            os.rename(target, old)
+        os.replace(new, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+
+
+@contextlib.contextmanager
+def _flushing(file: BinaryIO, moved: Moved) -> Iterator[Moved]:
     """Let what is written reach the disk while more is computed, and all of it in the end."""
     waiting = 0
     under_way: Future[None] | None = None
@@ -240,19 +280,15 @@ def _flushing(file: io.BufferedWriter, moved: Moved) -> Iterator[Moved]:
 
 
 @contextlib.contextmanager
-def _held(handle: int | None, path: Path) -> Iterator[None]:
-    """Keep other processes from writing to the same place meanwhile, where the system can."""
-    if sys.platform == "win32" or handle is None:
-        yield
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise FormatError(f"Another process is writing '{path}': wait for it.") from error
-    if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
-        raise FormatError(f"Another process has just finished '{path}': look at what it wrote.")
-    yield
+def _bar(total: int, progress: bool) -> Iterator[Moved]:
+    """Show on a terminal how much is written. Elsewhere there is no tqdm: even one that shows nothing takes a lock that
+    is shared with forked processes, and that one which is killed may hold for ever."""
+    if progress and sys.stderr.isatty():
+        with tqdm(total=total, unit="B", unit_scale=True, desc="merging") as bar:
+            yield bar.update
+    else:
+        yield _ignore
 
 
-def _bar(total: int, progress: bool) -> "tqdm[Any]":
-    return tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=None if progress else True)
+def _ignore(count: int) -> None:
+    """Nobody looks."""

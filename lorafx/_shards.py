@@ -16,9 +16,9 @@ from ._adapter import all_finite
 from ._checkpoint import (DTYPES, NAMES, Entry, Moved, Shard, copy_bytes, header_bytes, nbytes, octets, read_rows,
                           write_all)
 from ._errors import ConfigError
+from ._jobs import Job, copy_job
 from ._locate import Change, Plan
 from ._merge import folded, rows_at_a_time
-from ._output import Job, copy_job
 from ._scratch import Scratch
 
 Read = Callable[[Scratch, Sequence[int], int, int], Tensor]  # of a tensor in a shape, so many rows from one on

@@ -21,8 +21,9 @@ from ._adapter import FLOATS
 from ._archive import storages_of
 from ._checkpoint import CONFIG, DTYPES, INDEX, Shard, octets, open_pickle, open_shard, read_json, shards_of
 from ._errors import TiedWeightError
+from ._jobs import Job, copy_job, files_in, json_job
 from ._locate import Change, Plan, Ties, plan
-from ._output import Job, check_paths, copy_job, files_in, json_job, run_file, run_folder
+from ._output import check_kept, check_paths, run
 from ._scratch import Scratch
 from ._shards import outputs_of, shard_job, summed_rows
 from ._stored import Held, Weighed
@@ -42,16 +43,17 @@ class Merged:
 
 
 def merge(base: Path, adapters: Sequence[Weighed], out: Path, *, dtype: torch.dtype | None = None, untie: bool = False,
-          force: bool = False, inputs: Iterable[Path] = (), threads: int = 1, progress: bool = False) -> Merged:
+          force: bool = False, inputs: Sequence[Path] = (), threads: int = 1, progress: bool = False) -> Merged:
     """Write to `out` what the checkpoint `base` is with the adapters folded in, whole or not at all.
 
     Each sum is computed in float32 or wider and rounded once, to `dtype` if given; it then applies to all tensors of
-    float64, float32, float16 and bfloat16. Other files of a folder are carried along.
+    float64, float32, float16 and bfloat16. Other files of a folder are carried along; one that holds its weights a
+    second time is an error. Files have the permissions of those that they are made from.
 
     Args:
         base: a .safetensors, .pth or .pt file, or a folder with model.safetensors or its shards and their index.
         untie: give an adapted weight that another name shares a tensor of its own.
-        force: replace a checkpoint that is at `out`.
+        force: replace a checkpoint that is at `out`, unless `out` is a link or something that is read is in it.
         inputs: the adapters' paths, which `out` must not replace.
         threads: how many compute. The bits are those of lorafx.merge with as many (torch.set_num_threads): of some very
             wide matrices torch's products differ in the last bit of a few entries with their number.
@@ -63,7 +65,11 @@ def merge(base: Path, adapters: Sequence[Weighed], out: Path, *, dtype: torch.dt
     began = time.monotonic()
     check_paths(base, out, inputs, force)
     with _threads(threads):
-        return _merged(base, adapters, out, dtype, untie, force, progress, began)
+        jobs, made, total = _jobs(base, adapters, dtype, untie)
+        check_kept([job.source for job in jobs], out)
+        check_kept([file for path in inputs if path.is_dir() for file in path.iterdir() if file.is_file()], out)
+        run(jobs, out, _fingerprint(base, jobs, adapters, dtype, untie), base.is_dir(), force, progress)
+    return Merged(len(jobs), sum(job.size for job in jobs), time.monotonic() - began, len(made.changes), total)
 
 
 @contextlib.contextmanager
@@ -77,18 +83,14 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _merged(base: Path, adapters: Sequence[Weighed], out: Path, dtype: torch.dtype | None, untie: bool, force: bool,
-            progress: bool, began: float) -> Merged:
+def _jobs(base: Path, adapters: Sequence[Weighed], dtype: torch.dtype | None,
+          untie: bool) -> tuple[list[Job], Plan, int]:
+    """The files to write, what changes in them, and how many tensors there are."""
     if base.is_dir():
-        jobs, made, total = _folder(base, adapters, dtype, untie)
-        about = _fingerprint(base, jobs, adapters, dtype, untie)
-        run_folder(jobs, out, about, force, progress)
-    else:
-        way = {".safetensors": _safetensors, ".pth": _pickle, ".pt": _pickle}[base.suffix.lower()]
-        job, made, total = way(base, adapters, dtype, untie)
-        jobs = [job]
-        run_file(job, out, force, progress)
-    return Merged(len(jobs), sum(job.size for job in jobs), time.monotonic() - began, len(made.changes), total)
+        return _folder(base, adapters, dtype, untie)
+    way = {".safetensors": _safetensors, ".pth": _pickle, ".pt": _pickle}[base.suffix.lower()]
+    job, made, total = way(base, adapters, dtype, untie)
+    return [job], made, total
 
 
 # Files.
@@ -216,12 +218,18 @@ def _new_index(base: Path, shards: Iterable[Shard], made: Plan, dtype: torch.dty
     return {**index, "weight_map": places}
 
 
-def _fingerprint(base: Path, jobs: Iterable[Job], adapters: Sequence[Weighed], dtype: torch.dtype | None,
+def _fingerprint(base: Path, jobs: Sequence[Job], adapters: Sequence[Weighed], dtype: torch.dtype | None,
                  untie: bool) -> dict[str, Any]:
-    """What a merge depends on: if an interrupted one depended on anything else, it starts over."""
-    files = [[job.name, str(job.source), job.size, (stat := job.source.stat()).st_size, stat.st_mtime_ns]
-             for job in jobs]
-    return {"version": 1, "torch": torch.__version__, "base": str(base.resolve()), "files": files,
+    """What a merge depends on: if an interrupted one depended on anything else, it starts over.
+
+    A file is trusted to hold what it held as long as its size, its inode and the times of its last changes, of which
+    one cannot be set, are the same. It is not hashed, as that takes as long as merging.
+    """
+    beside = [] if base.is_dir() else [path for path in [base.parent / CONFIG] if path.is_file()]
+    files = [[str(path.resolve()), (stat := path.stat()).st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+             for path in [*(job.source for job in jobs), *beside]]
+    return {"version": 2, "torch": torch.__version__, "threads": torch.get_num_threads(), "base": str(base.resolve()),
+            "jobs": [[job.name, job.size] for job in jobs], "files": files,
             "adapters": [[digest(weighed), weighed.weight] for weighed in adapters], "dtype": str(dtype),
             "untie": untie}
 

@@ -10,7 +10,11 @@ from oracle import randomise
 from torch import nn
 
 import lorafx
-from lorafx import _checkpoint
+from lorafx import _checkpoint, _output
+from lorafx.__main__ import main
+
+MERGE = ["merge", "base", "a.safetensors", "-o", "out"]
+SHARD = "model-00002-of-00002.safetensors"  # with both weights
 
 
 def save_sharded(tensors: dict[str, torch.Tensor], folder: Path, shards: int, config: object = None) -> Path:
@@ -63,3 +67,33 @@ def small_files(folder: Path) -> dict[str, torch.Tensor]:
     torch.save(state, folder / "base.pth")
     save_sharded(state, folder / "base", 2)
     return state
+
+
+def refused(capsys, *arguments: str) -> str:
+    """What a merge says that changes nothing on the disk."""
+    before = contents()
+    assert main(list(arguments)) == 2
+    assert contents() == before
+    return error(capsys)
+
+
+def contents() -> dict[str, object]:
+    """All files, folders and links here."""
+    return {str(path): os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+            for path in Path().rglob("*")}
+
+
+def interrupted(monkeypatch, after: int, arguments: list[str]) -> int:
+    """Run until some files are whole, then stop as the disk fails; how many files of the folder were written."""
+    real, written = os.replace, []
+
+    def replace(source, target):
+        if len(written) == after:
+            raise OSError(5, "the disk is gone")
+        written.append(target)
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_output.os, "replace", replace)
+        main(arguments)
+    return len(written)

@@ -1,12 +1,9 @@
-"""Merging on a disk: the same bits as lorafx.merge, whole or not at all, and a refusal for all that is unclear."""
+"""Merging on a disk: the same bits as lorafx.merge, and a refusal for all that is unclear."""
 
 import copy
 import json
 import os
-import random
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +11,10 @@ import safetensors.torch
 import torch
 from oracle import randomise
 from stream_files import error, files, read_folder, same, save_sharded, small_files
-from test_durable import child
 from torch import nn
 
 import lorafx
-from lorafx import _checkpoint, _output
+from lorafx import _checkpoint
 from lorafx.__main__ import main
 
 
@@ -226,85 +222,3 @@ def test_memory_that_tensors_of_torch_save_share(small, whole, capsys):
     assert main(["merge", "tied.pth", "t.safetensors", "-o", "cast.pth", "--dtype", "bfloat16"]) == 0
     out = torch.load("cast.pth")
     assert out["tied"].data_ptr() == out["1.weight"].data_ptr() and out["tied"].dtype == torch.bfloat16
-
-
-# Interruption.
-
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_killed_at_any_moment(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    base, rng, cut = nn.Sequential(*[nn.Linear(40, 40) for _ in range(12)]), random.Random(0), 0
-    save_sharded(dict(base.state_dict()), Path("base"), 24)
-    lorafx.save(randomise(lorafx.inject(base, rank=2)), "a.safetensors")
-    arguments = ["merge", "base", "a.safetensors", "-o"]
-    began = time.perf_counter()
-    assert main([*arguments, "whole"]) == 0
-    whole, lasts = files(Path("whole")), time.perf_counter() - began
-    for _ in range(20):
-        pid = child(lambda: os._exit(main([*arguments, "out"])))
-        time.sleep(rng.uniform(0, 1.2 * lasts))
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        cut += os.WIFSIGNALED(status) and os.path.exists("out.partial")
-        if os.path.exists("out"):
-            assert files(Path("out")) == whole
-            shutil.rmtree("out")
-    assert cut
-    assert main([*arguments, "out"]) == 0
-    assert files(Path("out")) == whole and not os.path.exists("out.partial")
-
-
-def interrupted(monkeypatch, after: int, arguments: list[str]) -> int:
-    """Run until some files are whole, then stop as the disk fails; how many files of the folder were written."""
-    real, written = os.replace, []
-
-    def replace(source, target):
-        if len(written) == after:
-            raise OSError(5, "the disk is gone")
-        written.append(target)
-        real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_output.os, "replace", replace)
-        main(arguments)
-    return len(written)
-
-
-def test_going_on_writes_only_the_rest_and_only_of_the_same(small, monkeypatch, capsys):
-    arguments = ["merge", "base", "a.safetensors", "-o", "out"]
-    assert main([*arguments[:-1], "whole"]) == 0
-    assert interrupted(monkeypatch, 2, arguments) == 2  # the state, and a shard
-    assert "the disk is gone" in error(capsys) and not os.path.exists("out")
-    assert main(["merge", "out.partial", "a.safetensors", "-o", "new"]) == 2
-    assert "is what an interrupted lorafx merge left" in error_last(capsys)
-    first = Path("out.partial/model-00001-of-00002.safetensors")
-    kept = first.stat().st_ino
-    assert main(arguments) == 0
-    assert files(Path("out")) == files(Path("whole")) and Path("out", first.name).stat().st_ino == kept
-    for changed in (["merge", "base", "t.safetensors", "-o", "new"], [*arguments[:-1], "new", "--dtype", "bfloat16"],
-                    ["merge", "base", "--adapter", "a.safetensors=0.5", "-o", "new"]):
-        interrupted(monkeypatch, 2, [*arguments[:-1], "new"])
-        assert main(changed) == 0 and main([{"new": "n"}.get(argument, argument) for argument in changed]) == 0
-        assert files(Path("new")) == files(Path("n"))
-        shutil.rmtree("new")
-        shutil.rmtree("n")
-    interrupted(monkeypatch, 2, [*arguments[:-1], "new"])
-    os.utime("base/config.json", ns=(1, 1))
-    kept = Path("new.partial", first.name).stat().st_ino
-    assert main([*arguments[:-1], "new"]) == 0 and Path("new", first.name).stat().st_ino != kept
-    Path("mine.partial").mkdir()
-    Path("mine.partial/thesis.txt").write_text("mine")
-    assert main([*arguments[:-1], "mine"]) == 2 and "and no merge began it" in error_last(capsys)
-    assert Path("mine.partial/thesis.txt").read_text() == "mine"
-
-
-def error_last(capsys) -> str:
-    return capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_failed_file_leaves_nothing(small, monkeypatch):
-    for name in ("base.pth", "base.safetensors"):
-        out = "out" + Path(name).suffix
-        assert interrupted(monkeypatch, 0, ["merge", name, "a.safetensors", "-o", out]) == 0
-        assert main(["merge", name, "a.safetensors", "-o", out]) == 0
-        assert not os.path.exists(out + ".partial")

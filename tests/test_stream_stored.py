@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from oracle import randomise
 from stream_files import error, read_folder, same, save_sharded
-from test_stream import Turned, error_last
+from test_stream import Turned
 from torch import nn
 
 import lorafx
@@ -45,6 +45,11 @@ def llama(tied: bool) -> nn.Module:
     model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained("base")
     return model
+
+
+def last_error(capsys) -> str:
+    """The last line on stderr, after what others say there."""
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def of_peft(model: nn.Module, **config) -> nn.Module:
@@ -88,13 +93,13 @@ def test_square_matrices_that_nothing_tells_are_refused(capsys):
     config = json.loads(Path("peft/adapter_config.json").read_text())
     for value in (False, None):
         Path("peft/adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": value}))
-        assert main(["merge", "base", "peft", "-o", "out"]) == 2 and says in error_last(capsys)
+        assert main(["merge", "base", "peft", "-o", "out"]) == 2 and says in last_error(capsys)
     of_peft(gpt2(), target_modules=["lm_head", "attn.c_proj"])  # PEFT's word is of the last, and others gainsay it
-    assert main(["merge", "base", "peft", "-o", "out"]) == 2 and says in error_last(capsys)
+    assert main(["merge", "base", "peft", "-o", "out"]) == 2 and says in last_error(capsys)
     factors = {f"transformer.h.0.attn.c_proj.lora.{name}.weight": torch.ones(*shape)
                for name, shape in (("A", (2, 8)), ("B", (8, 2)))}
     torch.save(factors, "a.pth")
-    assert main(["merge", "base", "a.pth", "-o", "out"]) == 2 and says in error_last(capsys)
+    assert main(["merge", "base", "a.pth", "-o", "out"]) == 2 and says in last_error(capsys)
     injected = lorafx.inject(gpt2(), 2, targets="c_proj")
     with pytest.raises(lorafx.FormatError, match="cannot say that the square weight of 'transformer.h.0.attn.c_proj'"):
         lorafx.save(injected, "a.pth")
@@ -134,13 +139,13 @@ def test_a_whole_embedding_of_peft_in_a_tied_checkpoint(capsys):
     arguments = ["merge", "base", "peft", "-o", "out"]
     for untie in ([], ["--untie"]):
         assert main([*arguments, *untie]) == 2
-        assert "The weight of 'model.embed_tokens' is tied to another that 'base' does not hold" in error_last(capsys)
+        assert "The weight of 'model.embed_tokens' is tied to another that 'base' does not hold" in last_error(capsys)
     assert main(["convert", "peft", "a.safetensors"]) == 0
     assert main(["merge", "base", "a.safetensors", "-o", "out"]) == 2
     tensors = folder("base")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     safetensors.torch.save_file(tensors, "base/model.safetensors", {"format": "pt"})
-    assert main(arguments) == 2 and "is tied to 'lm_head.weight' in 'base'" in error_last(capsys)
+    assert main(arguments) == 2 and "is tied to 'lm_head.weight' in 'base'" in last_error(capsys)
     assert main([*arguments, "--untie"]) == 0
     trained = safetensors.torch.load_file("peft/adapter_model.safetensors")
     assert torch.equal(folder()["model.embed_tokens.weight"], trained["base_model.model.model.embed_tokens.weight"])
@@ -169,7 +174,7 @@ def test_a_tensor_of_torch_save_with_two_names(capsys):
     old = state["2.weight"] = state["1.weight"]
     torch.save(state, "base.pth")
     assert main(["merge", "base.pth", "peft", "-o", "out.pth"]) == 2
-    assert "'1.weight' of 'base.pth' is tied to '2.weight'" in error_last(capsys)
+    assert "'1.weight' of 'base.pth' is tied to '2.weight'" in last_error(capsys)
     assert main(["merge", "base.pth", "peft", "-o", "out.pth", "--untie"]) == 0
     out = torch.load("out.pth")
     assert torch.equal(out["2.weight"], old) and not torch.equal(out["1.weight"], old)
