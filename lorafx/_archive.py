@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ._checkpoint import CHUNK, Moved, octets
+from ._checkpoint import CHUNK, Moved, octets, one_behind
 
 Source = Callable[[], Iterator[Tensor]]  # gives the content of a storage in contiguous blocks
 
@@ -52,16 +52,20 @@ def save(tensors: Mapping[str, Tensor], sources: Mapping[int, Source], file: io.
 
 def _fill(file: io.BufferedWriter, blocks: Iterator[Tensor], size: int, moved: Moved) -> int:
     """Write the content of a member where the file stands; its checksum."""
-    checksum = left = 0
-    for block in blocks:
-        content = octets(block)
+    checksum = written = 0
+
+    def write(content: memoryview) -> None:
+        nonlocal checksum, written
         for start in range(0, len(content), CHUNK):
-            chunk = content[start:start + CHUNK]
-            checksum = zlib.crc32(chunk, checksum)
-            file.write(chunk)
-        left += len(content)
+            checksum = zlib.crc32(content[start:start + CHUNK], checksum)
+            file.write(content[start:start + CHUNK])
+        written += len(content)
         moved(len(content))
-    assert left == size
+
+    with one_behind() as behind:
+        for block in blocks:
+            behind(write, octets(block))
+    assert written == size
     return checksum
 
 

@@ -3,13 +3,15 @@
 A safetensors file is eight bytes with the length of its header, little-endian, the header, JSON, and the data.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import io
 import json
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -108,6 +110,20 @@ def read_rows(file: io.BufferedReader, shard: Shard, entry: Entry, scratch: Scra
     if file.readinto(octets(rows)) != rows.nbytes:
         raise FormatError(f"'{shard.path}' became shorter while it was read.")
     return rows
+
+
+@contextlib.contextmanager
+def one_behind() -> Iterator[Callable[..., None]]:
+    """A function that lets another thread make a call, once the one before is done: one is written, one computed."""
+    with ThreadPoolExecutor(1) as pool:
+        under_way: list[Future[Any]] = [pool.submit(int)]
+
+        def behind(call: Callable[..., None], *arguments: Any) -> None:
+            under_way.pop().result()
+            under_way.append(pool.submit(call, *arguments))
+
+        yield behind
+        under_way.pop().result()
 
 
 def write_all(file: io.BufferedWriter, content: memoryview, moved: Moved) -> None:

@@ -1,20 +1,17 @@
 """The new file of a shard of safetensors: read, summed and written some rows at a time, the rest of it copied."""
 
-import contextlib
 import dataclasses
 import functools
 import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._adapter import all_finite
-from ._checkpoint import (DTYPES, NAMES, Entry, Moved, Shard, copy_bytes, header_bytes, nbytes, octets, read_rows,
-                          write_all)
+from ._checkpoint import (DTYPES, NAMES, Entry, Moved, Shard, copy_bytes, header_bytes, nbytes, octets, one_behind,
+                          read_rows, write_all)
 from ._errors import ConfigError
 from ._jobs import Job, copy_job
 from ._locate import Change, Plan
@@ -81,7 +78,7 @@ def _write_shard(
     """The new file of a shard; some rows and their sum are in memory at a time, and what does not change is copied."""
     write_all(file, memoryview(header), moved)
     turns = itertools.cycle((Scratch(), Scratch()))  # of which one is written while the other is summed
-    with open(shard.path, "rb") as source, open(shard.path, "rb") as copied, _behind() as behind:
+    with open(shard.path, "rb") as source, open(shard.path, "rb") as copied, one_behind() as behind:
         for one in outputs:
             if one.as_it_is:
                 behind(copy_bytes, copied, file, shard.start + one.entry.begin, one.size, moved)
@@ -90,20 +87,6 @@ def _write_shard(
             change = one.change or Change()
             for rows in summed_rows(read, one.entry.shape, change, DTYPES[one.dtype], one.name, turns):
                 behind(write_all, file, octets(rows), moved)
-
-
-@contextlib.contextmanager
-def _behind() -> Iterator[Callable[..., None]]:
-    """Calls are made in another thread, in their order, and each is waited for before the next is given."""
-    with ThreadPoolExecutor(1) as pool:
-        under_way: list[Future[Any]] = [pool.submit(int)]
-
-        def behind(call: Callable[..., None], *arguments: Any) -> None:
-            under_way.pop().result()
-            under_way.append(pool.submit(call, *arguments))
-
-        yield behind
-        under_way.pop().result()
 
 
 def summed_rows(read: Read, shape: Sequence[int], change: Change, dtype: torch.dtype, name: str,

@@ -126,7 +126,7 @@ def _pickle(path: Path, adapters: Sequence[Weighed], dtype: torch.dtype | None, 
     made = _plan_file(path, adapters, {n: Held(tuple(t.shape), t.dtype) for n, t in tensors.items()}, untie)
     _plan_ties(path, tensors, made, untie)
     new, sources = dict(tensors), {}
-    turns = itertools.repeat(Scratch())
+    turns = itertools.cycle((Scratch(), Scratch()))
     fresh: dict[Any, Tensor] = {}  # by the old tensor and what becomes of it, so that what was tied stays so
     for name, tensor in tensors.items():
         change = made.changes.get(name)
