@@ -244,7 +244,7 @@ def sync_folder(folder: Path) -> None:
         _flush(folder)
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(error.errno, f"What was saved to '{folder}' is there, whole, but its name may not be on the disk "
+        raise OSError(error.errno, f"What was saved in '{folder}' is there, whole, but its name may not be on the disk "
                                    f"yet, so that a power cut could bring back what was there before: {reason}"
                       ) from error
 
