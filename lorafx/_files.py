@@ -137,7 +137,7 @@ def _written(path: Path, content: bytes) -> Iterator[Path]:
         with open(handle, "wb", closefd=os.name != "posix") as file:  # elsewhere an open file cannot be renamed
             if old is not None:
                 if os.name == "posix":
-                    with contextlib.suppress(PermissionError):  # only root may give files away
+                    with contextlib.suppress(OSError):  # as a rule only root may give files away
                         os.fchown(handle, old.st_uid, old.st_gid)
                 temporary.chmod(mode)
             file.write(content)

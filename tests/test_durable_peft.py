@@ -1,5 +1,6 @@
 """Saving over a PEFT folder, which is two files: what is read is one adapter or the other, whole, or what was there."""
 
+import copy
 import errno
 import fcntl
 import json
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from peft import PeftModel
 from test_durable import child
 from test_formats import Model
 from test_peft import saved_by_peft
@@ -97,10 +99,12 @@ def cut(path: Path) -> None:
 THERE = {"lorafx": lambda path: lorafx.save(adapted(OLD), path), "PEFT": by_peft, "bin": old_bin, "cut": cut,
          "config": only("adapter_config.json"), "tensors": only("adapter_model.safetensors"), "nothing": only(""),
          "new": lambda path: None}
-CALLS = ("open", "fsync", "replace", "rename", "unlink", "mkdir")
+CALLS = ("fsync", "replace", "rename", "open", "mkdir", "unlink")
 
 
-def at_step(last: int, act: Callable[[], None], once: bool) -> tuple[dict[str, Callable[..., Any]], list[str]]:
+def at_step(
+    last: int, act: Callable[[], None], once: bool, names: Iterable[str]
+) -> tuple[dict[str, Callable[..., Any]], list[str]]:
     """Calls to the system by name, with an act before that of this number, or before all from it on; and those made."""
     made: list[str] = []
 
@@ -114,7 +118,7 @@ def at_step(last: int, act: Callable[[], None], once: bool) -> tuple[dict[str, C
             return real(*args, **keywords)
         return call
 
-    return {name: watched(name) for name in CALLS}, made
+    return {name: watched(name) for name in names}, made
 
 
 def copies(tmp_path: Path, make: Callable[[Path], None]) -> Iterator[tuple[int, Path]]:
@@ -127,17 +131,17 @@ def copies(tmp_path: Path, make: Callable[[Path], None]) -> Iterator[tuple[int, 
         yield step, tmp_path / str(step) / "x"
 
 
-@pytest.mark.parametrize("make", THERE.values(), ids=THERE)
-def test_killed_at_every_step(tmp_path: Path, make: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("there", ["lorafx", "bin", "cut", "config", "new"])
+def test_killed_at_every_step(tmp_path: Path, there: str) -> None:
     model, another, seen = adapted(KINDS[1]), adapted(KINDS[2]), []
 
     def work(path: Path, step: int) -> None:
-        calls, _ = at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL), once=True)
+        calls, _ = at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL), True, CALLS[:3] + CALLS[-1:])
         for name, call in calls.items():
             setattr(os, name, call)
         lorafx.save(model, path)
 
-    for step, path in copies(tmp_path, make):
+    for step, path in copies(tmp_path, THERE[there]):
         pid = child(lambda path=path, step=step: work(path, step))
         if os.waitpid(pid, 0)[1] == 0:
             break
@@ -146,7 +150,7 @@ def test_killed_at_every_step(tmp_path: Path, make: Callable[[Path], None]) -> N
         assert kind_of(path) == KINDS[2]
         assert os.listdir(path.parent) == ["x"] and not [name for name in os.listdir(path) if name[0] == "."]
     before = outcome(tmp_path / "old")
-    assert len(seen) > 10 and set(seen) == {before, KINDS[1]}
+    assert len(seen) > 7 and set(seen) == {before, KINDS[1]}
     assert seen == sorted(seen, key=lambda kind: kind != before)  # the old one up to some step, and then the new one
 
 
@@ -159,10 +163,10 @@ def test_an_error_at_every_step(tmp_path: Path, make: Callable[[Path], None], on
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "hidden")
 
     for step, path in copies(tmp_path, make):
-        calls, made = at_step(step, fail, once)
+        calls, made = at_step(step, fail, once, CALLS[:-1])
         with pytest.MonkeyPatch.context() as patch:
-            for name in set(CALLS) - {"unlink"}:
-                patch.setattr(os, name, calls[name])
+            for name, call in calls.items():
+                patch.setattr(os, name, call)
             try:
                 lorafx.save(model, path)
                 message = ""
@@ -194,9 +198,9 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     models = [adapted(kind, 64) for kind in KINDS]
     lorafx.save(models[0], path)
     seen, leftovers, between = [], 0, 0
-    for _ in range(100):
-        pid = child(lambda: save_forever(models, path))
-        time.sleep(dice.uniform(0.002, 0.05))
+    for number in range(100):
+        pid = child(lambda first=number % 3: save_forever(models[first:] + models[:first], path))
+        time.sleep(dice.uniform(0.002, 0.03))
         os.kill(pid, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
         leftovers += len(os.listdir(path)) - 2
@@ -346,6 +350,8 @@ def test_the_header_and_what_stays(tmp_path: Path) -> None:
     assert header_of(path).keys() == {"format", _peft_read.DIGEST}
     lorafx.save(adapted(KINDS[1]), path)
     assert header_of(path)[_peft_read.WHOLE] == (path / "adapter_config.json").read_text()
+    base, x = Model(8), torch.randn(3, 8)
+    torch.testing.assert_close(PeftModel.from_pretrained(copy.deepcopy(base), path)(x), lorafx.load(base, path)(x))
     config = (path / "adapter_config.json").stat()
     model = adapted(KINDS[1])
     with torch.no_grad():
