@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from torch import nn
 from . import _kohya, _minimind, _native, _peft_config, _peft_read, _peft_write
 from ._adapter import Adapter, validate
 from ._errors import ConfigError, FormatError
-from ._files import sync_folder, write_whole
+from ._files import write_folder, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +71,14 @@ def _write_native(adapter: Adapter, path: Path, model: nn.Module | None, base: s
 def _write_file(path: Path, content: bytes) -> None:
     if path.is_dir():
         raise FormatError(f"'{path}' is a folder: name a file in it.")
+    if _is_odd(path):
+        raise FormatError(f"'{path}' is in the way, and is no file that can be replaced.")
     write_whole(path, content)
+
+
+def _is_odd(path: Path) -> bool:
+    """Whether there is something else than a file, such as a folder or a device."""
+    return path.exists() and not path.is_file()
 
 
 def _read_safetensors(path: Path, name: str | None, model: nn.Module | None) -> tuple[Adapter, str | None]:
@@ -93,32 +98,24 @@ def _read_minimind(path: Path, name: str | None, model: nn.Module | None) -> tup
 def _write_peft(adapter: Adapter, path: Path, model: nn.Module | None, base: str | None) -> None:
     """Into the folder itself if the adapter is called default, else into a folder of its name, as PEFT does.
 
-    A folder that is not there yet appears whole. In one that is, a config that differs is written first, then the
-    tensors, with a digest of the config: where a save was cut short between the two, reading says so.
+    The tensors are written first, and hold all of the config until that has followed.
     """
     if model is None:
         raise ConfigError("PEFT's format depends on the model: load the adapter into it, and save it from there.")
     if path.is_file() or path.name in _PEFT_FILES:
         raise ConfigError("PEFT's format is a folder, and that is a file.")
     folder = path if adapter.name == "default" else path / adapter.name
-    config, tensors = _peft_write.encode(adapter, model)
-    files = {_peft_config.CONFIG: config, _peft_read.TENSORS: tensors}
-    if folder.exists():
-        taken = next((name for name in files if (folder / name).is_dir()), None)
-        if taken is not None or not folder.is_dir():
-            raise ConfigError(f"'{folder / taken if taken else folder}' is in the way.")
-        for name, content in files.items():
-            if not (folder / name).is_file() or (folder / name).read_bytes() != content:
-                write_whole(folder / name, content)
-        return
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        for name, content in files.items():
-            write_whole(temporary / name, content)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(folder.parent)
+    taken = [folder / name for name in (_peft_config.CONFIG, _peft_read.TENSORS) if _is_odd(folder / name)]
+    if taken or folder.exists() and not folder.is_dir():
+        raise ConfigError(f"'{taken[0] if taken else folder}' is in the way.")
+
+    def contents() -> dict[str, bytes]:
+        there = folder / _peft_config.CONFIG
+        before = there.read_bytes() if there.exists() else None
+        config, tensors = _peft_write.encode(adapter, model, before)
+        return {_peft_read.TENSORS: tensors, there.name: config}
+
+    write_folder(folder, contents)
 
 
 def _read_peft(path: Path, name: str | None, model: nn.Module | None) -> tuple[Adapter, str | None]:

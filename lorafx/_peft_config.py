@@ -27,12 +27,12 @@ _KINDS: dict[str, tuple[type, ...]] = {  # a list is of texts
     "fan_in_fan_out": (bool,)}
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The config, of which every entry is understood, or else says nothing."""
+def read_config(content: bytes, path: Path) -> dict[str, Any]:
+    """The config that a file at a path has, of which every entry is understood, or else says nothing."""
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = json.loads(content.decode())
         found = dict(config)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise FormatError(f"'{path}' is missing or damaged: {type(error).__name__}: {error}.") from error
     if found.get("peft_type") != "LORA":
         raise FormatError(f"'{path}' is for PEFT's {shown(found.get('peft_type'))}; lorafx reads 'LORA'.")
@@ -74,7 +74,12 @@ def _listed(value: Any) -> list[Any]:
 def digest(config: Mapping[str, Any]) -> str:
     """A short hash of what a config says about what is computed."""
     said = {name: value for name, value in config.items() if name in _READ and value}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+    return digest_of_bytes(json.dumps(said, sort_keys=True).encode())
+
+
+def digest_of_bytes(content: bytes) -> str:
+    """A short hash of what a file holds."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def is_target(config: Mapping[str, Any], module: str) -> bool:

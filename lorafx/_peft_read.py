@@ -5,6 +5,7 @@ itself (`target_parameters`) is named after its module; where a module has sever
 named so, and those before it after one more `base_layer` each. See PEFT 0.21.2 and its checkpoint format page.
 """
 
+import os
 import re
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -16,14 +17,16 @@ from torch import Tensor, nn
 from ._adapter import Adapter, Pair, Stored, check_shapes, join
 from ._branch import users_modules
 from ._errors import FormatError
-from ._files import read_pickle, read_safetensors
-from ._peft_config import (CONFIG, check_complete, digest, is_saved, is_target, lora_config, parameters_of,
-                           rank_and_scale, read_config)
+from ._files import read_pickle, read_safetensors, safetensors_names
+from ._peft_config import (CONFIG, check_complete, digest, digest_of_bytes, is_saved, is_target, lora_config,
+                           parameters_of, rank_and_scale, read_config)
 from ._sites import renamed
 
 PREFIX = "base_model.model."
 TENSORS, OLD = "adapter_model.safetensors", "adapter_model.bin"
-DIGEST = "lorafx_config"  # in the header of TENSORS: the digest of the config that was written with it
+# In the header of TENSORS: the digest of the config that was written with it, and if another config was there before,
+# its digest, and the new one as a whole.
+DIGEST, BEFORE, WHOLE = "lorafx_config", "lorafx_config_before", "lorafx_config_whole"
 
 
 class Key(NamedTuple):
@@ -39,8 +42,7 @@ def decode(folder: Path, model: nn.Module | None, file: str | None = None) -> Ad
 
     `file` is the name of its tensors' file, by default the newer of the two that PEFT has written.
     """
-    config = read_config(folder / CONFIG)
-    path, tensors = _tensors(folder, file, config)
+    config, path, tensors = _files(folder, file)
     keys = {name: key for name in tensors if (key := _key(name)) is not None}
     halves: dict[tuple[str, int], dict[str, Tensor]] = {}
     for name, key in keys.items():
@@ -77,19 +79,50 @@ def decode(folder: Path, model: nn.Module | None, file: str | None = None) -> Ad
                    turned=bool(config.get("fan_in_fan_out")))
 
 
-def _tensors(folder: Path, file: str | None, config: Mapping[str, Any]) -> tuple[Path, dict[str, Tensor]]:
-    """The file of a folder's tensors, and these by name, without the prefix of all."""
+def _files(folder: Path, file: str | None) -> tuple[dict[str, Any], Path, dict[str, Tensor]]:
+    """A folder's config, the file of its tensors, and these by name, without the prefix of all; of one save."""
+    while True:
+        content, version = _content(folder / CONFIG)
+        path, tensors, header = _tensors(folder, file)
+        config = _config(content, folder / CONFIG, header, path)
+        if config is not None:
+            return config, path, tensors
+        if _content(folder / CONFIG)[1] == version:  # else another process has saved meanwhile
+            raise FormatError(f"'{path}' was not written together with the {CONFIG} beside it: one of them was changed "
+                              "or is of another adapter; save it again.")
+
+
+def _tensors(folder: Path, file: str | None) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """The file of a folder's tensors, these by name, and what its header says besides."""
     path = next((folder / name for name in (TENSORS, OLD) if file in (None, name) and (folder / name).is_file()), None)
     if path is None:
         raise FormatError(f"'{folder}' has neither {TENSORS} nor {OLD}.")
+    newer = folder / TENSORS
+    if file == OLD and newer.is_file() and DIGEST in safetensors_names(newer)[1]:
+        raise FormatError(f"'{path}' is of an older adapter than {TENSORS} and {CONFIG} beside it: load '{newer}'.")
     tensors, header = read_safetensors(path) if path.name == TENSORS else (read_pickle(path), {})
-    if header.get(DIGEST, digest(config)) != digest(config):
-        raise FormatError(f"'{path}' was not written together with the {CONFIG} beside it: a save was cut short, or "
-                          "one of them was changed; save it again.")
     for name in tensors:
         if not name.startswith(PREFIX):
             raise FormatError(f"'{path}' has a tensor '{name}', which does not begin with '{PREFIX}' as PEFT's do.")
-    return path, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return path, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, header
+
+
+def _config(content: bytes, path: Path, header: Mapping[str, str], tensors: Path) -> dict[str, Any] | None:
+    """The config that belongs to tensors with this header, which are new if saving ended half-way; None if unknown."""
+    if header.get(BEFORE) == digest_of_bytes(content):
+        content, path = header.get(WHOLE, "").encode(), tensors
+    config = read_config(content, path)
+    return config if header.get(DIGEST, digest(config)) == digest(config) else None
+
+
+def _content(path: Path) -> tuple[bytes, tuple[int, ...]]:
+    """What a file holds, and what differs once it has been replaced."""
+    try:
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno())
+            return file.read(), (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    except OSError as error:
+        raise FormatError(f"'{path}' is missing or cannot be read: {error.strerror or error}.") from error
 
 
 class _Found(NamedTuple):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ._adapter import Adapter, Pair, Stored, join
 from ._branch import Branch, Own, submodule, users_modules
 from ._errors import ConfigError
-from ._peft_config import digest
-from ._peft_read import DIGEST, PREFIX
+from ._peft_config import digest, digest_of_bytes
+from ._peft_read import BEFORE, DIGEST, PREFIX, WHOLE
 from ._sites import split_block
 
 
@@ -29,8 +29,11 @@ class _Entry(NamedTuple):
     pair: Pair
 
 
-def encode(adapter: Adapter, model: nn.Module) -> tuple[bytes, bytes]:
-    """The contents of adapter_config.json and of adapter_model.safetensors."""
+def encode(adapter: Adapter, model: nn.Module, before: bytes | None) -> tuple[bytes, bytes]:
+    """The contents of adapter_config.json and of adapter_model.safetensors.
+
+    `before` is the config that is there already, if one is: the tensors stand beside it if saving ends half-way.
+    """
     whole = _whole(adapter)
     entries = _entries(adapter, model, whole)
     biases, modules, tensors = _trained(adapter, model, entries)
@@ -47,8 +50,10 @@ def encode(adapter: Adapter, model: nn.Module) -> tuple[bytes, bytes]:
             tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = A, B
     config = _config(adapter, model, entries, modules, biases)
     content = {PREFIX + name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}
-    return json.dumps(config, indent=2).encode(), safetensors.torch.save(
-        content, {"format": "pt", DIGEST: digest(config)})
+    text, header = json.dumps(config, indent=2), {"format": "pt", DIGEST: digest(config)}
+    if before not in (None, text.encode()):
+        header |= {WHOLE: text, BEFORE: digest_of_bytes(before)}
+    return text.encode(), safetensors.torch.save(content, header)
 
 
 def _stem(module: str, entries: Iterable[_Entry]) -> str:

@@ -1,9 +1,11 @@
 """Saving survives what happens to processes and disks: the file at a path is the old one or the new one, whole."""
 
 import errno
+import fcntl
 import os
 import random
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -152,3 +154,98 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     finally:
         tmp_path.chmod(0o700)
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_name_that_may_not_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "a.safetensors"
+    real = os.fsync
+
+    def broken(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="What was saved in '.*new' is there, whole, but its name may not be on the disk "
+                                      "yet, .* what was there before: Input/output error") as caught:
+        lorafx.save(constant(1.0), path)
+    assert caught.value.errno == errno.EIO and value_of(path) == 1.0
+
+
+def test_nothing_waits_for_a_process_that_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, held = os.open, []
+
+    def watched(path: Path, flags: int, *mode: int) -> int:
+        handle = real(path, flags, *mode)
+        if flags & os.O_CREAT and len(held) < 3:  # another save takes it for abandoned, and is stopped there
+            held.append(real(path, os.O_RDWR))
+            fcntl.flock(held[-1], fcntl.LOCK_EX)
+        return handle
+
+    def late(*_: object) -> None:
+        raise TimeoutError("it waits")
+
+    model, handler = injected(), signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", watched)
+            lorafx.save(model, tmp_path / "a.safetensors")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+        for handle in held:
+            os.close(handle)
+    assert len(held) == 3 and os.listdir(tmp_path) == ["a.safetensors"]
+    lorafx.load(Model(), tmp_path / "a.safetensors")
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    far, path = tmp_path / "far" / "b.safetensors", tmp_path / "a.safetensors"
+    path.symlink_to("between")
+    (tmp_path / "between").symlink_to(far)  # where nothing is yet, not even the folder
+    for value in (1.0, 2.0):
+        lorafx.save(constant(value), path)
+        assert path.is_symlink() and (tmp_path / "between").is_symlink() and not far.is_symlink()
+        assert value_of(path) == value_of(far) == value
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "between", "far"]
+    assert os.listdir(tmp_path / "far") == ["b.safetensors"]
+
+
+def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.symlink_to("b.safetensors")
+    (tmp_path / "b.safetensors").symlink_to(path)
+    with pytest.raises(OSError, match="a.safetensors' cannot be written, and stays as it was: Too many levels of sym"):
+        lorafx.save(injected(), path)
+    (tmp_path / "c.safetensors").symlink_to("/dev/null")
+    with pytest.raises(lorafx.FormatError, match="c.safetensors' is in the way, and is no file that can be replaced"):
+        lorafx.save(injected(), tmp_path / "c.safetensors")
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors", "c.safetensors"]
+    assert path.is_symlink() and not Path("/dev/null").is_file()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o400])
+def test_permissions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int) -> None:
+    path, real, seen = tmp_path / "a.safetensors", os.fsync, []
+    before = os.umask(0o027)
+    try:
+        lorafx.save(injected(), path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        path.chmod(mode)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda handle: (seen.append(os.fstat(handle).st_mode), real(handle)))
+            lorafx.save(injected(alpha=3), path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(seen[0]) == mode
+    assert lorafx.load(Model(), path).up.lora.default.scale == 1.5
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_the_owner_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    lorafx.save(injected(), path)
+    os.chown(path, 12345, 54321)
+    lorafx.save(injected(alpha=3), path)
+    assert (path.stat().st_uid, path.stat().st_gid) == (12345, 54321)
