@@ -9,8 +9,8 @@ from torch import nn
 
 from . import _kohya, _minimind, _native, _peft_config, _peft_read, _peft_write
 from ._adapter import Adapter, validate
+from ._durable import write_folder, write_whole
 from ._errors import ConfigError, FormatError
-from ._files import write_folder, write_whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from ._checkpoint import INDEX, SINGLE, Moved
+from ._durable import sync_folder
 from ._errors import FormatError
-from ._files import sync_folder
 from ._jobs import Job
 
 if sys.platform != "win32":

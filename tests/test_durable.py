@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import stat
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from test_formats import Model, injected
-from tqdm import tqdm
 
 import lorafx
 
@@ -41,7 +39,6 @@ def child(work: Callable[[], None]) -> int:
     """The id of a forked process that does this work, and never comes back."""
     pid = os.fork()
     if pid == 0:
-        tqdm.set_lock(threading.RLock())  # its own is shared with forks, and one that is killed may hold it for ever
         try:
             work()
         finally:

@@ -23,7 +23,7 @@ from test_peft import saved_by_peft
 from torch import nn
 
 import lorafx
-from lorafx import _files, _peft_read
+from lorafx import _durable, _peft_read
 
 KINDS = ((4, 4.0, 1.0), (4, 12.0, 2.0), (6, 12.0, 3.0))  # rank, alpha, and the one value of every A and B
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -281,7 +281,7 @@ def test_a_saver_that_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "x"
     lorafx.save(adapted(KINDS[0]), path)
     before = contents(path)
-    monkeypatch.setattr(_files, "PATIENCE", 0.05)
+    monkeypatch.setattr(_durable, "PATIENCE", 0.05)
     handle = os.open(path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:

@@ -9,7 +9,7 @@ import lorafx
 
 LEVELS = {
     "_errors": 0, "_products": 0, "_header": 0, "_scratch": 0,
-    "_kernels": 1, "_adapter": 1, "_rules": 1, "_graph": 1, "_watch": 1, "_pickled": 1, "_generators": 1,
+    "_kernels": 1, "_adapter": 1, "_rules": 1, "_graph": 1, "_durable": 1, "_watch": 1, "_pickled": 1, "_generators": 1,
     "_trace": 2, "_source": 2, "_sites": 2, "_weight": 2, "_files": 2, "_training": 2,
     "_scan": 3, "_branch": 3, "_native": 3, "_minimind": 3, "_stored": 3, "_peft_config": 3, "_checkpoint": 3,
     "_record": 4, "_group": 4, "_kohya": 4, "_peft_read": 4, "_archive": 4, "_jobs": 4,
