@@ -7,6 +7,7 @@ or whatever that raises; the caller, who knows the path, gives it a name.
 import os
 import pickle
 import zipfile
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -19,20 +20,29 @@ def read_tensors(file: BinaryIO) -> Any:
     if file.read(4) != b"PK\x03\x04":
         raise ValueError("it is no archive, as torch.save has written them since torch 1.6; load it by torch.load, and "
                          "save it again")
-    _check_archive(zipfile.ZipFile(file), size)
+    damaged = check_archive(file).testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of its member {damaged[:80]!r} is wrong")
     file.seek(0)
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # its advice is to let everything in
-        raise ValueError("torch.load with weights_only=True does not let it in") from error
+    content = load_tensors(file)
     for name, value in content.items() if isinstance(content, dict) else ():
         if isinstance(value, Tensor) and value.numel() * value.element_size() > size:
             raise ValueError(f"{str(name)[:80]!r} claims {value.numel()} elements, and the file has {size} bytes")
     return content
 
 
-def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
-    """Raise unless every member is stored as it is, once, in one folder, whole, and within the file."""
+def load_tensors(file: BinaryIO | Path, mmap: bool = False) -> Any:
+    """torch.load, on the CPU, with a reason of its own for what it does not let in."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:  # its advice is to let everything in
+        raise ValueError("torch.load with weights_only=True does not let it in") from error
+
+
+def check_archive(file: BinaryIO) -> zipfile.ZipFile:
+    """The archive in a file; ValueError unless each member is stored as it is, once, in one folder, within the file."""
+    size = os.fstat(file.fileno()).st_size
+    archive = zipfile.ZipFile(file)
     members = archive.infolist()
     names = {info.filename for info in members}
     if len(names) != len(members) or len({name.partition("/")[0] for name in names}) != 1:
@@ -40,6 +50,4 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
     if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in members) or sum(
             info.file_size for info in members) > size:
         raise ValueError("its archive is compressed or claims more than the file holds")
-    damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of its member {damaged[:80]!r} is wrong")
+    return archive
