@@ -1,5 +1,6 @@
 """LoRA as a torch.fx compiler pass: rewrite a model so that chosen linear calls add s (x A^T) B^T, and fold it back."""
 
+from . import _interrupt as _interrupt  # first, as the others import torch, which takes seconds
 from ._compile import compile_options as compile_options
 from ._errors import AdaptedWeightError as AdaptedWeightError
 from ._errors import AdapterError as AdapterError
@@ -29,3 +30,5 @@ from ._switch import disabled as disabled
 from ._switch import named_parameters as named_parameters
 from ._switch import parameters as parameters
 from ._switch import remove as remove
+
+__version__ = "0.1.0"

@@ -6,6 +6,7 @@ or whatever that raises; the caller, who knows the path, gives it a name.
 
 import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,7 +35,9 @@ def read_tensors(file: BinaryIO) -> Any:
 def load_tensors(file: BinaryIO | Path, mmap: bool = False) -> Any:
     """torch.load, on the CPU, with a reason of its own for what it does not let in."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():  # torch's, of kinds of tensors that callers refuse, or only carry along
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:  # its advice is to let everything in
         raise ValueError("torch.load with weights_only=True does not let it in") from error
 

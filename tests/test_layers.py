@@ -8,7 +8,7 @@ from pathlib import Path
 import lorafx
 
 LEVELS = {
-    "_errors": 0, "_products": 0, "_header": 0,
+    "_errors": 0, "_products": 0, "_header": 0, "_interrupt": 0,
     "_kernels": 1, "_adapter": 1, "_rules": 1, "_graph": 1, "_watch": 1, "_pickled": 1, "_generators": 1,
     "_trace": 2, "_source": 2, "_sites": 2, "_weight": 2, "_files": 2, "_training": 2,
     "_scan": 3, "_branch": 3, "_native": 3, "_minimind": 3, "_peft_config": 3, "_checkpoint": 3,
@@ -19,7 +19,9 @@ LEVELS = {
     "_switch": 8, "_report": 8, "_locate": 8, "_compare": 8,
     "_resume": 9, "_shards": 9,
     "_inject": 10, "_stream": 10,
-    "__init__": 11, "__main__": 11,
+    "__init__": 11,
+    "_arguments": 12,
+    "__main__": 13,
 }
 FOLDER = Path(lorafx.__file__).parent
 
@@ -29,7 +31,8 @@ def imported(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            found |= {node.module} if node.module else {alias.name for alias in node.names}
+            names = {alias.name for alias in node.names}
+            found |= {node.module} if node.module else {name if name in LEVELS else "__init__" for name in names}
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             assert not any(name.split(".")[0] == "lorafx" for name in names), f"{path}: import relatively"
