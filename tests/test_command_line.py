@@ -244,7 +244,7 @@ def test_what_json_lacks_is_null(tmp_path, monkeypatch, capsys):
 
     about = read("show", "large.safetensors")
     assert about["sites"]["0"]["norm"] is about["trained"]["1.bias"]["norm"] is None
-    found = read("diff", "large.safetensors", "w.safetensors")
+    found = read("diff", "large.safetensors", "wide.safetensors")
     assert found["sites"] == {"0": None} and found["trained"] == {"1.bias": None} and not found["equal"]
     assert read("diff", "large.safetensors", "large.safetensors")["equal"]
 
@@ -276,8 +276,8 @@ def test_a_folder_of_several_adapters(tmp_path, monkeypatch, capsys):
         lorafx.save(randomise(model), "both", name)
     for command in (["show"], ["convert", "new.safetensors"], ["diff", "both/french"]):
         assert main([command[0], "both", *command[1:]]) == 2
-        assert error(capsys) == (f"lorafx {command[0]}: 'both' has 'french', 'german': name one with adapter=..., or by "
-                                 "its own folder, such as 'both/french'.")
+        assert error(capsys) == (f"lorafx {command[0]}: 'both' has 'french', 'german': name one with adapter=..., or "
+                                 "by its own folder, such as 'both/french'.")
     assert main(["show", "both/german"]) == 0 and "0     3     1" in capsys.readouterr().out
     assert main(["convert", "both/german", "german.safetensors"]) == 0
     assert main(["diff", "both/german", "german.safetensors"]) == 0 == main(["show", "german.safetensors"])

@@ -263,6 +263,24 @@ def test_interrupted_while_it_runs(small, tmp_path):
     assert (done.returncode, done.stderr) == (130, "lorafx show: interrupted.\n")
 
 
+@pytest.mark.parametrize("arguments, closed, code", [
+    ("show a.safetensors", ">&-", 0), ("--version", ">&- 2>&-", 0), ("show none.safetensors", "2>&-", 2),
+    ("merge base.pth a.safetensors -o out.pth", "2>&-", 0)])
+def test_without_an_output(small, arguments, closed, code):
+    done = subprocess.run(f"{sys.executable} -m lorafx {arguments} {closed}", shell=True, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(Path(lorafx.__file__).parents[1])})
+    assert (done.returncode, done.stderr) == (code, "") and (code == 0 or not done.stdout)
+
+
+def test_no_memory(small, monkeypatch, capsys):
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(program._formats, "read", fail)
+    assert main(["show", "a.safetensors"]) == 2
+    assert error(capsys) == "lorafx show: there is not enough memory."
+
+
 def test_only_the_merge_of_a_folder_goes_on(small, monkeypatch, capsys):
     def stop(*arguments, **more):
         raise KeyboardInterrupt
