@@ -29,3 +29,5 @@ from ._switch import disabled as disabled
 from ._switch import named_parameters as named_parameters
 from ._switch import parameters as parameters
 from ._switch import remove as remove
+
+__version__ = "0.1.0"

@@ -18,11 +18,13 @@ from typing import Any
 
 import safetensors
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _header
-from ._errors import FormatError
+from ._adapter import check_plain
+from ._errors import ConfigError, FormatError
 from ._header import parse_json
+from ._pickled import check_archive, load_tensors
 from ._scratch import Scratch
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -33,6 +35,7 @@ OTHER_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.onnx"
                  "pytorch_model*.bin.index.json", "consolidated*.pth", "tf_model*.h5", "flax_model*.msgpack",
                  "rust_model.ot", "adapter_config.json", "adapter_model*.bin")
 CHUNK = 1 << 18  # bytes that are copied at a time
+_DEEPEST = 100  # objects and lists in each other, in JSON
 
 Moved = Callable[[int], object]  # told how many bytes have been written
 
@@ -64,6 +67,8 @@ class Shard:
 
 def open_shard(path: Path) -> Shard:
     """The header of a safetensors file, checked against the file."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for who writes into it
+        raise FormatError(f"'{path}' is no file.")
     try:
         with safetensors.safe_open(path, framework="pt"):  # checks the header, and it against the file's length
             pass
@@ -96,7 +101,7 @@ def octets(tensor: Tensor) -> memoryview:
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
     size = tensor.numel() * tensor.element_size()
     if not size:
-        return memoryview(b"")
+        return memoryview(bytearray())
     held: Any = (ctypes.c_ubyte * size).from_address(tensor.data_ptr())
     held.tensor = tensor
     return memoryview(held).cast("B")
@@ -190,20 +195,40 @@ def _listed_shards(folder: Path) -> list[Shard]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The dict in a JSON file."""
+    """The dict in a JSON file, of which every text can be written again, and which recursion can walk."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        _check_depth(value)
+        json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs, which no text may have, raise
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"'{path}' is no JSON: {error}.") from error
+        raise FormatError(f"'{path}' is no JSON that can be read: {error}.") from error
     if not isinstance(value, dict):
         raise FormatError(f"'{path}' does not hold a JSON object.")
     return value
 
 
+def _check_depth(value: Any) -> None:
+    """ValueError if objects and lists are nested deeper than any config is."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [inner for outer in level if isinstance(outer, (dict, list))
+                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {_DEEPEST} deep")
+
+
 def open_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote, mapped from the disk where its format allows that."""
+    """The plain tensors of a file that torch.save wrote, mapped from the disk where its format allows that.
+
+    Its archive is held against its size, but not against its checksums, as that would read all of it.
+    """
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with open(path, "rb") as file:
+            mapped = zipfile.is_zipfile(file)
+            if mapped:
+                check_archive(file)
+        held = load_tensors(path, mmap=mapped)
     except OSError:
         raise
     except Exception as error:  # damaged bytes make torch's unpickler raise anything
@@ -212,9 +237,13 @@ def open_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(held, dict):
         raise FormatError(f"'{path}' holds a {type(held).__name__}, not a dict of named tensors.")
     for name, value in held.items():
-        if not (isinstance(name, str) and type(value) is Tensor and value.layout == torch.strided):
+        if not (isinstance(name, str) and isinstance(value, Tensor) and not isinstance(value, nn.Parameter)):
             raise FormatError(f"'{path}' holds {name!r}, a {type(value).__name__}, beside named tensors: save the "
                               "state_dict by itself.")
+        try:
+            check_plain(name, value)
+        except ConfigError as error:
+            raise FormatError(f"'{path}' cannot be merged: {error}") from error
     return held
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def difference(first: Adapter, second: Adapter, bases: tuple[str | None, str | N
     """How two adapters differ, as plain data.
 
     `sites` holds ||D_a - D_b|| / ||D_a|| of each site that both have, D = s B A, or infinity where only D_a is zero or
-    the shapes are not the same; `trained` the same of tensors trained whole.
+    the shapes are not the same; `trained` the same of tensors trained whole. It is 0 only where both are zero or made
+    of the same numbers s B and A. `config` holds what else differs, which changes none of these.
     """
     ours, theirs = (dict(name=adapter.name, base=base, **_plain(adapter.config))
                     for adapter, base in zip((first, second), bases))
@@ -52,10 +54,9 @@ def _only(first: Adapter, second: Adapter) -> list[str]:
 
 
 def are_equal(found: dict[str, Any], tolerance: float) -> bool:
-    """Whether a `difference` is none, but for relative ones of weights up to a tolerance."""
+    """Whether both adapters add the same to the same weights, up to a relative tolerance; their configs may differ."""
     relative = [*found["sites"].values(), *found["trained"].values()]
-    return not (found["only_first"] or found["only_second"] or found["config"]
-                or any(not value <= tolerance for value in relative))
+    return not (found["only_first"] or found["only_second"] or any(not value <= tolerance for value in relative))
 
 
 def norm(pairs: list[Pair]) -> float:
@@ -64,7 +65,7 @@ def norm(pairs: list[Pair]) -> float:
     The sum is L R with L the B's side by side, (..., out, ranks), and R the A's stacked, (..., ranks, in). With
     L = Q1 R1 and R^T = Q2 R2 its norm is that of the small R1 R2^T, which loses no digits as Gram matrices would.
     """
-    left = torch.cat([pair.scale * pair.B.double() for pair in pairs], -1)
+    left = torch.cat([_scaled(pair) for pair in pairs], -1)
     right = torch.cat([pair.A.double() for pair in pairs], -2)
     return float(torch.linalg.vector_norm(_corner(left) @ _corner(right.mT).mT))
 
@@ -77,21 +78,30 @@ def _corner(tall: Tensor) -> Tensor:
 def _relative(first: Pair, second: Pair) -> float:
     if (first.A.shape[-1], first.B.shape[:-1]) != (second.A.shape[-1], second.B.shape[:-1]):
         return math.inf
-    if first.scale == second.scale and all(torch.equal(one.double(), other.double())
-                                           for one, other in zip(first[:2], second[:2])):
+    if torch.equal(first.A.double(), second.A.double()) and torch.equal(_scaled(first), _scaled(second)):
         return 0.0
     return _ratio(norm([first, second._replace(scale=-second.scale)]), norm([first]))
+
+
+def _scaled(pair: Pair) -> Tensor:
+    """s B."""
+    return pair.scale * pair.B.double()
 
 
 def _relative_whole(first: Tensor, second: Tensor) -> float:
     if first.shape != second.shape:
         return math.inf
+    if torch.equal(first.double(), second.double()):
+        return 0.0
     apart = torch.linalg.vector_norm(first.double() - second.double()).item()
     return _ratio(apart, torch.linalg.vector_norm(first.double()).item())
 
 
 def _ratio(apart: float, size: float) -> float:
-    return apart / size if size else (math.inf if apart else 0.0)
+    """How far from each other two are that are not made of the same numbers; 0 only if both are zero."""
+    if not size:
+        return math.inf if apart else 0.0
+    return max(apart / size, sys.float_info.min) if math.isfinite(size) else math.inf
 
 
 def _plain(config: LoRAConfig) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Format:
 def write(adapter: Adapter, path: str | os.PathLike[str], model: nn.Module | None, base: str | None) -> None:
     """Save an adapter whole or not at all; `base` is the fingerprint of the model that it is from."""
     path = Path(path)
-    row = _row(path)
+    row = row_of(path)
     if adapter.training is not None and not row.keeps_training:
         raise FormatError(f"'{path}' is a {row.name} file, which keeps no optimizer and step: leave out optimizer=... "
                           "and step=..., or save to a path that ends in .safetensors.")
@@ -53,7 +53,7 @@ def read(
     `name` chooses among several adapters of one folder; `model` helps where a format does not tell all by itself.
     """
     path = Path(path)
-    row = _row(path)
+    row = row_of(path)
     if not path.exists():
         raise FormatError(f"There is no file '{path}'.")
     try:
@@ -128,7 +128,8 @@ def _read_peft(path: Path, name: str | None, model: nn.Module | None) -> tuple[A
     chosen = name if name in named else named[0] if len(named) == 1 and not own else None
     if chosen is None:
         has = ", ".join(map(repr, [*["default"] * own, *named]))
-        has = f"has {has}: name one with adapter=..." if has else f"has no {_peft_config.CONFIG}"
+        own_folder = f", or by its own folder, such as '{folder / named[0]}'" if named else ""
+        has = f"has {has}: name one with adapter=...{own_folder}" if has else f"has no {_peft_config.CONFIG}"
         raise FormatError(f"'{folder}' {has}.")
     return dataclasses.replace(_peft_read.decode(folder / chosen, model), name=chosen), None
 
@@ -150,7 +151,8 @@ FORMATS = (
 )
 
 
-def _row(path: Path) -> Format:
+def row_of(path: Path) -> Format:
+    """The format of a path; FormatError where none is such."""
     for row in FORMATS:
         if row.fits(path):
             return row

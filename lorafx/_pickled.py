@@ -6,7 +6,9 @@ or whatever that raises; the caller, who knows the path, gives it a name.
 
 import os
 import pickle
+import warnings
 import zipfile
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -19,20 +21,36 @@ def read_tensors(file: BinaryIO) -> Any:
     if file.read(4) != b"PK\x03\x04":
         raise ValueError("it is no archive, as torch.save has written them since torch 1.6; load it by torch.load, and "
                          "save it again")
-    _check_archive(zipfile.ZipFile(file), size)
+    archive = check_archive(file)
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of its member {damaged[:80]!r} is wrong")
     file.seek(0)
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # its advice is to let everything in
-        raise ValueError("torch.load with weights_only=True does not let it in") from error
-    for name, value in content.items() if isinstance(content, dict) else ():
+    content = load_tensors(file)
+    items = content.items() if isinstance(content, dict) else ()
+    storages = {value.untyped_storage()._cdata for _, value in items if isinstance(value, Tensor)}
+    if len(storages) < sum(name.partition("/")[2].startswith("data/") for name in archive.namelist()):
+        raise ValueError("it names a tensor twice, or holds more data than its tensors have")
+    for name, value in items:
         if isinstance(value, Tensor) and value.numel() * value.element_size() > size:
             raise ValueError(f"{str(name)[:80]!r} claims {value.numel()} elements, and the file has {size} bytes")
     return content
 
 
-def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
-    """Raise unless every member is stored as it is, once, in one folder, whole, and within the file."""
+def load_tensors(file: BinaryIO | Path, mmap: bool = False) -> Any:
+    """torch.load, on the CPU, with a reason of its own for what it does not let in."""
+    try:
+        with warnings.catch_warnings():  # torch's, of kinds of tensors that callers refuse, or only carry along
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:  # its advice is to let everything in
+        raise ValueError("torch.load with weights_only=True does not let it in") from error
+
+
+def check_archive(file: BinaryIO) -> zipfile.ZipFile:
+    """The archive in a file; ValueError unless each member is stored as it is, once, in one folder, within the file."""
+    size = os.fstat(file.fileno()).st_size
+    archive = zipfile.ZipFile(file)
     members = archive.infolist()
     names = {info.filename for info in members}
     if len(names) != len(members) or len({name.partition("/")[0] for name in names}) != 1:
@@ -40,6 +58,4 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
     if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in members) or sum(
             info.file_size for info in members) > size:
         raise ValueError("its archive is compressed or claims more than the file holds")
-    damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of its member {damaged[:80]!r} is wrong")
+    return archive

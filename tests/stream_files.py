@@ -52,7 +52,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 def error(capsys) -> str:
     """The one line on stderr."""
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("merging")]
-    assert len(lines) == 1 and lines[0].startswith("lorafx "), lines
+    assert len(lines) == 1 and lines[0].startswith("lorafx"), lines
     return lines[0]
 
 

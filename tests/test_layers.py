@@ -20,7 +20,9 @@ LEVELS = {
     "_switch": 9, "_shards": 9,
     "_resume": 10, "_stream": 10,
     "_inject": 11,
-    "__init__": 12, "__main__": 12,
+    "__init__": 12,
+    "_arguments": 13,
+    "__main__": 14,
 }
 FOLDER = Path(lorafx.__file__).parent
 
@@ -30,7 +32,8 @@ def imported(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            found |= {node.module} if node.module else {alias.name for alias in node.names}
+            names = {alias.name for alias in node.names}
+            found |= {node.module} if node.module else {name if name in LEVELS else "__init__" for name in names}
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             assert not any(name.split(".")[0] == "lorafx" for name in names), f"{path}: import relatively"

@@ -237,3 +237,16 @@ def test_safetensors_reads_what_lorafx_writes(tmp_path: Path) -> None:
     lorafx.save(model, tmp_path / "a.safetensors")
     stored = safetensors.torch.load_file(tmp_path / "a.safetensors")
     assert torch.equal(stored["up.lora.A"], model.up.lora.default.A)
+
+
+def test_a_pickle_that_names_a_tensor_twice(tmp_path: Path) -> None:
+    path, buffer = tmp_path / "a.pth", io.BytesIO()
+    lorafx.save(injected(), path)
+    torch.save(torch.load(path) | {"no.lora.B.weight": torch.ones(5, 2), "no.lora.A.weight": torch.ones(2, 5)}, path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(buffer, "w") as made:
+        for name in source.namelist():
+            made.writestr(name, source.read(name).replace(b"no.lora", b"up.lora"))
+    path.write_bytes(buffer.getvalue())
+    assert len(torch.load(path)) == 4
+    with pytest.raises(lorafx.FormatError, match="it names a tensor twice, or holds more data than its tensors have"):
+        lorafx.load(Model(), path)
