@@ -27,11 +27,12 @@ def read_tensors(file: BinaryIO) -> Any:
         raise ValueError(f"the checksum of its member {damaged[:80]!r} is wrong")
     file.seek(0)
     content = load_tensors(file)
-    items = content.items() if isinstance(content, dict) else ()
-    storages = {value.untyped_storage()._cdata for _, value in items if isinstance(value, Tensor)}
+    if not isinstance(content, dict):
+        return content
+    storages = {value.untyped_storage()._cdata for value in content.values() if isinstance(value, Tensor)}
     if len(storages) < sum(name.partition("/")[2].startswith("data/") for name in archive.namelist()):
         raise ValueError("it names a tensor twice, or holds more data than its tensors have")
-    for name, value in items:
+    for name, value in content.items():
         if isinstance(value, Tensor) and value.numel() * value.element_size() > size:
             raise ValueError(f"{str(name)[:80]!r} claims {value.numel()} elements, and the file has {size} bytes")
     return content
