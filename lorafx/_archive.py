@@ -28,10 +28,10 @@ def as_bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
-def save(tensors: Mapping[str, Tensor], sources: Mapping[int, Source], file: io.BufferedWriter, moved: Moved) -> None:
+def save(tensors: dict[str, Tensor], sources: Mapping[int, Source], file: io.BufferedWriter, moved: Moved) -> None:
     """Write a file that torch.load reads as these tensors; the storages that `sources` has are not read but filled."""
     with torch.serialization.skip_data():
-        torch.save(dict(tensors), file.name)
+        torch.save(tensors, file.name)
     storages = storages_of(tensors.values())
     with zipfile.ZipFile(file.name) as archive, open(file.name, "rb") as layout:
         members = archive.infolist()

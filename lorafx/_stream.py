@@ -4,6 +4,7 @@ A file is written as it is read, and a folder file by file.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -125,7 +126,7 @@ def _pickle(path: Path, adapters: Sequence[Weighed], dtype: torch.dtype | None, 
     tensors = open_pickle(path)
     made = _plan_file(path, adapters, {n: Held(tuple(t.shape), t.dtype) for n, t in tensors.items()}, untie)
     _plan_ties(path, tensors, made, untie)
-    new, sources = dict(tensors), {}
+    new, sources = copy.copy(tensors), {}  # with the versions of modules that a state_dict has
     turns = itertools.cycle((Scratch(), Scratch()))
     fresh: dict[Any, Tensor] = {}  # by the old tensor and what becomes of it, so that what was tied stays so
     for name, tensor in tensors.items():

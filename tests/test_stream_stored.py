@@ -215,7 +215,7 @@ def test_what_torch_save_wrote_is_summed_some_rows_at_a_time(monkeypatch, dtype)
     base = nn.Sequential(nn.Linear(1009, 5003), nn.Linear(5003, 1511), nn.Embedding(3, 1009)).bfloat16()
     lorafx.save(randomise(lorafx.inject(base, rank=5, targets=["0[700:4900]", "1"])), "a.safetensors")
     state = base.state_dict()
-    state |= {"part": state["0.weight"].view(-1)[5:9], "turned": state["1.weight"].T, "none": torch.empty(0, 3)}
+    state.update({"part": state["0.weight"].view(-1)[5:9], "turned": state["1.weight"].T, "none": torch.empty(0, 3)})
     torch.save(state, "base.pth")
     largest, summed = [], _shards.summed
 
@@ -229,6 +229,7 @@ def test_what_torch_save_wrote_is_summed_some_rows_at_a_time(monkeypatch, dtype)
     wanted = lorafx.load(base.to(getattr(torch, dtype)), "a.safetensors")
     wanted = {**{name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()},
               **lorafx.merge(wanted).state_dict()}
+    assert torch.load("out.pth")._metadata == state._metadata
     assert same(torch.load("out.pth"), wanted) and same(torch.load("out.pth", mmap=True), wanted)
     with zipfile.ZipFile("out.pth") as archive:
         assert archive.testzip() is None
