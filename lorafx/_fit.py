@@ -33,7 +33,7 @@ def fit(model: nn.Module, program: Program, adapter: Adapter, source: str, made_
     for name, site in sites.items():
         if site.rows is not None:
             parts[split_block(name)[0]].append(site)
-    here = renamed(list(adapter.pairs), {*sites, *parts})
+    here = renamed([*adapter.pairs, *adapter.trained], {*sites, *parts, *base})
     pairs: dict[str, Pair] = {}
     for name, pair in _in_blocks(adapter, here, sites, parts):
         if name not in sites:

@@ -157,4 +157,5 @@ def row_of(path: Path) -> Format:
         if row.fits(path):
             return row
     known = ", ".join(f"{row.form} ({row.name})" for row in FORMATS)
-    raise FormatError(f"The path '{path}' names no known format by its ending: use {known}.")
+    raise FormatError(f"The path '{path}' names no known format by its ending: use {known}; a folder of "
+                      "another name must be there already.")

@@ -69,9 +69,9 @@ def decode(path: Path, model: nn.Module | None) -> Adapter:
         if alpha is not None and alpha.numel() != 1:
             raise FormatError(f"'{path}' has an alpha of shape {tuple(alpha.shape)} at '{stem}'.")
         part = stem.partition(".")[0]
-        if alpha is not None and part in shared:
+        if alpha is not None and not shared.keys().isdisjoint({part, ""}):
             raise FormatError(f"'{path}' has an alpha at '{stem}', and another in its header.")
-        pairs[name] = Pair(A, B, shared.get(part, 1.0) if alpha is None else alpha.item() / A.shape[-2])
+        pairs[name] = Pair(A, B, shared.get(part, shared.get("", 1.0)) if alpha is None else alpha.item() / A.shape[-2])
     rank = max(pair.A.shape[-2] for pair in pairs.values())
     return Adapter("default", LoRAConfig(rank=rank, targets=list(pairs)), pairs, alone=True)
 
@@ -103,7 +103,9 @@ def _shared_scales(header: Mapping[str, str], path: Path) -> dict[str, float]:
         return {}
     try:
         config = dict(json.loads(header["lora_adapter_metadata"]))
-        said = {str(name).partition(".")[::2]: value for name, value in config.items()}
+        plain = not any("." in name for name in config)  # of one model by itself, whose tensors have no prefix
+        said = {("", name) if plain else (name.partition(".")[0], name.partition(".")[2]): value
+                for name, value in config.items()}
         odd = [name for (_, name), value in said.items() if value and name in ("rank_pattern", "alpha_pattern",
                                                                                "use_rslora", "use_dora", "lora_bias")]
         if odd:

@@ -56,11 +56,12 @@ def decode(path: Path) -> tuple[Adapter, str | None]:
             state = {name: tensors.pop(name) for name in list(tensors) if name.startswith(PREFIX)}
             training = unpack(about["training"], state, set(tensors))
         pairs = pairs_of({n: t for n, t in tensors.items() if n not in names}, "lora.A", "lora.B", path, scales)
-        trained = {name: tensors[name] for name in sorted(names)}
+        trained = {name: tensors[name] for name in about["trained"]}  # in the order of the model, as are the scales
         for listed in (scales.keys(), set(config.targets)):
             if listed != pairs.keys():
                 site = min(listed ^ pairs.keys())
                 raise FormatError(f"'{path}' has {shown(site)} in only one of its header and its tensors.")
+        pairs = {site: pairs[site] for site in scales}
         stored = {site: _stored(*fields) for site, fields in about.get("stored", {}).items()}
         flags = {flag: _flag(about[flag]) for flag in _FLAGS if flag in about}
         return Adapter(about["name"], config, pairs, trained, stored, training, **flags), base

@@ -119,11 +119,14 @@ def is_saved(config: Mapping[str, Any], module: str) -> bool:
 def check_complete(config: Mapping[str, Any], adapted: Container[str], known: Iterable[tuple[str, nn.Module]],
                    names: Iterable[str], path: Path) -> None:
     """Raise if the tensors of a module that the config names are missing: one trained whole, or one that is adapted."""
-    names = list(names)
-    for end in config.get("modules_to_save") or ():
-        if not any(is_saved({"modules_to_save": [end]}, name.rpartition(".")[0]) for name in names):
-            raise FormatError(f"'{path}' has no tensor of '{end}', which modules_to_save names.")
-    for name, module in known:
+    modules, owners = dict(known), {name.rpartition(".")[0] for name in names}
+    ends = config.get("modules_to_save") or []
+    missing = [end for end in ends if not any(is_saved({"modules_to_save": [end]}, owner) for owner in owners)]
+    if modules:  # PEFT names both of the usual heads of a classifier, of which a model has one
+        missing = [end for end in missing if len(missing) == len(ends) or any(name.endswith(end) for name in modules)]
+    if missing and (modules or len(missing) == len(ends)):
+        raise FormatError(f"'{path}' has no tensor of '{missing[0]}', which modules_to_save names.")
+    for name, module in modules.items():
         if isinstance(module, nn.Linear) and name not in adapted and not is_saved(config, name) and (
                 config.get("target_modules") != "all-linear" and is_target(config, name)):
             raise FormatError(f"'{path}' has no adapter of '{name}', which target_modules names.")

@@ -71,7 +71,10 @@ def decode(folder: Path, model: nn.Module | None, file: str | None = None) -> Ad
     names = {join(name, key): tensor for name, module in modules.items()
              for key, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
     rest = {name: tensor for name, tensor in tensors.items() if name not in keys}
-    trained = {here(name): tensor for name, tensor in _trained(rest, adapted, config, path).items()}
+    whole = _trained(rest, adapted, config, path)
+    trained = {here(name): tensor for name, tensor in whole.items()}
+    if len(trained) != len(whole):
+        raise FormatError(f"'{path}' has one trained tensor under two names of this model.")
     trained = {name: tensor for name, tensor in trained.items() if not _is_bases(name, tensor, names, rest, path)}
     check_complete(config, {here(module) for module in adapted}, modules.items(),
                    [name.replace(".base_layer.", ".") for name in rest], path)
@@ -249,8 +252,11 @@ def _trained(
 
 def _is_copy(owner: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
     """Whether a bias is one of the two that PEFT, told to save all biases, writes again of a module trained whole."""
-    module, _, kind = owner.rpartition(".")
-    if kind not in ("modules_to_save", "original_module") or f"{module}.bias" not in tensors:
+    match = re.fullmatch(r"(.+?)\.(modules_to_save|original_module)(?:\.(.+))?", owner)
+    if match is None or not is_saved(config, match[1]):
         return False
-    same = kind == "original_module" or torch.equal(tensors[f"{owner}.bias"], tensors[f"{module}.bias"])
-    return same and is_saved(config, module)
+    inside = match[3] or ""
+    if match[2] == "modules_to_save":  # of a container, the adapter's name comes first
+        inside = inside.partition(".")[2]
+    bias = tensors.get(join(join(match[1], inside) if inside else match[1], "bias"))
+    return bias is not None and (match[2] == "original_module" or torch.equal(tensors[f"{owner}.bias"], bias))

@@ -29,9 +29,9 @@ def resume(
     The adapter's tensors, the optimizer's state and options, and the random generators (torch on the CPU and on the
     GPUs of the model, Python, and numpy if it was loaded) are set to what they were, so that training goes on, bit for
     bit, as if it had never stopped. It is a call of its own, after `lorafx.load`, because an optimizer can only be made
-    for parameters that exist. What lorafx does not know of is yours to continue: a scheduler (make it with
-    `last_epoch=step - 1`), generators of your own, the place in the data, the base's buffers. Nothing changes on
-    failure.
+    for parameters that exist. What lorafx does not know of is yours to continue: a scheduler (make it anew and load
+    its own state_dict before this call, as making it sets the rate), generators of your own, the place in the data, the
+    base's buffers. Nothing changes on failure.
 
     Args:
         model: an injected model with an adapter of the same sites and shapes, best by `lorafx.load(base, path)`.

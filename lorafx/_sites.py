@@ -182,10 +182,11 @@ WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 def renamed(names: Sequence[str], known: Collection[str]) -> Callable[[str], str]:
     """How these names become known ones: as they are, or by wrappers' prefixes, if one way alone fits them all."""
+    if all(name in known for name in names):
+        return lambda name: name
     fits = {tuple(map(rename, names)): rename for rename in renamings(names, known)
             if all(rename(name) in known for name in names)}
-    same = tuple(names)
-    return fits.get(same) or (next(iter(fits.values())) if len(fits) == 1 else lambda name: name)
+    return next(iter(fits.values())) if len(fits) == 1 else lambda name: name
 
 
 def renamings(names: Sequence[str], known: Iterable[str]) -> Iterator[Callable[[str], str]]:
