@@ -42,7 +42,7 @@ BAD_PATHS = {
     "base a.safetensors --adapter ./a.safetensors=2 -o out": "is given more than once",
     "base --adapter a.safetensors=inf -o out": "must be a finite number, not inf",
     "base --adapter h.safetensors=0.5 -o out": "which cannot be weighed by 0.5",
-    "base h.safetensors --adapter i.safetensors -o out": "both train '1.bias' whole",
+    "base h.safetensors --adapter i.safetensors -o out": "both train '1.weight' whole",
     "base/sub a.safetensors -o out": "holds neither model.safetensors.index.json nor model.safetensors",
     "base/config.json a.safetensors -o out": "is no checkpoint by its ending",
 }
@@ -162,7 +162,7 @@ def test_show(small, capsys):
 def test_convert_and_diff(small, capsys):
     assert main(["convert", "a.safetensors", "a.pth"]) == 0
     assert main(["convert", "a.safetensors", "a.pth"]) == 2 and "there already" in error(capsys)
-    assert main(["convert", "h.safetensors", "h.pth"]) == 2 and "the trained '1.bias'" in error(capsys)
+    assert main(["convert", "h.safetensors", "h.pth"]) == 2 and "the trained '1.weight'" in error(capsys)
     assert main(["convert", "a.safetensors", "copy.safetensors"]) == 0
     first, second = (safetensors.safe_open(f"{name}.safetensors", "pt") for name in ("copy", "a"))
     assert first.metadata() == second.metadata()
