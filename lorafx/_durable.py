@@ -18,6 +18,7 @@ if sys.platform != "win32":
     import fcntl
 
 PATIENCE = 300  # seconds that a save waits for others of the same folder
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # as on some shared disks
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -145,11 +146,15 @@ def _temporary(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, 
     """What `make` makes and opens beside a path, gone after the context, with a lock that ends with this process."""
     while True:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        handle = make(temporary)
-        if _lock(handle) is not False and temporary.exists():
+        handle, ours = make(temporary), False
+        try:
+            ours = lock(handle) is not False and temporary.exists()
+        finally:
+            if not ours:  # another process took it for abandoned before it was locked
+                os.close(handle)
+                _remove(temporary)
+        if ours:
             break
-        os.close(handle)  # another process took it for abandoned before it was locked
-        _remove(temporary)
     try:
         yield temporary, handle
     finally:
@@ -176,7 +181,7 @@ def _prepare(path: Path) -> None:
             with contextlib.suppress(OSError):  # it is gone, or another user's
                 handle = os.open(found, (os.O_RDONLY if found.is_dir() else os.O_RDWR) | os.O_NOFOLLOW)
                 try:
-                    if _lock(handle):
+                    if lock(handle):
                         _remove(found)
                 finally:
                     _unlock(handle)
@@ -201,7 +206,7 @@ def _alone(folder: Path) -> Iterator[None]:
     while True:
         handle = os.open(folder, os.O_RDONLY)
         try:
-            if _lock(handle) is not False and os.path.samestat(os.fstat(handle), folder.stat()):
+            if lock(handle) is not False and os.path.samestat(os.fstat(handle), folder.stat()):
                 yield
                 return
         finally:
@@ -211,7 +216,7 @@ def _alone(folder: Path) -> Iterator[None]:
         time.sleep(0.005)
 
 
-def _lock(handle: int) -> bool | None:
+def lock(handle: int) -> bool | None:
     """Lock an open file or folder without waiting; False where another has the lock, None where there are no locks."""
     if sys.platform == "win32":
         return None
@@ -219,7 +224,9 @@ def _lock(handle: int) -> bool | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
         return None
     return True
 

@@ -21,11 +21,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: read_tensor(file, entry) for name, entry in entries.items()}, metadata
 
 
-def safetensors_names(path: Path) -> tuple[list[str], dict[str, str]]:
-    """The names of the tensors of a .safetensors file, and its header's metadata."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata in the header of a .safetensors file; its data is not read."""
     with _reading(path, "no safetensors file") as file:
-        entries, metadata = read_header(file)
-        return list(entries), metadata
+        return read_header(file)[1]
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:

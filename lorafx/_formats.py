@@ -11,6 +11,7 @@ from . import _kohya, _minimind, _native, _peft_config, _peft_read, _peft_write
 from ._adapter import Adapter, validate
 from ._durable import write_folder, write_whole
 from ._errors import ConfigError, FormatError
+from ._files import read_safetensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +83,10 @@ def _is_odd(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path, name: str | None, model: nn.Module | None) -> tuple[Adapter, str | None]:
-    if _kohya.is_kohya(path):
-        return _kohya.decode(path, model), None
-    return _native.decode(path)
+    tensors, header = read_safetensors(path)
+    if _kohya.is_kohya(tensors, header):
+        return _kohya.decode(path, tensors, header, model), None
+    return _native.decode(path, tensors, header)
 
 
 def _write_minimind(adapter: Adapter, path: Path, model: nn.Module | None, base: str | None) -> None:

@@ -8,7 +8,7 @@ says to which part of a pipeline it belongs (`lora_unet_`, `lora_te_`); diffuser
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ._adapter import Adapter, LoRAConfig, Pair, check_shapes
 from ._branch import Own
 from ._errors import FormatError, MismatchError
-from ._files import read_safetensors, safetensors_names
 from ._sites import near
 
 # What the halves of a pair are called, by the first and the second way of each writer.
@@ -30,17 +29,15 @@ _DOTTED = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "prior."
 _FLAT = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_", "lora_prior_unet_")
 
 
-def is_kohya(path: Path) -> bool:
+def is_kohya(names: Iterable[str], header: Mapping[str, str]) -> bool:
     """Whether a file's tensors are named as these are; what each holds is not looked at."""
-    names, header = safetensors_names(path)
-    return header.get("format") != "lorafx" and bool(names) and any(_FORM.fullmatch(name) for name in names)
+    return header.get("format") != "lorafx" and any(_FORM.fullmatch(name) for name in names)
 
 
-def decode(path: Path, model: nn.Module | None) -> Adapter:
-    """The adapter in a file, on the modules of a model, whose names the file has in another form."""
+def decode(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], model: nn.Module | None) -> Adapter:
+    """The adapter in a file of these, on the modules of a model, whose names the file has in another form."""
     if model is None:
         raise FormatError(f"'{path}' names modules in a form that only the model tells: load it into the model.")
-    tensors, header = read_safetensors(path)
     if any(name.startswith("base_model.model.") for name in tensors):
         raise FormatError(f"'{path}' holds PEFT's tensors without its config: load the folder of both.")
     halves: dict[str, dict[str, Tensor]] = defaultdict(dict)

@@ -123,16 +123,18 @@ def _check_trained(weighed: Weighed, name: str, first: str, tensor: Held, base: 
     shape = tuple(adapter.trained[name].shape)
     if shape != tensor.shape:
         raise MismatchError(f"{label} has a trained '{name}' {shape}, but {base} has it as {tensor.shape}.")
+    _check_dtype(tensor, f"'{name}' of {base}")
+
+
+def _check_dtype(tensor: Held, name: str) -> None:
     if tensor.dtype not in FLOATS:
-        raise FormatError(f"'{name}' of {base} is stored as {tensor.dtype or 'a type that torch lacks'}: dequantise "
-                          "the checkpoint first.")
+        raise FormatError(f"{name} is stored as {tensor.dtype or 'a type that torch lacks'}, in which there is no "
+                          "W + s B A: dequantise the checkpoint first.")
 
 
 def _part(weighed: Weighed, site: str, way: Way, tensor: Held, name: str) -> Part:
     """The addend of a tensor as it is stored, in the dtype that the factors would have in a model."""
-    if tensor.dtype not in FLOATS:
-        raise FormatError(f"{name} is stored as {tensor.dtype or 'a type that torch lacks'}, in which there is no "
-                          "W + s B A: dequantise the checkpoint first.")
+    _check_dtype(tensor, name)
     dtype = factor_dtype(weighed.adapter.config, torch.empty(0, dtype=tensor.dtype))
     A, B, scale = weighed.adapter.pairs[site]
     part = Part(B.to(dtype), A.to(dtype), weighed.weight * scale, -2, way.start)

@@ -3,15 +3,17 @@
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from ._adapter import FLOATS, Adapter, LoRAConfig, Stored, shown
 from ._errors import ConfigError, FormatError, LorafxError
-from ._files import pairs_of, read_safetensors
+from ._files import pairs_of
 from ._header import parse_json
 from ._training import PREFIX, pack, texts, unpack
 
@@ -24,19 +26,18 @@ def encode(adapter: Adapter, base: str | None) -> bytes:
     about = {"name": adapter.name, "config": _config_to_json(adapter.config), "base": base,
              "scales": {site: pair.scale for site, pair in adapter.pairs.items()}, "trained": list(adapter.trained),
              "stored": adapter.stored, **{flag: True for flag in _FLAGS if getattr(adapter, flag)}}
-    tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors()}
+    tensors = {name: _by_itself(tensor) for name, tensor in adapter.tensors()}
     for name in tensors:
         if name.startswith(PREFIX):
             raise ConfigError(f"the name '{name}' begins with '{PREFIX}', as only what lorafx keeps of training does.")
     if adapter.training is not None:
         about["training"], state = pack(adapter.training)
-        tensors |= {name: tensor.contiguous() for name, tensor in state.items()}
+        tensors |= {name: _by_itself(tensor) for name, tensor in state.items()}
     return safetensors.torch.save(tensors, {"format": "lorafx", "version": VERSION, "adapter": json.dumps(about)})
 
 
-def decode(path: Path) -> tuple[Adapter, str | None]:
-    """The adapter in a file, and the fingerprint of its base if the file has one."""
-    tensors, header = read_safetensors(path)
+def decode(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str]) -> tuple[Adapter, str | None]:
+    """The adapter in a file of these, and the fingerprint of its base if the file has one."""
     if header.get("format") != "lorafx":
         kind = shown(header.get("format"))
         raise FormatError(f"'{path}' was not written by lorafx.save: its header's format is {kind}.")
@@ -69,6 +70,12 @@ def decode(path: Path) -> tuple[Adapter, str | None]:
         if isinstance(error, LorafxError):
             raise
         raise FormatError(f"The header of '{path}' is damaged: {type(error).__name__}: {str(error)[:200]}.") from error
+
+
+def _by_itself(tensor: Tensor) -> Tensor:
+    """A contiguous tensor that shares its memory with no other, as safetensors wants it."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
 
 
 def _config_to_json(config: LoRAConfig) -> dict[str, Any]:

@@ -22,12 +22,9 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from ._checkpoint import INDEX, SINGLE, Moved
-from ._durable import sync_folder
+from ._durable import lock, sync_folder
 from ._errors import FormatError
 from ._jobs import Job
-
-if sys.platform != "win32":
-    import fcntl
 
 PARTIAL = ".partial"
 STATE = ".lorafx-merge.json"  # what is being written is made from this; who has locked it writes
@@ -139,7 +136,10 @@ def _work_folder(target: Path) -> Iterator[Path]:
     except FileNotFoundError as error:
         raise _finished(partial) from error
     with file:
-        _lock(file, partial / STATE)
+        if lock(file.fileno()) is False:
+            raise FormatError(f"Another process is writing '{partial}': wait for it.")
+        if os.name == "posix" and not _is_at(file, partial / STATE):
+            raise _finished(partial)
         if os.name != "posix":  # where an open file cannot be removed
             file.close()
         yield partial
@@ -155,18 +155,9 @@ def _open_state(partial: Path) -> BinaryIO:
     raise FormatError(f"'{partial}' is in the way, and no merge began it: remove it.")
 
 
-def _lock(file: BinaryIO, state: Path) -> None:
-    """Keep other processes away until the file is closed."""
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FormatError(f"Another process is writing '{state.parent}': wait for it.") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some shared disks have no locks
-                raise
-        if not state.exists() or not os.path.samestat(os.fstat(file.fileno()), state.stat()):
-            raise _finished(state.parent)
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def _finished(partial: Path) -> FormatError:

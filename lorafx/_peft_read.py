@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ._adapter import Adapter, Pair, Stored, check_shapes, join
 from ._branch import users_modules
 from ._errors import FormatError
-from ._files import read_pickle, read_safetensors, safetensors_names
+from ._files import read_metadata, read_pickle, read_safetensors
 from ._peft_config import (CONFIG, check_complete, digest, digest_of_bytes, is_saved, is_target, lora_config,
                            parameters_of, rank_and_scale, read_config)
 from ._sites import renamed
@@ -101,7 +101,7 @@ def _tensors(folder: Path, file: str | None) -> tuple[Path, dict[str, Tensor], d
     if path is None:
         raise FormatError(f"'{folder}' has neither {TENSORS} nor {OLD}.")
     newer = folder / TENSORS
-    if file == OLD and newer.is_file() and DIGEST in safetensors_names(newer)[1]:
+    if file == OLD and newer.is_file() and DIGEST in read_metadata(newer):
         raise FormatError(f"'{path}' is of an older adapter than {TENSORS} and {CONFIG} beside it: load '{newer}'.")
     tensors, header = read_safetensors(path) if path.name == TENSORS else (read_pickle(path), {})
     for name in tensors:
