@@ -151,6 +151,20 @@ def copy_bytes(source: io.BufferedReader, target: io.BufferedWriter, begin: int,
         count -= read
 
 
+def are_equal(shards: Iterable[Shard], first: str, second: str) -> bool:
+    """Whether two tensors of these shards hold the same bytes of one dtype."""
+    places = {name: (shard, shard.entries[name]) for shard in shards for name in (first, second)
+              if name in shard.entries}
+    (one, ours), (other, theirs) = places[first], places[second]
+    if (ours.dtype, ours.size) != (theirs.dtype, theirs.size):
+        return False
+    with open(one.path, "rb") as left, open(other.path, "rb") as right:
+        left.seek(one.start + ours.begin)
+        right.seek(other.start + theirs.begin)
+        sizes = (min(CHUNK, ours.size - start) for start in range(0, ours.size, CHUNK))
+        return all(left.read(size) == right.read(size) for size in sizes)
+
+
 def shards_of(folder: Path) -> list[Shard]:
     """The shards of a Hugging Face folder that holds no other weights: those that its index names, or its only one."""
     shards = _listed_shards(folder)

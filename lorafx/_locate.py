@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint an adapter changes, and how: there is no model to ask, only names and shapes."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,18 +50,24 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Ties:
-    """What a Hugging Face config says: whether the head is tied to the embedding, None if unsaid, and their rows."""
+    """What a Hugging Face config says: whether the head is tied to the embedding, None if unsaid, and their rows.
+
+    `one` says that this is one pair. An encoder-decoder, and a model of several with vocabularies, may tie others by
+    the same word, under names that no file has.
+    """
 
     tied: bool | None
     vocabularies: frozenset[int]
+    one: bool
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> "Ties":
         """From the content of config.json, nested configs too."""
         values = list(_nested(config))
         flags = [value["tie_word_embeddings"] for value in values if "tie_word_embeddings" in value]
-        rows = frozenset(value["vocab_size"] for value in values if isinstance(value.get("vocab_size"), int))
-        return Ties(any(flags) if flags else None, rows)
+        rows = [value["vocab_size"] for value in values if isinstance(value.get("vocab_size"), int)]
+        one = len(rows) == 1 and not any(value.get("is_encoder_decoder") for value in values)
+        return Ties(any(flags) if flags else None, frozenset(rows), one)
 
 
 def _nested(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -71,11 +77,30 @@ def _nested(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _nested(value)
 
 
-def plan(adapters: Sequence[Weighed], held: Mapping[str, Held], ties: Ties | None, base: str, untie: bool) -> Plan:
-    """What the adapters together change in a checkpoint that holds these tensors; every name and shape is checked.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: what to call it in errors, its tensors, and whether two of them have the same values.
 
-    Without `ties` no tensor is tied to one that the checkpoint does not hold.
+    Without `ties` no tensor is tied to one that it does not hold.
     """
+
+    label: str
+    held: Mapping[str, Held]
+    equal: Callable[[str, str], bool]
+    ties: Ties | None = None
+
+    def alike(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """The others of a shape."""
+        return [other for other, tensor in self.held.items() if tensor.shape == shape and other != name]
+
+    def twins(self, name: str) -> list[str]:
+        """The others that hold the same as a tensor: where they are tied, one may stand there under both names."""
+        return [other for other in self.alike(name, self.held[name].shape) if self.equal(name, other)]
+
+
+def plan(adapters: Sequence[Weighed], checkpoint: Checkpoint, untie: bool) -> Plan:
+    """What the adapters together change in a checkpoint; every name and shape is checked."""
+    held, base = checkpoint.held, checkpoint.label
     changes: dict[str, Change] = {}
     new: dict[str, str] = {}
     parts: dict[str, dict[str, list[Part]]] = {}  # of a tensor, by site, so that they add up as in lorafx.merge
@@ -83,32 +108,32 @@ def plan(adapters: Sequence[Weighed], held: Mapping[str, Held], ties: Ties | Non
     unties, turned = False, turned_matrices(held)
     for weighed in adapters:
         label, adapter, weight = weighed
-        places = _find(adapter, label, held, ties, base)
+        places = _find(adapter, label, checkpoint)
         for name, tensor in adapter.trained.items():
             key = places[name].key
             _check_trained(weighed, name, rivals.setdefault(key, label), held[key], base)
             if adapter.alone and tensor.ndim == 2:
-                unties |= _unties(places[name], name.removesuffix(".weight"), held, ties, base, untie)
-            for other in [key] if adapter.alone else _names_of(key, held, ties):
+                unties |= _unties(places[name], name.removesuffix(".weight"), checkpoint, untie)
+            for other in [key] if adapter.alone else _names_of(key, checkpoint):
                 changes[other] = Change(tensor, alone=adapter.alone)
         ways = ways_of(weighed, {site: held[places[site].source] for site in adapter.pairs}, turned, base)
         for site, way in ways.items():
             found = places[site]
-            unties |= _unties(found, site, held, ties, base, untie)
-            new |= {found.key: found.source} if found.key != found.source else {}
             part = _part(weighed, site, way, held[found.source], f"'{found.source}' of {base}")
+            unties |= _unties(found, site, checkpoint, untie)
+            new |= {found.key: found.source} if found.key != found.source else {}
             parts.setdefault(found.key, {}).setdefault(site, []).append(part)
     for key, by_site in parts.items():
         changes.setdefault(key, Change()).parts = [part for several in by_site.values() for part in several]
     return Plan(changes, new, unties)
 
 
-def _names_of(key: str, held: Mapping[str, Held], ties: Ties | None) -> list[str]:
+def _names_of(key: str, checkpoint: Checkpoint) -> list[str]:
     """A tensor's name, and that of a head or embedding that the config says is tied to it and that is held too."""
-    shape = held[key].shape
+    shape, ties = checkpoint.held[key].shape, checkpoint.ties
     if ties is None or not ties.tied or len(shape) != 2 or shape[0] not in ties.vocabularies:
         return [key]
-    return [key, *(name for name, tensor in held.items() if tensor.shape == shape and name != key)]
+    return [key, *checkpoint.twins(key)]
 
 
 def _check_trained(weighed: Weighed, name: str, first: str, tensor: Held, base: str) -> None:
@@ -141,13 +166,14 @@ def _part(weighed: Weighed, site: str, way: Way, tensor: Held, name: str) -> Par
     return part.transposed if way.transposed else part
 
 
-def _find(adapter: Adapter, label: str, held: Mapping[str, Held], ties: Ties | None, base: str) -> dict[str, Found]:
+def _find(adapter: Adapter, label: str, checkpoint: Checkpoint) -> dict[str, Found]:
     """{site or trained tensor: where it is in the checkpoint}."""
+    held, base = checkpoint.held, checkpoint.label
     whole = {site: split_block(site)[0] for site in adapter.pairs} | {name: name for name in adapter.trained}
     names = list(dict.fromkeys(whole.values()))
     shapes = {whole[site]: _shape(adapter, site) for site in adapter.pairs}
     complete: dict[tuple[str, ...], dict[str, Found]] = {}
-    for tied in (None, ties):  # heads that are not held come last
+    for tied in (None, checkpoint.ties):  # heads that are not held come last
         for number, rename in enumerate(renamings(names, held)):
             places = _places({name: rename(name) for name in names}, shapes, held, tied)
             if len(places) == len(names):
@@ -163,7 +189,9 @@ def _find(adapter: Adapter, label: str, held: Mapping[str, Held], ties: Ties | N
     if not complete:
         missing = next(name for name in names if _tensor_named(name, held) is None)
         raise MismatchError(f"{label} has '{missing}', but {base} has no such tensor, with or without a wrapper's "
-                            f"prefix; near it: {near(missing, (name.removesuffix('.weight') for name in held))}.")
+                            f"prefix; near it: {near(missing, (name.removesuffix('.weight') for name in held))}. If "
+                            "the model renames or joins tensors when it loads them, fold the adapter in memory, by "
+                            "lorafx.merge.")
     places = list(complete.values())[-1]
     owners: dict[str, str] = {}
     for name, (key, _) in places.items():
@@ -203,23 +231,29 @@ def _shape(adapter: Adapter, site: str) -> tuple[int, ...]:
     return stored.shape if stored is not None else (*pair.B.shape[:-1], pair.A.shape[-1])
 
 
-def _unties(found: Found, site: str, held: Mapping[str, Held], ties: Ties | None, base: str, untie: bool) -> bool:
+def _unties(found: Found, site: str, checkpoint: Checkpoint, untie: bool) -> bool:
     """Whether folding into a tensor unties it from another; TiedWeightError where that is not wanted, or cannot be."""
-    shape = held[found.source].shape
-    if ties is None or ties.tied is False or (found.key == found.source and shape[0] not in ties.vocabularies):
+    key, source = found
+    shape, ties, base = checkpoint.held[source].shape, checkpoint.ties, checkpoint.label
+    if ties is None or ties.tied is False or (key == source and shape[0] not in ties.vocabularies):
         return False
-    alike = [name for name, tensor in held.items() if tensor.shape == shape and name != found.key]
-    if found.key == found.source and ties.tied is None and alike:
+    if key == source and ties.tied is None and checkpoint.alike(key, shape):
         return False
-    if found.key == found.source and not alike:
+    others = [source] if key != source else checkpoint.twins(key)
+    if not others:
         known = "is" if ties.tied else "may be"
         raise TiedWeightError(
-            f"The weight of '{site}' {known} tied to another that {base} does not hold, so that folding an adapter "
-            "into it would change that too: untie them in the model and save it again, or set tie_word_embeddings to "
-            "false in config.json if they are not tied.")
+            f"The weight of '{site}' {known} tied to another that {base} does not hold, or has the shape of such a one "
+            "by chance; folding an adapter into it would change that too: fold it in memory, by lorafx.merge, or, if "
+            f"{base} holds both its head and its embedding, set tie_word_embeddings to false in its config.json.")
+    what = f"The weight of '{site}' is tied to '{others[0]}' in {base}"
     if not untie:
-        raise TiedWeightError(
-            f"The weight of '{site}' is tied to '{alike[0]}' in {base}, so that folding an adapter into it "
-            "would change that too: --untie gives it a tensor of its own and sets tie_word_embeddings to false in the "
-            "new config.json.")
+        raise TiedWeightError(f"{what}, so that folding an adapter into it would change that too: --untie gives it a "
+                              "tensor of its own and sets tie_word_embeddings to false in the new config.json.")
+    biases = {join(name.rpartition(".")[0], "bias") for name in (key, *others)}
+    more = [name for name, tensor in checkpoint.held.items() if tensor.shape == shape[:1] and name not in biases]
+    if not ties.one or more:
+        why = f"'{more[0]}' may be tied too" if more else "config.json is of a model that may tie others"
+        raise TiedWeightError(f"{what}, and {why}, of which tie_word_embeddings=false would take the values: fold "
+                              "the adapter in memory, by lorafx.merge.")
     return True

@@ -20,10 +20,11 @@ from torch import Tensor
 from . import _archive
 from ._adapter import FLOATS
 from ._archive import storages_of
-from ._checkpoint import CONFIG, DTYPES, INDEX, Shard, octets, open_pickle, open_shard, read_json, shards_of
+from ._checkpoint import (CONFIG, DTYPES, INDEX, Shard, are_equal, octets, open_pickle, open_shard, read_json,
+                          shards_of)
 from ._errors import TiedWeightError
 from ._jobs import Job, copy_job, files_in, json_job
-from ._locate import Change, Plan, Ties, plan
+from ._locate import Change, Checkpoint, Plan, Ties, plan
 from ._output import check_kept, check_paths, run
 from ._scratch import Scratch
 from ._shards import outputs_of, shard_job, summed_rows
@@ -96,26 +97,35 @@ def _jobs(base: Path, adapters: Sequence[Weighed], dtype: torch.dtype | None,
 
 # Files.
 
-def _held(shards: Iterable[Shard]) -> dict[str, Held]:
-    return {name: Held(entry.shape, DTYPES.get(entry.dtype))
+def _config(folder: Path) -> dict[str, Any] | None:
+    """What the config in a folder says, if there is one."""
+    return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+
+
+def _ties(config: Mapping[str, Any] | None) -> Ties | None:
+    return None if config is None else Ties.of(config)
+
+
+def _checkpoint(path: Path, shards: Sequence[Shard], config: Mapping[str, Any] | None) -> Checkpoint:
+    """What shards hold, of a path with this config."""
+    held = {name: Held(entry.shape, DTYPES.get(entry.dtype))
             for shard in shards for name, entry in shard.entries.items()}
+    return Checkpoint(f"'{path}'", held, functools.partial(are_equal, shards), _ties(config))
 
 
 def _safetensors(path: Path, adapters: Sequence[Weighed], dtype: torch.dtype | None,
                  untie: bool) -> tuple[Job, Plan, int]:
     shard = open_shard(path)
-    made = _plan_file(path, adapters, _held([shard]), untie)
+    made = _plan_file(path, adapters, _checkpoint(path, [shard], _config(path.parent)), untie)
     return shard_job(shard, path.name, made, dtype), made, len(shard.entries)
 
 
-def _plan_file(path: Path, adapters: Sequence[Weighed], held: Mapping[str, Held], untie: bool) -> Plan:
+def _plan_file(path: Path, adapters: Sequence[Weighed], checkpoint: Checkpoint, untie: bool) -> Plan:
     """The plan for a file by itself; of what the config beside it says is tied, nothing can be untied."""
-    config = path.parent / CONFIG
-    ties = Ties.of(read_json(config)) if config.is_file() else None
-    made = plan(adapters, held, ties, f"'{path}'", untie)
+    made = plan(adapters, checkpoint, untie)
     if made.unties:
-        raise TiedWeightError(f"'{config}' says that an adapted weight of '{path}' is tied, and would tie it again: "
-                              f"merge the folder '{path.parent}', so that its config can say otherwise.")
+        raise TiedWeightError(f"'{path.parent / CONFIG}' says that an adapted weight of '{path}' is tied, and would "
+                              f"tie it again: merge the folder '{path.parent}', so that its config can say otherwise.")
     return made
 
 
@@ -124,7 +134,9 @@ def _plan_file(path: Path, adapters: Sequence[Weighed], held: Mapping[str, Held]
 def _pickle(path: Path, adapters: Sequence[Weighed], dtype: torch.dtype | None, untie: bool) -> tuple[Job, Plan, int]:
     """What torch.save wrote is read from the disk where it is needed, and summed some rows at a time."""
     tensors = open_pickle(path)
-    made = _plan_file(path, adapters, {n: Held(tuple(t.shape), t.dtype) for n, t in tensors.items()}, untie)
+    held = {name: Held(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    equal = functools.partial(_are_equal, tensors)
+    made = _plan_file(path, adapters, Checkpoint(f"'{path}'", held, equal, _ties(_config(path.parent))), untie)
     _plan_ties(path, tensors, made, untie)
     new, sources = copy.copy(tensors), {}  # with the versions of modules that a state_dict has
     turns = itertools.cycle((Scratch(), Scratch()))
@@ -142,6 +154,11 @@ def _pickle(path: Path, adapters: Sequence[Weighed], dtype: torch.dtype | None, 
             new[name] = fresh[key]
     size = sum(storage.nbytes() for storage in storages_of(new.values()).values())
     return Job(path.name, size, functools.partial(_archive.save, new, sources), path), made, len(tensors)
+
+
+def _are_equal(tensors: Mapping[str, Tensor], first: str, second: str) -> bool:
+    one, other = tensors[first], tensors[second]
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _rows(tensor: Tensor, scratch: Scratch, shape: Sequence[int], start: int, length: int) -> Tensor:
@@ -179,8 +196,8 @@ def _folder(base: Path, adapters: Sequence[Weighed], dtype: torch.dtype | None,
             untie: bool) -> tuple[list[Job], Plan, int]:
     """All files of the new folder, shards first."""
     shards = shards_of(base)
-    config = read_json(base / CONFIG) if (base / CONFIG).is_file() else None
-    made = plan(adapters, _held(shards), None if config is None else Ties.of(config), f"'{base}'", untie)
+    config = _config(base)
+    made = plan(adapters, _checkpoint(base, shards, config), untie)
     jobs = {shard.path.relative_to(base).as_posix(): shard for shard in shards}
     found = [shard_job(shard, name, made, dtype) for name, shard in jobs.items()]
     if config is not None and (made.unties or dtype is not None):

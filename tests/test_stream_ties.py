@@ -1,0 +1,120 @@
+"""Merging on a disk where one word of config.json ties more than a head and an embedding, or shapes say too little."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from oracle import randomise
+from stream_files import error, same
+from torch import nn
+
+import lorafx
+from lorafx.__main__ import main
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+MERGE = ["merge", "base", "a.safetensors", "-o", "out"]
+PAIR = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 12,
+        "decoder_attention_heads": 2, "decoder_ffn_dim": 12, "vocab_size": 11, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2, "decoder_start_token_id": 1, "forced_eos_token_id": None}
+BERT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 11}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def save(name: str, config: str, options: dict[str, object]) -> nn.Module:
+    model = getattr(transformers, name)(getattr(transformers, config)(**options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.save_pretrained("base")
+    return model
+
+
+def read(folder: str) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(f"{folder}/model.safetensors")
+
+
+def square_llama() -> nn.Module:
+    """A tied model with as many tokens as features."""
+    return save("LlamaForCausalLM", "LlamaConfig", {
+        "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 8, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize("name, config, options, head, more", [
+    ("BartForConditionalGeneration", "BartConfig", PAIR, "lm_head", "config.json is of a model that may tie others"),
+    ("T5ForConditionalGeneration", "T5Config", {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2,
+                                                "vocab_size": 11}, "lm_head", "of a model that may tie others"),
+    ("BertForMaskedLM", "BertConfig", BERT, "cls.predictions.decoder", "'cls.predictions.bias' may be tied too"),
+    ("RobertaForMaskedLM", "RobertaConfig", BERT, "lm_head.decoder", "'lm_head.bias' may be tied too")])
+def test_what_else_one_word_ties_is_not_untied(name, config, options, head, more, capsys):
+    lorafx.save(randomise(lorafx.inject(save(name, config, options), 2, targets=head)), "a.safetensors")
+    for untie, said in (([], "so that folding an adapter into it"), (["--untie"], more)):
+        capsys.readouterr()
+        assert main([*MERGE, *untie]) == 2
+        assert said in error(capsys) and not Path("out").exists()
+
+
+@pytest.mark.parametrize("name, config, options, head", [
+    ("DistilBertForMaskedLM", "DistilBertConfig",
+     {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 12, "vocab_size": 11}, "vocab_projector"),
+    ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 11, "n_positions": 8,
+                                       "bos_token_id": 0, "eos_token_id": 0}, "lm_head")])
+def test_a_head_and_an_embedding_are_untied(name, config, options, head):
+    model = randomise(lorafx.inject(save(name, config, options), 2, targets=head))
+    lorafx.save(model, "a.safetensors")
+    assert main(MERGE) == 2 and main([*MERGE, "--untie"]) == 0
+    merged, words = getattr(transformers, name).from_pretrained("out").eval(), torch.arange(6)[None]
+    assert same(merged.state_dict(), lorafx.merge(model, untie=True).state_dict())
+    torch.testing.assert_close(merged(words).logits, model(words).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_matrix_of_the_shape_of_a_tied_embedding(capsys):
+    lorafx.save(randomise(lorafx.inject(square_llama(), 2, targets="q_proj")), "a.safetensors")
+    for untie in ([], ["--untie"]):
+        capsys.readouterr()
+        assert main([*MERGE, *untie]) == 2
+        assert "is tied to another that 'base' does not hold, or has the shape of such a one by chance" in error(capsys)
+
+
+@pytest.mark.parametrize("stored_twice", [False, True])
+def test_matrices_of_the_shape_of_a_trained_embedding_stay_as_they_are(stored_twice):
+    model = randomise(lorafx.inject(square_llama(), 2, targets="gate_proj", trainable="embed_tokens"))
+    lorafx.save(model, "a.safetensors")
+    if stored_twice:
+        tensors = read("base")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        safetensors.torch.save_file(tensors, "base/model.safetensors", {"format": "pt"})
+    assert main(MERGE) == 0
+    out, wanted = read("out"), lorafx.merge(model).state_dict()
+    assert same(out, {name: wanted[name] for name in read("base")})
+    assert ("lm_head.weight" in out) == stored_twice
+
+
+def test_a_head_that_the_config_wrongly_says_is_tied(capsys):
+    model = save("LlamaForCausalLM", "LlamaConfig", {**BERT, "num_key_value_heads": 2, "tie_word_embeddings": False})
+    path, model = Path("base/config.json"), randomise(lorafx.inject(model, 2, targets="lm_head"))
+    lorafx.save(model, "a.safetensors")
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    capsys.readouterr()
+    assert main([*MERGE, "--untie"]) == 2
+    assert "if 'base' holds both its head and its embedding, set tie_word_embeddings to false" in error(capsys)
+    path.write_text(json.dumps(config))
+    assert main(MERGE) == 0 and same(read("out"), lorafx.merge(model).state_dict())
+
+
+def test_an_embedding_that_torch_save_has_twice():
+    base = square_llama()
+    model = randomise(lorafx.inject(base, 2, targets="gate_proj", trainable="embed_tokens"))
+    lorafx.save(model, "a.safetensors")
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    torch.save(state, "base/all.pth")
+    assert main(["merge", "base/all.pth", "a.safetensors", "-o", "out.pth"]) == 0
+    assert same(torch.load("out.pth"), dict(lorafx.merge(model).state_dict()))
