@@ -60,18 +60,19 @@ class LoRAConfig:
                 raise ConfigError(f"rank must be below 2^31, not {shown(rank)}.")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if alpha is not None and not (is_number(alpha) and alpha > 0):
-                raise ConfigError(f"alpha must be a finite number above 0, not {alpha!r}; without it the scale is 1.")
+                raise ConfigError(f"alpha must be a finite number above 0, not {shown(alpha)}; without it the scale is "
+                                  "1.")
         if self.rslora and self.alpha is None and not self.alpha_pattern:
             raise ConfigError("rslora divides alpha by sqrt(rank), but there is no alpha: give one, such as alpha=16.")
         if not (is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ConfigError(f"dropout must be at least 0 and below 1, not {self.dropout!r}.")
+            raise ConfigError(f"dropout must be at least 0 and below 1, not {shown(self.dropout)}.")
         for flag in ("rslora", "rounding", "share_dropout"):
             if not isinstance(getattr(self, flag), bool):
-                raise ConfigError(f"{flag} must be True or False, not {getattr(self, flag)!r}.")
+                raise ConfigError(f"{flag} must be True or False, not {shown(getattr(self, flag))}.")
         if not isinstance(self.init, str) or self.init not in INITS:
-            raise ConfigError(f"init must be one of {', '.join(map(repr, INITS))}, not {self.init!r}.")
+            raise ConfigError(f"init must be one of {', '.join(map(repr, INITS))}, not {shown(self.init)}.")
         if self.dtype is not None and self.dtype not in FLOATS:
-            raise ConfigError(f"dtype must be one of {', '.join(map(str, FLOATS))} or None, not {self.dtype!r}.")
+            raise ConfigError(f"dtype must be one of {', '.join(map(str, FLOATS))} or None, not {shown(self.dtype)}.")
 
     def site_rank(self, name: str) -> int:
         """The rank at the site of this name."""
@@ -179,8 +180,8 @@ class Adapter:
         yield from self.trained.items()
 
 
-def validate(adapter: Adapter, allow_nonfinite: bool = False) -> None:
-    """Raise ConfigError unless every pair fits together and all values are floating-point numbers, finite as a rule."""
+def validate(adapter: Adapter) -> None:
+    """Raise ConfigError unless every pair fits together and all values are floating-point numbers."""
     check_name(adapter.name)
     for name, tensor in adapter.tensors():
         check_plain(name, tensor)
@@ -191,8 +192,13 @@ def validate(adapter: Adapter, allow_nonfinite: bool = False) -> None:
     for name, tensor in adapter.tensors():
         if tensor.dtype not in FLOATS:
             raise ConfigError(f"'{name}' has dtype {tensor.dtype}.")
-        if not (allow_nonfinite or all_finite(tensor)):
-            raise ConfigError(f"'{name}' has NaN or infinite values, which load lets in with allow_nonfinite=True.")
+
+
+def check_finite(adapter: Adapter, otherwise: str = "") -> None:
+    """Raise ConfigError if a value is NaN or infinite."""
+    for name, tensor in adapter.tensors():
+        if not all_finite(tensor):
+            raise ConfigError(f"'{name}' has NaN or infinite values{otherwise}.")
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from . import _kohya, _minimind, _native, _peft_config, _peft_read, _peft_write
-from ._adapter import Adapter, validate
+from ._adapter import Adapter, check_finite, validate
 from ._durable import write_folder, write_whole
 from ._errors import ConfigError, FormatError
 from ._files import read_safetensors
@@ -40,6 +40,7 @@ def write(adapter: Adapter, path: str | os.PathLike[str], model: nn.Module | Non
                           "and step=..., or save to a path that ends in .safetensors.")
     try:
         validate(adapter)
+        check_finite(adapter)
         row.write(adapter, path, model, base)
     except ConfigError as error:
         raise FormatError(f"Adapter {adapter.name!r} cannot be saved to '{path}': {error}") from error
@@ -59,7 +60,9 @@ def read(
         raise FormatError(f"There is no file '{path}'.")
     try:
         adapter, base = row.read(path, name, model)
-        validate(adapter, allow_nonfinite)
+        validate(adapter)
+        if not allow_nonfinite:
+            check_finite(adapter, ", which lorafx.load lets in with allow_nonfinite=True")
     except ConfigError as error:
         raise FormatError(f"'{path}' cannot be loaded: {error}") from error
     return adapter, base
@@ -131,6 +134,7 @@ def _read_peft(path: Path, name: str | None, model: nn.Module | None) -> tuple[A
     if chosen is None:
         has = ", ".join(map(repr, [*["default"] * own, *named]))
         own_folder = f", or by its own folder, such as '{folder / named[0]}'" if named else ""
+        own_folder += f", or '{folder / _peft_config.CONFIG}' under any name" if named and own else ""
         has = f"has {has}: name one with adapter=...{own_folder}" if has else f"has no {_peft_config.CONFIG}"
         raise FormatError(f"'{folder}' {has}.")
     return dataclasses.replace(_peft_read.decode(folder / chosen, model), name=chosen), None
@@ -155,6 +159,8 @@ FORMATS = (
 
 def row_of(path: Path) -> Format:
     """The format of a path; FormatError where none is such."""
+    if "\0" in str(path):
+        raise FormatError(f"No path has a NUL character, as {str(path)!r} has.")
     for row in FORMATS:
         if row.fits(path):
             return row

@@ -59,7 +59,9 @@ def check_paths(base: Path, out: Path, adapters: Iterable[Path], force: bool) ->
 
 
 def check_free(out: Path, folder: bool, force: bool) -> None:
-    """Raise FormatError if something is at `out`, unless it is of the kind that is to replace it."""
+    """Raise FormatError if something is at `out`, unless it is an empty folder or of the kind that is to replace it."""
+    if folder and out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
+        return
     if folder and out.exists() and not any((out / name).is_file() for name in (INDEX, SINGLE)):
         raise FormatError(f"'{out}' is there already and is no folder with a checkpoint, so that it is not replaced: "
                           "choose another path.")

@@ -19,4 +19,4 @@ class Scratch:
         count, key = math.prod(shape), (use, dtype, device)
         if key not in self._held or self._held[key].numel() < count:
             self._held[key] = torch.empty(count, dtype=dtype, device=device)
-        return self._held[key][:count].view(*shape)
+        return self._held[key][:count].view(tuple(shape))

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -165,3 +167,52 @@ def test_the_config_of_one_model_of_diffusers(tmp_path: Path, about: dict[str, o
     else:
         loaded = lorafx.load(base, tmp_path / "a.safetensors")
         assert torch.allclose(loaded(x), base(x) + scale * x @ A.T @ B.T, atol=1e-5)
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
+    """As where all parameters are views of one flat buffer."""
+    model = lorafx.inject(nn.Linear(4, 4), rank=2)
+    flat = torch.randn(16)
+    model.lora.default.A.data, model.lora.default.B.data = flat[:8].view(2, 4), flat[8:].view(4, 2)
+    lorafx.save(model, tmp_path / "a.safetensors")
+    loaded = lorafx.load(nn.Linear(4, 4), tmp_path / "a.safetensors")
+    assert torch.equal(torch.cat([p.detach().flatten() for p in lorafx.parameters(loaded)]), flat)
+
+
+@pytest.mark.parametrize("act", [lorafx.save, lorafx.load])
+@pytest.mark.parametrize("ending", [".safetensors", ".pth", ""])
+def test_a_path_with_a_nul(act: object, ending: str) -> None:
+    model = lorafx.inject(nn.Linear(4, 4), rank=2)
+    with pytest.raises(lorafx.FormatError, match=r"No path has a NUL character, as 'a\\x00b.* has"):
+        act(model, "a\0b" + ending)
+
+
+def test_what_is_not_finite_is_let_in_only_by_load(tmp_path: Path) -> None:
+    model = lorafx.inject(nn.Linear(4, 4), rank=2)
+    with torch.no_grad():
+        model.lora.default.B.fill_(math.nan)
+    with pytest.raises(lorafx.FormatError, match=r"'lora.B' has NaN or infinite values\.$"):
+        lorafx.save(model, tmp_path / "a.safetensors")
+    tensors = {"lora.A.weight": torch.ones(2, 4), "lora.B.weight": torch.full((4, 2), math.inf)}
+    torch.save(tensors, tmp_path / "a.pth")
+    with pytest.raises(lorafx.FormatError, match="'lora.B' has .* which lorafx.load lets in with allow_nonfinite=True"):
+        lorafx.load(nn.Linear(4, 4), tmp_path / "a.pth")
+    assert lorafx.load(nn.Linear(4, 4), tmp_path / "a.pth", allow_nonfinite=True).lora.default.B.isinf().all()
+
+
+def test_errors_show_the_beginning_of_a_value() -> None:
+    for options in ({"alpha": "1" * 3000}, {"dropout": "1" * 3000}, {"init": "1" * 3000}):
+        with pytest.raises(lorafx.ConfigError) as caught:
+            lorafx.inject(nn.Linear(4, 4), **options)
+        assert len(str(caught.value)) < 300
+
+
+def test_a_folder_of_peft_with_checkpoints_in_it(tmp_path: Path) -> None:
+    """The names of folders in it are those of adapters, so that another name must say which it means."""
+    model, base = lorafx.inject(nn.Sequential(nn.Linear(4, 4)), rank=2), nn.Sequential(nn.Linear(4, 4))
+    lorafx.save(model, tmp_path / "run")
+    lorafx.save(model, tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(lorafx.FormatError) as caught:
+        lorafx.load(base, tmp_path / "run", adapter="french")
+    path = re.search(r"or '([^']*)' under any name", str(caught.value))[1]
+    assert lorafx.adapters(lorafx.load(base, path, adapter="french")) == ["french"]

@@ -137,7 +137,9 @@ def test_what_no_adapter_touches_is_copied_byte_for_byte(made):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_another_dtype_is_rounded_to_once(made, dtype):
     state, to = dict(made.state_dict()), getattr(torch, dtype)
-    wanted = merged(made.float(), {"a": 1.0})
+    more = {"scalar": torch.tensor(1.2345678), "none": torch.empty(0, 5), "double": torch.rand(3).double(),
+            "flags": torch.tensor([True, False])}
+    wanted, state = merged(made.float(), {"a": 1.0}) | more, state | more
     folder = save_sharded(state, Path("base"), 2)
     torch.save(state, "base.pth")
     assert main(["merge", "base", "a.safetensors", "-o", "out", "--dtype", dtype]) == 0

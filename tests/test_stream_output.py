@@ -172,3 +172,11 @@ def test_a_link_at_the_output(small, base, old, capsys):
     assert main(["merge", base, "a.safetensors", "-o", str(out)]) == 0
     assert out.is_symlink() and Path(os.readlink(out)).exists()
     assert not [name for name in os.listdir() if "partial" in name]
+
+
+def test_an_empty_folder_may_be_there(small):
+    Path("out").mkdir()
+    assert main(MERGE) == 0 and main([*MERGE[:-1], "other"]) == 0
+    assert files(Path("out")) == files(Path("other"))
+    Path("sub/out").mkdir(parents=True)
+    assert main(["merge", "base.safetensors", *MERGE[2:-1], "sub/out"]) == 2
