@@ -10,7 +10,7 @@ from torch import Tensor
 from ._adapter import FLOATS, Adapter, join
 from ._branch import factor_dtype
 from ._errors import AdapterError, FormatError, MismatchError, TiedWeightError
-from ._sites import near, renamings, split_block
+from ._sites import base_renamings, near, renamings, split_block
 from ._stored import Held, Way, Weighed, turned_matrices, ways_of
 from ._weight import Part, rows_of
 
@@ -172,9 +172,10 @@ def _find(adapter: Adapter, label: str, checkpoint: Checkpoint) -> dict[str, Fou
     whole = {site: split_block(site)[0] for site in adapter.pairs} | {name: name for name in adapter.trained}
     names = list(dict.fromkeys(whole.values()))
     shapes = {whole[site]: _shape(adapter, site) for site in adapter.pairs}
+    ways = [*renamings(names, held), *(base_renamings(names, held) if checkpoint.ties is not None else ())]
     complete: dict[tuple[str, ...], dict[str, Found]] = {}
     for tied in (None, checkpoint.ties):  # heads that are not held come last
-        for number, rename in enumerate(renamings(names, held)):
+        for number, rename in enumerate(ways):
             places = _places({name: rename(name) for name in names}, shapes, held, tied)
             if len(places) == len(names):
                 complete[tuple(found.key for found in places.values())] = places

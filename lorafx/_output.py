@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -99,8 +99,11 @@ def _partial(target: Path) -> Path:
 
 # Writing.
 
-def run(jobs: Sequence[Job], out: Path, about: Mapping[str, Any], folder: bool, force: bool, progress: bool) -> None:
+def run(jobs: Sequence[Job], out: Path, about: Mapping[str, Any], check: Callable[[], None], folder: bool, force: bool,
+        progress: bool) -> None:
     """Write the files of a folder, or one file; goes on with what was interrupted if it was `about` the same.
+
+    `check` raises if something else was written than what it is about.
 
     Raises:
         FormatError: `out` is as it was. OSError: so it is, unless the error says that `out` is finished.
@@ -112,6 +115,7 @@ def run(jobs: Sequence[Job], out: Path, about: Mapping[str, Any], folder: bool, 
             check_free(out, folder, force)
             _begin(partial, about)
             _write_files(jobs, partial, progress)
+            check()
             check_free(out, folder, force)
             _put(partial / NEW if folder else partial / NEW / jobs[0].name, target, partial / OLD)
         except BaseException:

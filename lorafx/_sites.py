@@ -197,6 +197,19 @@ def renamings(names: Sequence[str], known: Iterable[str]) -> Iterator[Callable[[
                 yield functools.partial(_renamed, old, new)
 
 
+def base_renamings(names: Iterable[str], known: Iterable[str]) -> Iterator[Callable[[str], str]]:
+    """Each way to take one first part, which no known name has, from all names, or to put one before all of them.
+
+    So transformers finds a base model (`h.0`) in a file of a model around it (`transformer.h.0`), and the reverse.
+    """
+    firsts, parts = ({name.partition(".")[0] for name in some} for some in (names, known))
+    if firsts.isdisjoint(parts):
+        if len(firsts) == 1:
+            yield functools.partial(_renamed, f"{min(firsts)}.", "")
+        for part in sorted(parts):
+            yield functools.partial(_renamed, "", f"{part}.")
+
+
 def _renamed(old: str, new: str, name: str) -> str:
     return new + name.removeprefix(old)
 

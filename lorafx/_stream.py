@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from ._adapter import FLOATS
 from ._archive import storages_of
 from ._checkpoint import (CONFIG, DTYPES, INDEX, Shard, are_equal, octets, open_pickle, open_shard, read_json,
                           shards_of)
-from ._errors import TiedWeightError
+from ._errors import FormatError, TiedWeightError
 from ._jobs import Job, copy_job, files_in, json_job
 from ._locate import Change, Checkpoint, Plan, Ties, plan
 from ._output import check_kept, check_paths, run
@@ -66,11 +67,13 @@ def merge(base: Path, adapters: Sequence[Weighed], out: Path, *, dtype: torch.dt
     """
     began = time.monotonic()
     check_paths(base, out, inputs, force)
+    before = _states(base)
     with _threads(threads):
         jobs, made, total = _jobs(base, adapters, dtype, untie)
         check_kept([job.source for job in jobs], out)
         check_kept([file for path in inputs if path.is_dir() for file in path.iterdir() if file.is_file()], out)
-        run(jobs, out, _fingerprint(base, jobs, adapters, dtype, untie), base.is_dir(), force, progress)
+        run(jobs, out, _fingerprint(base, jobs, before, adapters, dtype, untie), functools.partial(
+            _check_unchanged, base, before), base.is_dir(), force, progress)
     return Merged(len(jobs), sum(job.size for job in jobs), time.monotonic() - began, len(made.changes), total)
 
 
@@ -230,23 +233,39 @@ def _new_index(base: Path, shards: Iterable[Shard], made: Plan, dtype: torch.dty
     places = dict(index["weight_map"])
     places |= {name: places[source] for name, source in made.new.items()}
     size = sum(one.size for shard in shards for one in outputs_of(shard, made, dtype))
+    count = sum(math.prod(shard.entries[source].shape) for shard in shards for source in made.new.values()
+                if source in shard.entries)
     metadata = index.get("metadata")
-    if isinstance(metadata, dict) and "total_size" in metadata:
-        index["metadata"] = {**metadata, "total_size": size}
+    if isinstance(metadata, dict):
+        totals = {"total_size": size}
+        if type(metadata.get("total_parameters")) is int:
+            totals["total_parameters"] = metadata["total_parameters"] + count
+        index["metadata"] = {key: totals.get(key, value) for key, value in metadata.items()}
     return {**index, "weight_map": places}
 
 
-def _fingerprint(base: Path, jobs: Sequence[Job], adapters: Sequence[Weighed], dtype: torch.dtype | None,
-                 untie: bool) -> dict[str, Any]:
-    """What a merge depends on: if an interrupted one depended on anything else, it starts over.
+def _states(base: Path) -> dict[str, list[int]]:
+    """What tells of each file of a checkpoint that it has changed: its size, its inode and the times of its changes.
 
-    A file is trusted to hold what it held as long as its size, its inode and the times of its last changes, of which
-    one cannot be set, are the same. It is not hashed, as that takes as long as merging.
+    One of these times cannot be set. The files are not hashed, as that takes as long as merging.
     """
-    beside = [] if base.is_dir() else [path for path in [base.parent / CONFIG] if path.is_file()]
-    files = [[str(path.resolve()), (stat := path.stat()).st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-             for path in [*(job.source for job in jobs), *beside]]
-    return {"version": 2, "torch": torch.__version__, "threads": torch.get_num_threads(), "base": str(base.resolve()),
+    paths = [path for _, path in files_in(base)] if base.is_dir() else [base, base.parent / CONFIG]
+    return {str(path.resolve()): [(stat := path.stat()).st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+            for path in paths if path.is_file()}
+
+
+def _check_unchanged(base: Path, before: Mapping[str, list[int]]) -> None:
+    """Raise FormatError if a file of a checkpoint is not what it was."""
+    now = _states(base)
+    changed = sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path))
+    if changed:
+        raise FormatError(f"'{changed[0]}' changed while '{base}' was merged: run the same command again.")
+
+
+def _fingerprint(base: Path, jobs: Sequence[Job], files: Mapping[str, list[int]], adapters: Sequence[Weighed],
+                 dtype: torch.dtype | None, untie: bool) -> dict[str, Any]:
+    """What a merge depends on: if an interrupted one depended on anything else, it starts over."""
+    return {"version": 3, "torch": torch.__version__, "threads": torch.get_num_threads(), "base": str(base.resolve()),
             "jobs": [[job.name, job.size] for job in jobs], "files": files,
             "adapters": [[digest(weighed), weighed.weight] for weighed in adapters], "dtype": str(dtype),
             "untie": untie}

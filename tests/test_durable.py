@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import stat
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_formats import Model, injected
+from tqdm import tqdm
 
 import lorafx
 
@@ -36,10 +38,14 @@ def value_of(path: Path) -> float:
 
 
 def child(work: Callable[[], None]) -> int:
-    """The id of a forked process that does this work, and never comes back."""
+    """The id of a forked process that does this work, and never comes back; it may be killed at any moment.
+
+    It has a lock of tqdm's of its own, as it would hold that of this process for ever if it were killed with it.
+    """
     pid = os.fork()
     if pid == 0:
         try:
+            tqdm.set_lock(threading.RLock())
             work()
         finally:
             os._exit(0)

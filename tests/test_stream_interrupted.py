@@ -185,6 +185,25 @@ def test_a_source_that_was_replaced(small, monkeypatch):
     assert files(Path("out")) == files(Path("wanted"))
 
 
+@pytest.mark.parametrize("base, changed", [
+    ("base", f"base/{SHARD}"), ("base", "base/config.json"), ("base", "base/new.txt"), ("base.pth", "base.pth"),
+    ("base.safetensors", "base.safetensors")])
+def test_a_source_that_changes_meanwhile(small, monkeypatch, base, changed, capsys):
+    out, real, path = "out" + Path(base).suffix, shutil.disk_usage, Path(changed)
+
+    def usage(folder):  # asked for once all headers are read
+        path.with_name("n").write_bytes(path.read_bytes() if path.exists() else b"new")
+        os.replace(path.with_name("n"), path)
+        return real(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_output.shutil, "disk_usage", usage)
+        assert main(["merge", base, "a.safetensors", "-o", out]) == 2
+    assert f"{changed}' changed while '{base}' was merged: run the same command again" in error(capsys)
+    assert not Path(out).exists()
+    assert main(["merge", base, "a.safetensors", "-o", out]) == 0
+
+
 @pytest.mark.parametrize("name", ["base.pth", "base.safetensors"])
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_file_that_fails_or_is_killed(small, monkeypatch, name):

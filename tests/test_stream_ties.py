@@ -1,4 +1,4 @@
-"""Merging on a disk where one word of config.json ties more than a head and an embedding, or shapes say too little."""
+"""Merging on a disk by what transformers does: tie more than a head by one word, and load a base model of a larger one."""
 
 import json
 from pathlib import Path
@@ -20,6 +20,8 @@ PAIR = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attenti
         "decoder_attention_heads": 2, "decoder_ffn_dim": 12, "vocab_size": 11, "pad_token_id": 0, "bos_token_id": 1,
         "eos_token_id": 2, "decoder_start_token_id": 1, "forced_eos_token_id": None}
 BERT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 11}
+GPT2 = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 11, "n_positions": 8, "bos_token_id": 0,
+        "eos_token_id": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +71,7 @@ def test_what_else_one_word_ties_is_not_untied(name, config, options, head, more
 @pytest.mark.parametrize("name, config, options, head", [
     ("DistilBertForMaskedLM", "DistilBertConfig",
      {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 12, "vocab_size": 11}, "vocab_projector"),
-    ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 11, "n_positions": 8,
-                                       "bos_token_id": 0, "eos_token_id": 0}, "lm_head")])
+    ("GPT2LMHeadModel", "GPT2Config", GPT2, "lm_head")])
 def test_a_head_and_an_embedding_are_untied(name, config, options, head):
     model = randomise(lorafx.inject(save(name, config, options), 2, targets=head))
     lorafx.save(model, "a.safetensors")
@@ -123,3 +124,41 @@ def test_an_embedding_that_torch_save_has_twice():
     torch.save(state, "base/all.pth")
     assert main(["merge", "base/all.pth", "a.safetensors", "-o", "out.pth"]) == 0
     assert same(torch.load("out.pth"), dict(lorafx.merge(model).state_dict()))
+
+
+@pytest.mark.parametrize("of, merged_into", [("GPT2LMHeadModel", "GPT2Model"), ("GPT2Model", "GPT2LMHeadModel")])
+def test_the_prefix_of_a_base_model(of, merged_into, capsys):
+    """The hub's own gpt2 has h.0, which GPT2LMHeadModel loads as transformer.h.0."""
+    save(merged_into, "GPT2Config", GPT2)
+    model = getattr(transformers, of).from_pretrained("base").eval()
+    adapted = randomise(lorafx.inject(model, 2, targets="c_attn"))
+    lorafx.save(adapted, "a.safetensors")
+    assert main(MERGE) == 0
+    out = getattr(transformers, of).from_pretrained("out")
+    assert same(out.state_dict(), lorafx.merge(adapted).state_dict()) and read("out").keys() == read("base").keys()
+    Path("base/config.json").unlink()
+    capsys.readouterr()
+    assert main([*MERGE[:-1], "other"]) == 2  # without it nothing says that it is of transformers
+    assert "no such tensor" in error(capsys)
+
+
+def test_two_base_models_in_one(capsys):
+    lorafx.save(randomise(lorafx.inject(nn.Sequential(nn.Linear(4, 4)), 2, targets="0")), "a.safetensors")
+    Path("base").mkdir()
+    weight = torch.randn(4, 4)
+    safetensors.torch.save_file({"left.0.weight": weight, "right.0.weight": weight + 1}, "base/model.safetensors")
+    Path("base/config.json").write_text("{}")
+    assert main(MERGE) == 2
+    assert "fits 'base' in several ways, '0' at 'left.0.weight' or at 'right.0.weight'" in error(capsys)
+
+
+def test_an_index_that_counts_parameters():
+    model = save("LlamaForCausalLM", "LlamaConfig", {**BERT, "num_key_value_heads": 2, "tie_word_embeddings": True})
+    model.save_pretrained("sharded", max_shard_size="1KB")
+    lorafx.save(randomise(lorafx.inject(model, 2, targets="lm_head")), "a.safetensors")
+    index = Path("sharded/model.safetensors.index.json")
+    before = json.loads(index.read_text())["metadata"]
+    assert main(["merge", "sharded", *MERGE[2:], "--untie"]) == 0
+    after = json.loads(Path("out", index.name).read_text())["metadata"]
+    assert after == {"total_parameters": before["total_parameters"] + 11 * 8,
+                     "total_size": before["total_size"] + 11 * 8 * 4}
