@@ -70,12 +70,12 @@ def open_shard(path: Path) -> Shard:
     if path.exists() and not path.is_file():  # opening a pipe would wait for who writes into it
         raise FormatError(f"'{path}' is no file.")
     try:
-        with safetensors.safe_open(path, framework="pt"):  # checks the header, and it against the file's length
-            pass
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, safetensors.safe_open(path, framework="pt"):  # which checks the header's claims
             length = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = parse_json(file.read(length).decode())
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except OSError:
+        raise
+    except (safetensors.SafetensorError, ValueError) as error:
         raise FormatError(f"'{path}' is damaged or no safetensors file: {error}.") from error
     metadata = header.pop("__metadata__", None) or {}
     entries = {name: Entry(value["dtype"], tuple(value["shape"]), *value["data_offsets"])
@@ -252,8 +252,8 @@ def open_pickle(path: Path) -> dict[str, Tensor]:
         raise FormatError(f"'{path}' holds a {type(held).__name__}, not a dict of named tensors.")
     for name, value in held.items():
         if not (isinstance(name, str) and isinstance(value, Tensor) and not isinstance(value, nn.Parameter)):
-            raise FormatError(f"'{path}' holds {name!r}, a {type(value).__name__}, beside named tensors: save the "
-                              "state_dict by itself.")
+            raise FormatError(f"'{path}' holds {name!r}, a {type(value).__name__}, where only named tensors are read: "
+                              "save the state_dict by itself.")
         try:
             check_plain(name, value)
         except ConfigError as error:

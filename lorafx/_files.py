@@ -48,6 +48,8 @@ def _reading(path: Path, otherwise: str) -> Iterator[BinaryIO]:
             yield file
     except MemoryError:
         raise
+    except OSError as error:
+        raise FormatError(f"'{path}' cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # damaged bytes make the parsers of JSON, zip and pickle raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         reason = "".join(character if character.isprintable() else "?" for character in reason)

@@ -110,10 +110,11 @@ def plan(adapters: Sequence[Weighed], checkpoint: Checkpoint, untie: bool) -> Pl
         label, adapter, weight = weighed
         places = _find(adapter, label, checkpoint)
         for name, tensor in adapter.trained.items():
-            key = places[name].key
-            _check_trained(weighed, name, rivals.setdefault(key, label), held[key], base)
+            key, source = places[name]
+            _check_trained(weighed, name, rivals.setdefault(key, label), held[source], base)
             if adapter.alone and tensor.ndim == 2:
                 unties |= _unties(places[name], name.removesuffix(".weight"), checkpoint, untie)
+            new |= {key: source} if key != source else {}
             for other in [key] if adapter.alone else _names_of(key, checkpoint):
                 changes[other] = Change(tensor, alone=adapter.alone)
         ways = ways_of(weighed, {site: held[places[site].source] for site in adapter.pairs}, turned, base)
@@ -172,11 +173,14 @@ def _find(adapter: Adapter, label: str, checkpoint: Checkpoint) -> dict[str, Fou
     whole = {site: split_block(site)[0] for site in adapter.pairs} | {name: name for name in adapter.trained}
     names = list(dict.fromkeys(whole.values()))
     shapes = {whole[site]: _shape(adapter, site) for site in adapter.pairs}
+    shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.trained.items() if adapter.alone}
     ways = [*renamings(names, held), *(base_renamings(names, held) if checkpoint.ties is not None else ())]
     complete: dict[tuple[str, ...], dict[str, Found]] = {}
     for tied in (None, checkpoint.ties):  # heads that are not held come last
         for number, rename in enumerate(ways):
-            places = _places({name: rename(name) for name in names}, shapes, held, tied)
+            renamed = {name: rename(name) for name in names}
+            tensors = {name: to if name in adapter.trained else join(to, "weight") for name, to in renamed.items()}
+            places = _places(renamed, tensors, shapes, held, tied)
             if len(places) == len(names):
                 complete[tuple(found.key for found in places.values())] = places
                 if number == 0:  # the names as they are
@@ -204,9 +208,12 @@ def _find(adapter: Adapter, label: str, checkpoint: Checkpoint) -> dict[str, Fou
     return {name: places[owner] for name, owner in whole.items()}
 
 
-def _places(renamed: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], held: Mapping[str, Held],
-            ties: Ties | None) -> dict[str, Found]:
-    """{name: where it is}, for the names that are found as they are renamed, or are heads tied to what is held."""
+def _places(renamed: Mapping[str, str], tensors: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]],
+            held: Mapping[str, Held], ties: Ties | None) -> dict[str, Found]:
+    """{name: where it is}, for the names that are found as they are renamed, or are heads tied to what is held.
+
+    `tensors` names the weight that each is if it is such a head.
+    """
     keys = {name: _tensor_named(to, held) for name, to in renamed.items()}
     places = {}
     for name, key in keys.items():
@@ -215,7 +222,7 @@ def _places(renamed: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], h
             shape = shapes[name]
             alike = [other for other, tensor in held.items() if tensor.shape == shape and other not in keys.values()]
             if len(alike) == 1 and (not ties.vocabularies or shape[0] in ties.vocabularies):
-                key, source = join(renamed[name], "weight"), alike[0]
+                key, source = tensors[name], alike[0]
         if key is not None and source is not None:
             places[name] = Found(key, source)
     return places

@@ -97,7 +97,7 @@ def odd_tensors():
 @pytest.mark.parametrize("kind, message", [
     ("meta", "is on the meta device"), ("nested", "is a nested tensor"), ("expanded", "is expanded"),
     ("sparse", "torch.sparse_coo"), ("csr", "torch.sparse_csr"), ("quantised", "torch.qint8"),
-    ("parameter", "a Parameter, beside named tensors")])
+    ("parameter", "a Parameter, where only named tensors are read")])
 @pytest.mark.parametrize("name", ["0.weight", "other"])
 def test_tensors_that_are_not_plain(small, kind, message, name, capsys):
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Merging on a disk by what transformers does: tie more than a head by one word, and load a base model of a larger one."""
+"""Merging on a disk by what transformers does: it ties more than heads by one word, and loads base models of others."""
 
 import json
 from pathlib import Path
@@ -162,3 +162,47 @@ def test_an_index_that_counts_parameters():
     after = json.loads(Path("out", index.name).read_text())["metadata"]
     assert after == {"total_parameters": before["total_parameters"] + 11 * 8,
                      "total_size": before["total_size"] + 11 * 8 * 4}
+
+
+@pytest.mark.parametrize("options", [
+    {"target_modules": ["lm_head"]}, {"target_modules": ["lm_head", "q_proj"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}])
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
+def test_a_head_of_peft_in_a_tied_checkpoint(options, capsys):
+    """PEFT writes the weight of the head beside its pair, unasked."""
+    peft = pytest.importorskip("peft")
+    model = save("LlamaForCausalLM", "LlamaConfig", {**BERT, "num_key_value_heads": 2, "tie_word_embeddings": True})
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.normal_()
+    wrapped.save_pretrained("peft")
+    words = torch.arange(6)[None]
+    wanted, arguments = wrapped.eval()(words).logits, ["merge", "base", "peft", "-o", "out"]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "The weight of 'lm_head' is tied to 'model.embed_tokens.weight' in 'base'" in error(capsys)
+    assert main([*arguments, "--untie"]) == 0
+    merged = transformers.LlamaForCausalLM.from_pretrained("out")
+    torch.testing.assert_close(merged(words).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(read("out")["model.embed_tokens.weight"], read("base")["model.embed_tokens.weight"])
+
+
+def test_a_shard_that_may_not_be_read(monkeypatch, capsys):
+    square_llama()
+    lorafx.save(lorafx.inject(nn.Linear(4, 4)), "a.safetensors")
+    real = open
+
+    def denied(path, *arguments, **options):
+        if Path(path).name == denied.name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", denied)
+    for denied.name, said in (("model.safetensors", "[Errno 13] Permission denied: 'base/model.safetensors'"),
+                              ("a.safetensors", "'a.safetensors' cannot be read: Permission denied")):
+        capsys.readouterr()
+        assert main(MERGE) == 2 and said in error(capsys)
