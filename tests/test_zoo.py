@@ -26,10 +26,10 @@ def total(found: Any) -> Tensor:
 
 
 def assert_close(row: Row, got: Any, wanted: Any) -> None:
-    """To rounding, which is relative to the largest output."""
+    """To rounding, which is relative to the largest output; deep models multiply it, and each CPU rounds in its way."""
     for a, b in zip(got, wanted, strict=True):
         largest = float(b.detach().abs().max()) if b.numel() else 0
-        allowed = (1e-9 if a.dtype == torch.float64 else 2e-4) * max(largest, 1)
+        allowed = (1e-9 if a.dtype == torch.float64 else 1e-3) * max(largest, 1)
         torch.testing.assert_close(a, b, rtol=0, atol=allowed)
 
 
@@ -81,7 +81,7 @@ def test_no_silent_site(row):
     for name, parameter in lorafx.named_parameters(model):
         if name.endswith(".B"):
             with torch.no_grad():
-                parameter.normal_()
+                parameter.normal_(std=100)  # by a B of 1 some change less than float32 tells apart
                 assert not all(map(torch.equal, outputs(row, model, grad=False), reference)), name
                 parameter.zero_()
 
