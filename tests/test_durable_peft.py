@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from peft import PeftModel
-from test_durable import child
+from test_durable import child, seconds
 from test_formats import Model
 from test_peft import saved_by_peft
 from torch import nn
@@ -197,10 +197,10 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     path, dice = tmp_path / "x", random.Random(0)
     models = [adapted(kind, 64) for kind in KINDS]
     lorafx.save(models[0], path)
-    seen, leftovers, between = [], 0, 0
+    seen, leftovers, between, once = [], 0, 0, seconds(lambda: lorafx.save(models[0], path))
     for number in range(100):
         pid = child(lambda first=number % 3: save_forever(models[first:] + models[:first], path))
-        time.sleep(dice.uniform(0.002, 0.03))
+        time.sleep(dice.uniform(0, 3 * once))
         os.kill(pid, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
         leftovers += len(os.listdir(path)) - 2
@@ -215,12 +215,14 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 
 def test_killed_first_saves(tmp_path: Path) -> None:
-    dice, model, leftovers, there = random.Random(0), adapted(KINDS[0]), 0, 0
+    dice, model, leftovers, there, kills = random.Random(0), adapted(KINDS[0]), 0, 0, 0
     path = tmp_path / "x"
-    for _ in range(40):
+    once = seconds(lambda: lorafx.save(model, path))
+    while kills < 40 or not leftovers and kills < 400:
+        kills += 1
         shutil.rmtree(path, ignore_errors=True)
         pid = child(lambda: lorafx.save(model, path))
-        time.sleep(dice.uniform(0, 0.02))
+        time.sleep(dice.uniform(0, once))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         if path.exists():
@@ -228,7 +230,7 @@ def test_killed_first_saves(tmp_path: Path) -> None:
             assert kind_of(path) == KINDS[0]
         assert len(os.listdir(tmp_path)) <= 2  # each removes what the one before has left
         leftovers += any(name[0] == "." for name in os.listdir(tmp_path))
-    print(leftovers, "temporary folders left in 40 kills,", there, "adapters")
+    print(leftovers, "temporary folders left in", kills, "kills,", there, "adapters")
     assert leftovers
     lorafx.save(model, path)
     assert os.listdir(tmp_path) == ["x"]

@@ -237,6 +237,7 @@ def test_interrupted_while_it_runs(small, tmp_path):
     Path("lorafx").write_text("""if True:
         import os, signal, time
         from lorafx import _arguments, __main__ as program
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
         def show(options):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(9)
