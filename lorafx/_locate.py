@@ -254,14 +254,15 @@ def _unties(found: Found, site: str, checkpoint: Checkpoint, untie: bool) -> boo
             f"The weight of '{site}' {known} tied to another that {base} does not hold, or has the shape of such a one "
             "by chance; folding an adapter into it would change that too: fold it in memory, by lorafx.merge, or, if "
             f"{base} holds both its head and its embedding, set tie_word_embeddings to false in its config.json.")
-    what = f"The weight of '{site}' is tied to '{others[0]}' in {base}"
-    if not untie:
-        raise TiedWeightError(f"{what}, so that folding an adapter into it would change that too: --untie gives it a "
-                              "tensor of its own and sets tie_word_embeddings to false in the new config.json.")
+    what = (f"The weight of '{site}' is tied to '{others[0]}' in {base}, so that folding an adapter into it would "
+            "change that too")
     biases = {join(name.rpartition(".")[0], "bias") for name in (key, *others)}
     more = [name for name, tensor in checkpoint.held.items() if tensor.shape == shape[:1] and name not in biases]
     if not ties.one or more:
-        why = f"'{more[0]}' may be tied too" if more else "config.json is of a model that may tie others"
-        raise TiedWeightError(f"{what}, and {why}, of which tie_word_embeddings=false would take the values: fold "
-                              "the adapter in memory, by lorafx.merge.")
+        why = f"may tie '{more[0]}' too" if more else "may tie more in such a model"
+        raise TiedWeightError(f"{what}; --untie cannot help, as tie_word_embeddings {why}: fold the adapter in memory, "
+                              "by lorafx.merge.")
+    if not untie:
+        raise TiedWeightError(f"{what}: --untie gives it a tensor of its own and sets tie_word_embeddings to false in "
+                              "the new config.json.")
     return True

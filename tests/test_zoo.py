@@ -1,6 +1,7 @@
 """Every invariant on every model of the zoo."""
 
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -41,10 +42,16 @@ def row(request: Any) -> Row:
     return request.param
 
 
+@functools.cache
+def sites_of(row: Row) -> list[Any]:
+    """The sites of a row's model, traced once for all tests."""
+    return lorafx.sites(row.build())
+
+
 def test_sites_are_those_counted_by_hand(row):
-    base = row.build()
-    assert len(lorafx.sites(base)) == row.sites - row.missed
-    assert len(lorafx.summary(lorafx.inject(base, targets="linear")).skipped) >= row.missed
+    assert len(sites_of(row)) == row.sites - row.missed
+    if row.missed:
+        assert len(lorafx.summary(lorafx.inject(row.build(), targets="linear")).skipped) >= row.missed
 
 
 def test_identity_and_the_callers_model(row, tmp_path):
@@ -91,7 +98,7 @@ def check_gradients(row: Row, base: nn.Module, model: nn.Module) -> Oracle | Non
     if any(nn.utils.parametrize.is_parametrized(module) for module in base.modules()):
         assert all(p.grad.any() for name, p in lorafx.named_parameters(model) if name.endswith(".B"))
         return None
-    sites, factors = lorafx.sites(base), factors_of(model, {"default": 1.0})
+    sites, factors = sites_of(row), factors_of(model, {"default": 1.0})
     twin = Oracle(base, sites, factors)
     twin.outputs = outputs(row, twin.model)
     total(twin.outputs).backward()
