@@ -52,8 +52,10 @@ def _modules(module: nn.Module, names: Names) -> list[nn.Module]:
     """The modules that a chain comes to."""
     found = [module]
     for name in names:
-        found = [child for parent in found for key, child in parent._modules.items()
-                 if child is not None and name in (key, ITEM)]
+        found = [child for parent in found for child in (
+            parent._modules.values() if name == ITEM else (parent._modules.get(name),)) if child is not None]
+        if not found:
+            break
     return found
 
 
