@@ -214,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(argv)
     if options.tiny:
         options.bytes, options.shard, options.hidden, options.vocabulary, options.rounds = 2e6, 5e5, 64, 100, 1
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = measure(Path(folder), options)
     options.json.parent.mkdir(parents=True, exist_ok=True)
