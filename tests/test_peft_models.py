@@ -24,7 +24,7 @@ FOUND = {row.name: row for row in ROWS}
 ROUNDS = settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 
 
-def same(row: Row, ours: nn.Module, theirs: nn.Module) -> None:
+def assert_same(row: Row, ours: nn.Module, theirs: nn.Module) -> None:
     """To rounding, of float64 where the model keeps that."""
     for a, b in zip(outputs(row, ours, grad=False), outputs(row, theirs, grad=False), strict=True):
         allowed = 1e-9 if a.dtype == torch.float64 else 1e-5
@@ -60,16 +60,16 @@ def test_both_directions(tmp_path_factory: pytest.TempPathFactory, name: str, da
                     parameter.normal_(std=0.3)
         theirs.save_pretrained(folder / "theirs", save_embedding_layers=False)
     ours = lorafx.load(base, folder / "theirs")
-    same(row, ours, theirs.base_model.model)
-    same(row, lorafx.merge(ours), theirs.base_model.model)
-    saved(row, base, randomise(ours), folder / "ours")
+    assert_same(row, ours, theirs.base_model.model)
+    assert_same(row, lorafx.merge(ours), theirs.base_model.model)
+    assert_saved(row, base, randomise(ours), folder / "ours")
 
 
-def saved(row: Row, base: nn.Module, ours: nn.Module, folder: Path) -> None:
+def assert_saved(row: Row, base: nn.Module, ours: nn.Module, folder: Path) -> None:
     """What lorafx saves, PEFT loads."""
     lorafx.save(ours, folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
-    same(row, ours, theirs.base_model.model)
-    same(row, lorafx.load(base, folder), theirs.base_model.model)
+    assert_same(row, ours, theirs.base_model.model)
+    assert_same(row, lorafx.load(base, folder), theirs.base_model.model)
