@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint an adapter changes, and how: there is no model to ask, only names and shapes."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,13 +89,13 @@ class Checkpoint:
     equal: Callable[[str, str], bool]
     ties: Ties | None = None
 
-    def alike(self, name: str, shape: tuple[int, ...]) -> list[str]:
-        """The others of a shape."""
-        return [other for other, tensor in self.held.items() if tensor.shape == shape and other != name]
+    def of_shape(self, shape: tuple[int, ...]) -> list[str]:
+        """The names of all tensors of a shape."""
+        return [name for name, tensor in self.held.items() if tensor.shape == shape]
 
     def twins(self, name: str) -> list[str]:
         """The others that hold the same as a tensor: where they are tied, one may stand there under both names."""
-        return [other for other in self.alike(name, self.held[name].shape) if self.equal(name, other)]
+        return [other for other in self.of_shape(self.held[name].shape) if other != name and self.equal(name, other)]
 
 
 def plan(adapters: Sequence[Weighed], checkpoint: Checkpoint, untie: bool) -> Plan:
@@ -109,12 +109,12 @@ def plan(adapters: Sequence[Weighed], checkpoint: Checkpoint, untie: bool) -> Pl
     for weighed in adapters:
         label, adapter, weight = weighed
         places = _find(adapter, label, checkpoint)
+        new |= {key: source for key, source in places.values() if key != source}
         for name, tensor in adapter.trained.items():
             key, source = places[name]
             _check_trained(weighed, name, rivals.setdefault(key, label), held[source], base)
             if adapter.alone and tensor.ndim == 2:
                 unties |= _unties(places[name], name.removesuffix(".weight"), checkpoint, untie)
-            new |= {key: source} if key != source else {}
             for other in [key] if adapter.alone else _names_of(key, checkpoint):
                 changes[other] = Change(tensor, alone=adapter.alone)
         ways = ways_of(weighed, {site: held[places[site].source] for site in adapter.pairs}, turned, base)
@@ -122,7 +122,6 @@ def plan(adapters: Sequence[Weighed], checkpoint: Checkpoint, untie: bool) -> Pl
             found = places[site]
             part = _part(weighed, site, way, held[found.source], f"'{found.source}' of {base}")
             unties |= _unties(found, site, checkpoint, untie)
-            new |= {found.key: found.source} if found.key != found.source else {}
             parts.setdefault(found.key, {}).setdefault(site, []).append(part)
     for key, by_site in parts.items():
         changes.setdefault(key, Change()).parts = [part for several in by_site.values() for part in several]
@@ -176,11 +175,9 @@ def _find(adapter: Adapter, label: str, checkpoint: Checkpoint) -> dict[str, Fou
     shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.trained.items() if adapter.alone}
     ways = [*renamings(names, held), *(base_renamings(names, held) if checkpoint.ties is not None else ())]
     complete: dict[tuple[str, ...], dict[str, Found]] = {}
-    for tied in (None, checkpoint.ties):  # heads that are not held come last
+    for ties in (None, checkpoint.ties):  # heads that are not held come last
         for number, rename in enumerate(ways):
-            renamed = {name: rename(name) for name in names}
-            tensors = {name: to if name in adapter.trained else join(to, "weight") for name, to in renamed.items()}
-            places = _places(renamed, tensors, shapes, held, tied)
+            places = _places({name: rename(name) for name in names}, shapes, adapter.trained, checkpoint, ties)
             if len(places) == len(names):
                 complete[tuple(found.key for found in places.values())] = places
                 if number == 0:  # the names as they are
@@ -208,21 +205,21 @@ def _find(adapter: Adapter, label: str, checkpoint: Checkpoint) -> dict[str, Fou
     return {name: places[owner] for name, owner in whole.items()}
 
 
-def _places(renamed: Mapping[str, str], tensors: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]],
-            held: Mapping[str, Held], ties: Ties | None) -> dict[str, Found]:
+def _places(renamed: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], trained: Container[str],
+            checkpoint: Checkpoint, ties: Ties | None) -> dict[str, Found]:
     """{name: where it is}, for the names that are found as they are renamed, or are heads tied to what is held.
 
-    `tensors` names the weight that each is if it is such a head.
+    Heads have one of the shapes; those in `trained` are named as their weights, others as modules.
     """
-    keys = {name: _tensor_named(to, held) for name, to in renamed.items()}
+    keys = {name: _tensor_named(to, checkpoint.held) for name, to in renamed.items()}
     places = {}
     for name, key in keys.items():
         source = key
         if key is None and name in shapes and ties is not None and ties.tied is not False:
             shape = shapes[name]
-            alike = [other for other, tensor in held.items() if tensor.shape == shape and other not in keys.values()]
+            alike = [other for other in checkpoint.of_shape(shape) if other not in keys.values()]
             if len(alike) == 1 and (not ties.vocabularies or shape[0] in ties.vocabularies):
-                key, source = tensors[name], alike[0]
+                key, source = renamed[name] if name in trained else join(renamed[name], "weight"), alike[0]
         if key is not None and source is not None:
             places[name] = Found(key, source)
     return places
@@ -245,7 +242,7 @@ def _unties(found: Found, site: str, checkpoint: Checkpoint, untie: bool) -> boo
     shape, ties, base = checkpoint.held[source].shape, checkpoint.ties, checkpoint.label
     if ties is None or ties.tied is False or (key == source and shape[0] not in ties.vocabularies):
         return False
-    if key == source and ties.tied is None and checkpoint.alike(key, shape):
+    if key == source and ties.tied is None and checkpoint.of_shape(shape) != [key]:
         return False
     others = [source] if key != source else checkpoint.twins(key)
     if not others:
@@ -257,7 +254,7 @@ def _unties(found: Found, site: str, checkpoint: Checkpoint, untie: bool) -> boo
     what = (f"The weight of '{site}' is tied to '{others[0]}' in {base}, so that folding an adapter into it would "
             "change that too")
     biases = {join(name.rpartition(".")[0], "bias") for name in (key, *others)}
-    more = [name for name, tensor in checkpoint.held.items() if tensor.shape == shape[:1] and name not in biases]
+    more = [name for name in checkpoint.of_shape(shape[:1]) if name not in biases]
     if not ties.one or more:
         why = f"may tie '{more[0]}' too" if more else "may tie more in such a model"
         raise TiedWeightError(f"{what}; --untie cannot help, as tie_word_embeddings {why}: fold the adapter in memory, "

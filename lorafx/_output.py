@@ -144,10 +144,10 @@ def _work_folder(target: Path) -> Iterator[Path]:
     with file:
         if lock(file.fileno()) is False:
             raise FormatError(f"Another process is writing '{partial}': wait for it.")
-        if os.name == "posix" and not _is_at(file, partial / STATE):
-            raise _finished(partial)
         if os.name != "posix":  # where an open file cannot be removed
             file.close()
+        elif not _is_at(file, partial / STATE):
+            raise _finished(partial)
         yield partial
 
 

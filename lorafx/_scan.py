@@ -54,8 +54,6 @@ def _modules(module: nn.Module, names: Names) -> list[nn.Module]:
     for name in names:
         found = [child for parent in found for child in (
             parent._modules.values() if name == ITEM else (parent._modules.get(name),)) if child is not None]
-        if not found:
-            break
     return found
 
 

@@ -34,8 +34,10 @@ def save_sharded(tensors: dict[str, torch.Tensor], folder: Path, shards: int, co
     return folder
 
 
-def read_folder(folder: Path) -> dict[str, torch.Tensor]:
-    files = set(json.loads((folder / _checkpoint.INDEX).read_text())["weight_map"].values())
+def read_folder(path: str | Path = "out") -> dict[str, torch.Tensor]:
+    """The tensors of all shards of a folder, or of the only one."""
+    folder, index = Path(path), Path(path, _checkpoint.INDEX)
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {_checkpoint.SINGLE}
     return {name: tensor for file in files for name, tensor in safetensors.torch.load_file(folder / file).items()}
 
 

@@ -4,20 +4,21 @@ import copy
 import warnings
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from oracle import randomise
+from test_peft import saved_by_peft
 from test_zoo import outputs
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from zoo import Row
 from zoo_transformers_more import ROWS
 
 import lorafx
 
-peft = pytest.importorskip("peft")
-Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 MODELS = ("llama", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "falcon", "bert", "roberta", "deberta-v2",
           "t5", "bart", "vit", "clip", "distilbert", "opt")
 FOUND = {row.name: row for row in ROWS}
@@ -53,12 +54,7 @@ def test_both_directions(tmp_path_factory: pytest.TempPathFactory, name: str, da
     base, options = drawn_adapter(data, row)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options)).eval()
-        with torch.no_grad():
-            for key, parameter in theirs.named_parameters():
-                if "lora_" in key:
-                    parameter.normal_(std=0.3)
-        theirs.save_pretrained(folder / "theirs", save_embedding_layers=False)
+        theirs = saved_by_peft(base, folder / "theirs", **options).eval()
     ours = lorafx.load(base, folder / "theirs")
     assert_same(row, ours, theirs.base_model.model)
     assert_same(row, lorafx.merge(ours), theirs.base_model.model)

@@ -67,10 +67,6 @@ def close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     return first.keys() <= second.keys() and all(torch.allclose(first[n], second[n], atol=1e-5) for n in first)
 
 
-def folder(path: str = "out") -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(Path(path, "model.safetensors"))
-
-
 @pytest.mark.parametrize("targets", [["attn.c_proj"], ["c_attn", "c_proj"]])
 def test_square_matrices_that_peft_says_are_turned(targets):
     model = gpt2()
@@ -78,13 +74,13 @@ def test_square_matrices_that_peft_says_are_turned(targets):
     assert main(["merge", "base", "peft", "-o", "out"]) == 0
     base = transformers.GPT2LMHeadModel.from_pretrained("base")
     loaded = lorafx.load(base, "peft")
-    assert same(folder(), {name: lorafx.merge(loaded).state_dict()[name] for name in folder()})
-    assert close(folder(), wanted) and not close(folder(), base.state_dict())
+    assert same(read_folder(), {name: lorafx.merge(loaded).state_dict()[name] for name in read_folder()})
+    assert close(read_folder(), wanted) and not close(read_folder(), base.state_dict())
     lorafx.save(loaded, "ours")
     assert json.loads(Path("ours/adapter_config.json").read_text())["fan_in_fan_out"] is True
     assert main(["convert", "peft", "a.safetensors"]) == 0
     for adapter in ("ours", "a.safetensors"):
-        assert main(["merge", "base", adapter, "-o", "out", "--force"]) == 0 and close(folder(), wanted)
+        assert main(["merge", "base", adapter, "-o", "out", "--force"]) == 0 and close(read_folder(), wanted)
 
 
 def test_square_matrices_that_nothing_tells_are_refused(capsys):
@@ -109,7 +105,7 @@ def test_an_adapted_head_that_peft_saves_whole_too():
     wanted = of_peft(gpt2(), target_modules=["lm_head"]).state_dict()
     assert "base_model.model.lm_head.base_layer.weight" in safetensors.torch.load_file("peft/adapter_model.safetensors")
     assert main(["merge", "base", "peft", "-o", "out"]) == 0
-    assert close(folder(), wanted) and not close(folder(), folder("base"))
+    assert close(read_folder(), wanted) and not close(read_folder(), read_folder("base"))
 
 
 def test_experts():
@@ -142,14 +138,15 @@ def test_a_whole_embedding_of_peft_in_a_tied_checkpoint(capsys):
         assert "The weight of 'model.embed_tokens' is tied to another that 'base' does not hold" in last_error(capsys)
     assert main(["convert", "peft", "a.safetensors"]) == 0
     assert main(["merge", "base", "a.safetensors", "-o", "out"]) == 2
-    tensors = folder("base")
+    tensors = read_folder("base")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     safetensors.torch.save_file(tensors, "base/model.safetensors", {"format": "pt"})
     assert main(arguments) == 2 and "is tied to 'lm_head.weight' in 'base'" in last_error(capsys)
     assert main([*arguments, "--untie"]) == 0
     trained = safetensors.torch.load_file("peft/adapter_model.safetensors")
-    assert torch.equal(folder()["model.embed_tokens.weight"], trained["base_model.model.model.embed_tokens.weight"])
-    assert torch.equal(folder()["lm_head.weight"], tensors["lm_head.weight"])
+    out = read_folder()
+    assert torch.equal(out["model.embed_tokens.weight"], trained["base_model.model.model.embed_tokens.weight"])
+    assert torch.equal(out["lm_head.weight"], tensors["lm_head.weight"])
     assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is False
 
 
@@ -157,12 +154,12 @@ def test_a_whole_embedding_of_ours_is_both_of_a_tied_checkpoint():
     base = llama(tied=True)
     lorafx.save(randomise(lorafx.inject(base, 2, targets="q_proj", trainable="lm_head")), "a.safetensors")
     trained = safetensors.torch.load_file("a.safetensors")["model.embed_tokens.weight"]
-    tensors = folder("base")
+    tensors = read_folder("base")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     shutil.rmtree("base")
     save_sharded(tensors, Path("base"), 3, base.config.to_dict())
     assert main(["merge", "base", "a.safetensors", "-o", "out"]) == 0
-    out = read_folder(Path("out"))
+    out = read_folder()
     assert torch.equal(out["lm_head.weight"], trained) and torch.equal(out["model.embed_tokens.weight"], trained)
     assert (Path("out") / _checkpoint.INDEX).is_file()
 

@@ -3,19 +3,20 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from oracle import randomise
-from stream_files import error, same
+from stream_files import MERGE, error, read_folder, same
+from test_peft import stir
 from torch import nn
 
 import lorafx
 from lorafx.__main__ import main
 
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-MERGE = ["merge", "base", "a.safetensors", "-o", "out"]
 PAIR = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 12,
         "decoder_attention_heads": 2, "decoder_ffn_dim": 12, "vocab_size": 11, "pad_token_id": 0, "bos_token_id": 1,
         "eos_token_id": 2, "decoder_start_token_id": 1, "forced_eos_token_id": None}
@@ -36,10 +37,6 @@ def save(name: str, config: str, options: dict[str, object]) -> nn.Module:
             parameter.normal_()
     model.save_pretrained("base")
     return model
-
-
-def read(folder: str) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(f"{folder}/model.safetensors")
 
 
 def square_llama() -> nn.Module:
@@ -94,12 +91,12 @@ def test_matrices_of_the_shape_of_a_trained_embedding_stay_as_they_are(stored_tw
     model = randomise(lorafx.inject(square_llama(), 2, targets="gate_proj", trainable="embed_tokens"))
     lorafx.save(model, "a.safetensors")
     if stored_twice:
-        tensors = read("base")
+        tensors = read_folder("base")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         safetensors.torch.save_file(tensors, "base/model.safetensors", {"format": "pt"})
     assert main(MERGE) == 0
-    out, wanted = read("out"), lorafx.merge(model).state_dict()
-    assert same(out, {name: wanted[name] for name in read("base")})
+    out, wanted = read_folder(), lorafx.merge(model).state_dict()
+    assert same(out, {name: wanted[name] for name in read_folder("base")})
     assert ("lm_head.weight" in out) == stored_twice
 
 
@@ -113,7 +110,7 @@ def test_a_head_that_the_config_wrongly_says_is_tied(capsys):
     assert main([*MERGE, "--untie"]) == 2
     assert "if 'base' holds both its head and its embedding, set tie_word_embeddings to false" in error(capsys)
     path.write_text(json.dumps(config))
-    assert main(MERGE) == 0 and same(read("out"), lorafx.merge(model).state_dict())
+    assert main(MERGE) == 0 and same(read_folder(), lorafx.merge(model).state_dict())
 
 
 def test_an_embedding_that_torch_save_has_twice():
@@ -135,7 +132,8 @@ def test_the_prefix_of_a_base_model(of, merged_into, capsys):
     lorafx.save(adapted, "a.safetensors")
     assert main(MERGE) == 0
     out = getattr(transformers, of).from_pretrained("out")
-    assert same(out.state_dict(), lorafx.merge(adapted).state_dict()) and read("out").keys() == read("base").keys()
+    assert same(out.state_dict(), lorafx.merge(adapted).state_dict())
+    assert read_folder().keys() == read_folder("base").keys()
     Path("base/config.json").unlink()
     capsys.readouterr()
     assert main([*MERGE[:-1], "other"]) == 2  # without it nothing says that it is of transformers
@@ -172,13 +170,9 @@ def test_an_index_that_counts_parameters():
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
 def test_a_head_of_peft_in_a_tied_checkpoint(options, capsys):
     """PEFT writes the weight of the head beside its pair, unasked."""
-    peft = pytest.importorskip("peft")
     model = save("LlamaForCausalLM", "LlamaConfig", {**BERT, "num_key_value_heads": 2, "tie_word_embeddings": True})
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
-                parameter.normal_()
+    stir(wrapped, ("lora_", "modules_to_save"))
     wrapped.save_pretrained("peft")
     words = torch.arange(6)[None]
     wanted, arguments = wrapped.eval()(words).logits, ["merge", "base", "peft", "-o", "out"]
@@ -188,7 +182,7 @@ def test_a_head_of_peft_in_a_tied_checkpoint(options, capsys):
     assert main([*arguments, "--untie"]) == 0
     merged = transformers.LlamaForCausalLM.from_pretrained("out")
     torch.testing.assert_close(merged(words).logits, wanted, rtol=1e-4, atol=1e-4)
-    assert torch.equal(read("out")["model.embed_tokens.weight"], read("base")["model.embed_tokens.weight"])
+    assert torch.equal(read_folder()["model.embed_tokens.weight"], read_folder("base")["model.embed_tokens.weight"])
 
 
 def test_a_shard_that_may_not_be_read(monkeypatch, capsys):
