@@ -19,7 +19,7 @@ from step_measure import Interval, interleaved, ratio, seconds
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lorafx import _kernels
+from lorafx._kernels import linears
 
 SHAPES = ((512, 512), (512, 1408), (1408, 512), (1024, 1024))
 RANKS, MULTIPLES, SIZES = (4, 16, 64), (0.5, 1.0, 2.0, 4.0, 8.0), (16, 17, 18, 19, 20, 21)
@@ -57,14 +57,14 @@ IN_PLACE = {"MERGE_FROM": math.inf, "SMALL_BELOW": math.inf}
 
 def forced(step: Callable[[], Any], constants: Mapping[str, float]) -> Any:
     """A step with other constants in the place of lorafx's."""
-    kept = {name: getattr(_kernels, name) for name in constants}
+    kept = {name: getattr(linears, name) for name in constants}
     for name, value in constants.items():
-        setattr(_kernels, name, value)
+        setattr(linears, name, value)
     try:
         return step()
     finally:
         for name, value in kept.items():
-            setattr(_kernels, name, value)
+            setattr(linears, name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +112,9 @@ def table(timing: Timing = Timing(), shapes: Sequence[tuple[int, int]] = SHAPES)
     texts = []
     for ratios, calls, title, columns, chosen in (
             (formed, (1, 3), "in factors / formed, by N (in + out) / (2 in out)", [f"{m:g}" for m in MULTIPLES],
-             f"lorafx forms it from {_kernels.MERGE_FROM:g} on."),
+             f"lorafx forms it from {linears.MERGE_FROM:g} on."),
             (in_place, (1,), "Function / torch's derivative, by N (in + out)", [f"2^{size}" for size in SIZES],
-             f"lorafx leaves it to torch below 2^{math.log2(_kernels.SMALL_BELOW):g}.")):
+             f"lorafx leaves it to torch below 2^{math.log2(linears.SMALL_BELOW):g}.")):
         body = []
         for (into, out), rank, count in tqdm(list(itertools.product(shapes, RANKS, calls)), unit="line"):
             body.append([f"in {into}, out {out}, rank {rank}, {count} on one x", *(

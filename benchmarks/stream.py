@@ -21,8 +21,9 @@ import safetensors.torch
 import torch
 from report import aligned, size
 
-from lorafx._adapter import Adapter, LoRAConfig, Pair, Stored
-from lorafx._formats import write
+from lorafx._adapter.adapter import Adapter, Pair, Stored
+from lorafx._adapter.config import LoRAConfig
+from lorafx._formats.table import write_adapter
 
 COPY, LORAFX, PEFT, NOTHING = "copy the files", "lorafx merge", "PEFT: load, merge_and_unload, save", "import lorafx"
 PEAK = """
@@ -31,7 +32,7 @@ print("peak", peak)  # in KiB, of this program alone: getrusage begins with that
 """
 LORAFX_CODE = """
 import sys
-from lorafx.__main__ import main
+from lorafx._cli.main import main
 assert main(sys.argv[1:]) == 0
 """ + PEAK
 PEFT_CODE = """
@@ -94,7 +95,7 @@ def make_adapters(folder: Path, sites: Sequence[str], tensors: dict[str, tuple[i
         out_features, in_features = tensors[f"{site}.weight"]
         pairs[site] = Pair(torch.randn(rank, in_features) * 0.02, torch.randn(out_features, rank) * 0.02, 1.0)
         stored[site] = Stored((out_features, in_features))
-    write(Adapter("demo", LoRAConfig(rank, targets=list(sites)), pairs, stored=stored), folder / "demo.safetensors",
+    write_adapter(Adapter("demo", LoRAConfig(rank, targets=list(sites)), pairs, stored=stored), folder / "demo.safetensors",
           None, None)
     (folder / "peft").mkdir()
     safetensors.torch.save_file({f"base_model.model.{site}.lora_{letter}.weight": tensor for site, pair in pairs.items()
