@@ -35,9 +35,6 @@ from .plan import Change, Checkpoint, MergePlan, Ties, plan_merge
 from .write import check_kept, check_paths, run
 
 
-OUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
 @dataclasses.dataclass(frozen=True)
 class Merged:
     """What a merge wrote: files and bytes, in seconds, and how many of how many tensors the adapters changed."""
