@@ -1,74 +1,108 @@
-"""The layering: a file of lorafx imports only files of strictly lower levels, and `import lorafx` stays light."""
+"""The house: a package imports only lower floors, `import lorafx` stays light, and a file fits a screen or two."""
 
 import ast
-from pathlib import Path
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import lorafx
 
-LEVELS = {
-    "_errors": 0, "_products": 0, "_header": 0, "_scratch": 0,
-    "_kernels": 1, "_adapter": 1, "_rules": 1, "_graph": 1, "_durable": 1, "_watch": 1, "_pickled": 1, "_generators": 1,
-    "_trace": 2, "_source": 2, "_sites": 2, "_weight": 2, "_files": 2, "_training": 2,
-    "_scan": 3, "_branch": 3, "_native": 3, "_minimind": 3, "_stored": 3, "_peft_config": 3, "_checkpoint": 3,
-    "_record": 4, "_group": 4, "_kohya": 4, "_peft_read": 4, "_archive": 4, "_jobs": 4,
-    "_region": 5, "_peft_write": 5, "_inductor": 5, "_output": 5,
-    "_program": 6, "_formats": 6, "_guard": 6, "_compile": 6,
-    "_merge": 7, "_fit": 7,
-    "_attach": 8, "_report": 8, "_locate": 8, "_compare": 8,
-    "_switch": 9, "_shards": 9,
-    "_resume": 10, "_stream": 10,
-    "_inject": 11,
-    "__init__": 12,
-    "_arguments": 13,
-    "__main__": 14,
-}
+# Packages, and the files beside them, on their floors: each imports only lower ones, and itself.
+FLOORS = (
+    {"_errors", "_kernels"},
+    {"_adapter"},
+    {"_graph", "_storage"},
+    {"_model", "_checkpoint"},
+    {"_formats", "_switch", "_merge", "_summary", "_compile"},
+    {"_inject", "_resume", "_cli"},
+    {"_save", "__main__"},
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}
 FOLDER = Path(lorafx.__file__).parent
 
 
-def imported(path: Path) -> set[str]:
-    """The files of lorafx that a file names in its import statements."""
-    found = set()
+def room_of(path: Path) -> str:
+    """The package that a file is in, or the file by itself."""
+    return path.relative_to(FOLDER).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The rooms that a file of lorafx names in its import statements."""
+    depth = len(path.relative_to(FOLDER).parts)  # dots that lead to lorafx itself
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            names = {alias.name for alias in node.names}
-            found |= {node.module} if node.module else {name if name in LEVELS else "__init__" for name in names}
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            assert not any(name.split(".")[0] == "lorafx" for name in names), f"{path}: import relatively"
-    return found
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from (name.partition(".")[0] for name in names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level or node.module.partition(".")[0] != "lorafx", f"{path}: import relatively"
+            assert node.level <= depth, path
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                assert alias.name.partition(".")[0] != "lorafx", f"{path}: import relatively"
 
 
-def test_every_file_has_a_level_and_imports_only_lower_ones():
-    files = {path.stem: path for path in FOLDER.glob("*.py")}
-    assert files.keys() == LEVELS.keys()
-    for name, path in files.items():
-        for other in imported(path):
-            assert LEVELS[other] < LEVELS[name], f"{name} (level {LEVELS[name]}) imports {other} ({LEVELS[other]})"
+def test_every_room_imports_only_lower_floors():
+    rooms = {room_of(path) for path in FOLDER.rglob("*.py")}
+    assert rooms == FLOOR.keys() | {"__init__"}
+    for path in FOLDER.rglob("*.py"):
+        room = room_of(path)
+        for other in imported(path) if room != "__init__" else ():
+            here = f"{path.relative_to(FOLDER)} (floor {FLOOR[room]})"
+            assert other == "__version__" or FLOOR[other] < FLOOR[room], f"{here} imports {other}"
+
+
+def test_no_package_imports_in_a_circle():
+    for package in sorted(path for path in FOLDER.iterdir() if (path / "__init__.py").is_file()):
+        imports: dict[str, set[str]] = {}
+        for path in package.glob("*.py"):
+            names = imports.setdefault(path.stem, set())
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level == 1:
+                    names |= {node.module} if node.module else {alias.name for alias in node.names}
+        while imports:
+            ground = {name for name, others in imports.items() if not others & imports.keys()}
+            assert ground, f"{package.name}: {', '.join(sorted(imports))} import each other"
+            for name in ground:
+                del imports[name]
+
+
+def test_a_wing_knows_nothing_of_the_other():
+    """Graphs and models know no files; bytes and checkpoints know no live model."""
+    left, right = {"_graph", "_model"}, {"_storage", "_checkpoint"}
+    for path in FOLDER.rglob("*.py"):
+        here = room_of(path)
+        for mine, others in ((left, right), (right, left)):
+            assert here not in mine or others.isdisjoint(imported(path)), path
 
 
 def test_an_import_brings_in_no_heavy_package():
-    code = "import sys, lorafx; print([n for n in ('transformers', 'peft', 'matplotlib') if n in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    heavy = "('transformers', 'peft', 'matplotlib')"
+    code = f"import sys, lorafx; print([name for name in {heavy} if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"
 
 
 def test_the_public_surface():
     assert sorted(name for name in vars(lorafx) if not name.startswith("_")) == [
-        "AdaptedWeightError", "AdapterError", "ConfigError", "FormatError", "InjectLoRA", "LorafxError", "MergeLoRA",
-        "MismatchError", "NoSiteError", "NotInjectedError", "TiedWeightError", "UnsupportedModelError", "activate",
-        "adapters", "add", "compile_options", "compose", "disabled", "eject", "inject", "load", "merge",
+        "AdaptedWeightError", "AdapterError", "ConfigError", "FormatError", "InjectLoRA",
+        "LorafxError", "MergeLoRA", "MismatchError", "NoSiteError", "NotInjectedError",
+        "TiedWeightError", "UnsupportedModelError", "activate", "adapters", "add",
+        "compile_options", "compose", "disabled", "eject", "inject", "load", "merge",
         "named_parameters", "parameters", "remove", "resume", "save", "sites", "summary"]
 
 
 def test_every_public_name_has_an_example():
     for name, value in vars(lorafx).items():
-        if not name.startswith("_") and not (isinstance(value, type) and issubclass(value, Exception)):
+        public = not name.startswith("_")
+        if public and not (isinstance(value, type) and issubclass(value, Exception)):
             assert ">>>" in (value.__doc__ or ""), name
 
 
 def test_functions_fit_a_screen():
-    for path in (*FOLDER.glob("*.py"), *FOLDER.parent.glob("benchmarks/*.py"), *FOLDER.parent.glob("tests/*.py")):
+    root = FOLDER.parent
+    paths = [*FOLDER.rglob("*.py"), *root.glob("benchmarks/**/*.py"), *root.glob("tests/**/*.py")]
+    for path in paths:
         text = path.read_text()
         assert text.count("\n") <= 450, path
         for node in ast.walk(ast.parse(text)):

@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorafx
-from lorafx._graph import RegionGraph
-from lorafx._program import read
-from lorafx._trace import _Tracer, trace
-from lorafx._watch import Unsound
+from lorafx._graph.region_graph import RegionGraph
+from lorafx._graph.trace import _Tracer, trace
+from lorafx._graph.watch import Unsound
+from lorafx._model.program import read_program as read
 from tests.support.oracle import frozen
 from tests.support.traceable import TRACEABLE, sizes
 from tests.support.untraceable import UNTRACEABLE, build, prints, reads_the_mode, rows

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import lorafx
-from lorafx import _kernels
-from lorafx._kernels import Addend, Linear, linears
+from lorafx._kernels import linears as kernels
+from lorafx._kernels.linears import Addend, Linear, linears
 from tests.support.internals import replace_internal
 
 
@@ -53,7 +53,7 @@ def check(x, calls, used=None):
     """Outputs and gradients; `used` are the outputs that a loss sees."""
     inputs = [x, *factors(calls)]
     got, wanted = linears(x, calls), expected(x, calls)
-    in_place = len(calls) == 1 and _kernels.is_small(x, calls[0]) and not _kernels.merges(x, calls)
+    in_place = len(calls) == 1 and kernels.is_small(x, calls[0]) and not kernels.merges(x, calls)
     assert all((type(y.grad_fn).__name__ == "_LinearsBackward") != in_place for y in got if y.requires_grad)
     assert not any(y._is_view() for y in got)
     for y, target in zip(got, wanted):
@@ -76,7 +76,7 @@ def form(request, monkeypatch):
     """W + s B A always, or never, formed; or torch's own derivative, where it can be."""
     merge_from, small_below = FORMS[request.param]
     replace_internal(monkeypatch, "merge_from", merge_from)
-    monkeypatch.setattr(_kernels, "SMALL_BELOW", small_below)
+    monkeypatch.setattr(kernels, "SMALL_BELOW", small_below)
     return request.param
 
 
@@ -106,8 +106,8 @@ def test_any_group(data):
     shape = data.draw(st.lists(st.integers(0, 4), max_size=3))
     used = data.draw(st.lists(st.sampled_from(range(len(outs))), min_size=1, unique=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_kernels, "MERGE_FROM", data.draw(st.sampled_from([0.0, 2.0, float("inf")])))
-        patch.setattr(_kernels, "SMALL_BELOW", data.draw(st.sampled_from([0, 100])))
+        patch.setattr(kernels, "MERGE_FROM", data.draw(st.sampled_from([0.0, 2.0, float("inf")])))
+        patch.setattr(kernels, "SMALL_BELOW", data.draw(st.sampled_from([0, 100])))
         check(normal(*shape, width), calls_of(width, outs, bias=data.draw(st.booleans())), used)
 
 
@@ -370,11 +370,11 @@ def test_autocast(form):
 def test_a_product_that_rounds_its_operands_is_never_merged(monkeypatch):
     replace_internal(monkeypatch, "merge_from", 0.0)
     x, calls = torch.randn(6, 32), calls_of(32, (32,), torch.float32)
-    assert _kernels.merges(x, calls)
-    assert not _kernels.merges(x.bfloat16(), calls)
+    assert kernels.merges(x, calls)
+    assert not kernels.merges(x.bfloat16(), calls)
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
-        assert not _kernels.merges(x, calls)
+        assert not kernels.merges(x, calls)
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = "none"
 
@@ -382,7 +382,7 @@ def test_a_product_that_rounds_its_operands_is_never_merged(monkeypatch):
 def test_the_form_is_chosen_by_shapes():
     for rows, merged in ((1023, False), (1024, True)):  # MERGE_FROM = 4: rows (in + out) >= 8 in out
         x = torch.empty(rows, 256)
-        assert _kernels.merges(x, calls_of(256, (256,), torch.float32)) is merged
+        assert kernels.merges(x, calls_of(256, (256,), torch.float32)) is merged
 
 
 def test_mixed_precision_is_as_close_as_float32_branches():

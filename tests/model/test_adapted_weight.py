@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorafx
-from lorafx._weight import AdaptedWeight, Part, whole
+from lorafx._kernels.weights import Part, whole
+from lorafx._model.adapted_weight import AdaptedWeight
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 

@@ -5,13 +5,14 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import fx, nn
 from torch._dynamo.testing import CompileCounter
 
 import lorafx
-from lorafx import _inductor
-from lorafx._group import joined, lower
+from lorafx._model import inductor
+from lorafx._model.lower import joined, lower
 from tests.support.internals import never_plain, replace_internal, watch_linears
 from tests.support.oracle import Oracle, factors_of, frozen, randomise
 
@@ -342,7 +343,7 @@ class Captured:
         self.targets = []
 
     def __call__(self, graph_module, inputs):
-        _inductor.JoinBranches()(graph_module.graph)
+        inductor.JoinBranches()(graph_module.graph)
         graph_module.graph.lint()
         graph_module.recompile()
         self.targets += [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
@@ -350,11 +351,11 @@ class Captured:
 
 
 @pytest.mark.parametrize("build, dtype, dropout, merge_from, counts", [
-    (Python, torch.float64, 0.0, float("inf"), {F.linear: 10, torch.cat: 1, _inductor.merged_linears: 0}),
-    (Python, torch.float64, 0.0, 0.0, {F.linear: 0, torch.cat: 0, _inductor.merged_linears: 2}),
-    (Attention, torch.float64, 0.0, 0.0, {F.linear: 0, torch.cat: 0, _inductor.merged_linears: 2}),
-    (Python, torch.bfloat16, 0.0, 0.0, {F.linear: 10, torch.cat: 1, _inductor.merged_linears: 0}),
-    (Python, torch.float64, 0.5, 0.0, {F.linear: 12, torch.cat: 0, _inductor.merged_linears: 0}),
+    (Python, torch.float64, 0.0, float("inf"), {F.linear: 10, torch.cat: 1, inductor.merged_linears: 0}),
+    (Python, torch.float64, 0.0, 0.0, {F.linear: 0, torch.cat: 0, inductor.merged_linears: 2}),
+    (Attention, torch.float64, 0.0, 0.0, {F.linear: 0, torch.cat: 0, inductor.merged_linears: 2}),
+    (Python, torch.bfloat16, 0.0, 0.0, {F.linear: 10, torch.cat: 1, inductor.merged_linears: 0}),
+    (Python, torch.float64, 0.5, 0.0, {F.linear: 12, torch.cat: 0, inductor.merged_linears: 0}),
 ])
 def test_the_compiler_joins_what_python_calls(build, dtype, dropout, merge_from, counts, monkeypatch):
     replace_internal(monkeypatch, "merge_from", merge_from)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lorafx.__main__ import main
+from lorafx._cli.main import main
 
 MERGE = ["merge", "base", "a.safetensors", "-o", "out"]
 
@@ -48,7 +48,7 @@ def interrupted(monkeypatch, after: int, arguments: list[str]) -> int:
 # A program that is interrupted while it runs `show`.
 INTERRUPTED = """if True:
     import os, signal, time
-    from lorafx import __main__ as program
+    from lorafx._cli import main as program
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     def show(options):
         os.kill(os.getpid(), signal.SIGINT)

@@ -12,30 +12,32 @@ from unittest import mock
 import pytest
 import torch
 
-from lorafx import (
-    _checkpoint, _durable, _formats, _group, _jobs, _kernels, _merge, _output, _peft_read, _shards,
-    _weight,
-)
-from lorafx import __main__ as program
-from lorafx._adapter import Adapter, LoRAConfig, Pair
+from lorafx._adapter.adapter import Adapter, Pair
+from lorafx._adapter.config import LoRAConfig
+from lorafx._checkpoint import find, fold, jobs, write
+from lorafx._cli import main as program
+from lorafx._formats import peft_read, table
+from lorafx._kernels import linears, weights
+from lorafx._model import adapted_weight, lower
+from lorafx._storage import durable
 
-INDEX, SINGLE = _checkpoint.INDEX, _checkpoint.SINGLE  # files of a checkpoint
-STATE = _output.STATE  # the file in which an interrupted merge keeps what it was doing
-WHOLE, DIGEST = _peft_read.WHOLE, _peft_read.DIGEST  # in the header of a PEFT folder's tensors
-LARGEST_SUM = _shards._BLOCKS * _merge._BLOCK  # elements that a merge on disk sums at a time
+INDEX, SINGLE = find.INDEX, find.SINGLE  # files of a checkpoint
+STATE = write.STATE  # the file in which an interrupted merge keeps what it was doing
+WHOLE, DIGEST = peft_read.WHOLE, peft_read.DIGEST  # in the header of a PEFT folder's tensors
+LARGEST_SUM = fold._BLOCKS * weights._BLOCK  # elements that a merge on disk sums at a time
 
 _PLACES: dict[str, tuple[Any, str]] = {
-    "merge_from": (_kernels, "MERGE_FROM"),
-    "small_below": (_kernels, "SMALL_BELOW"),
-    "whole": (_weight, "whole"),
-    "read_adapter": (_formats, "read"),
-    "read_safetensors": (_peft_read, "read_safetensors"),
-    "patience": (_durable, "PATIENCE"),
-    "put": (_output, "_put"),
-    "sync_folder": (_output, "sync_folder"),
-    "progress": (_output, "tqdm"),
-    "open": (_jobs, "open"),
-    "merge": (program, "merge"),
+    "merge_from": (linears, "MERGE_FROM"),
+    "small_below": (linears, "SMALL_BELOW"),
+    "whole": (adapted_weight, "whole"),
+    "read_adapter": (table, "read_adapter"),
+    "read_safetensors": (peft_read, "read_safetensors"),
+    "patience": (durable, "PATIENCE"),
+    "put": (write, "_put"),
+    "sync_folder": (write, "sync_folder"),
+    "progress": (write, "tqdm"),
+    "open": (jobs, "open"),
+    "merge": (program, "merge_checkpoint"),
     "parse": (program, "parse"),
 }
 
@@ -55,24 +57,24 @@ def replace_internal(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> 
 def watch_sums(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list to which a merge on disk adds the size of each matrix that it sums."""
     sizes: list[int] = []
-    summed: Callable[..., Any] = _shards.summed
+    summed: Callable[..., Any] = fold.summed
 
     def watched(matrix: torch.Tensor, *arguments: Any) -> Any:
         sizes.append(matrix.numel())
         return summed(matrix, *arguments)
 
-    monkeypatch.setattr(_shards, "summed", watched)
+    monkeypatch.setattr(fold, "summed", watched)
     return sizes
 
 
 def watch_linears() -> AbstractContextManager[Any]:
     """A mock that sees the calls that groups of layers make to the kernels."""
-    return mock.patch.object(_group, "linears", wraps=_kernels.linears)
+    return mock.patch.object(lower, "linears", wraps=linears.linears)
 
 
 def never_plain() -> AbstractContextManager[Any]:
     """The kernels' own backward pass for every call."""
-    return mock.patch.object(_kernels, "_is_plain", lambda *_: False)
+    return mock.patch.object(linears, "_is_plain", lambda *_: False)
 
 
 def write_pair(
@@ -82,4 +84,4 @@ def write_pair(
     """Write an adapter of one site, '0', of any dtype, scale and shape, for no model."""
     settings = LoRAConfig(rank=A.shape[0], targets=["0"], trainable=list(trained or ()), **config)
     adapter = Adapter(name, settings, {"0": Pair(A, B, scale)}, trained or {})
-    _formats.write(adapter, path, None, None)
+    table.write_adapter(adapter, path, None, None)
