@@ -29,77 +29,52 @@ M = TypeVar("M", bound=nn.Module)
 @explain_unknown_arguments
 @torch.inference_mode(False)
 def inject(
-    model: M,
-    rank: int = 8,
-    *,
-    alpha: float | None = None,
-    targets: Targets = "square",
-    exclude: Targets = (),
-    dropout: float = 0.0,
-    rslora: bool = False,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    trainable: str | Collection[str] = (),
-    init: str = "gaussian",
-    dtype: torch.dtype | None = None,
-    rounding: bool = False,
-    share_dropout: bool = False,
-    adapter: str = "default",
+    model: M, rank: int = 8, *, alpha: float | None = None, targets: Targets = "square",
+    exclude: Targets = (), dropout: float = 0.0, rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None, alpha_pattern: Mapping[str, float] | None = None,
+    trainable: str | Collection[str] = (), init: str = "gaussian", dtype: torch.dtype | None = None,
+    rounding: bool = False, share_dropout: bool = False, adapter: str = "default",
     group: bool = True,
 ) -> M:
     """Return a new model whose chosen linear calls y = x W^T + b also add s (x A^T) B^T.
 
-    A (rank, in) is drawn from N(0, 0.02^2) with torch's default generator and B (out, rank) is
-    zero, so the new model computes exactly what the old one does until it is trained (Hu et al.
-    2021, arXiv:2106.09685, section 4.1). All but A and B is frozen. The given model is not touched;
-    base weights share storage with it, buffers are copied.
+    A (rank, in) is drawn from N(0, 0.02^2) with torch's default generator and B (out, rank) is 0,
+    so the new model computes exactly what the old one does until it is trained (Hu et al. 2021,
+    arXiv:2106.09685, section 4.1). All but A and B is frozen. The given model is not touched; base
+    weights share storage with it, buffers are copied.
 
     Args:
         model: any nn.Module. A `torch.fx.GraphModule` gets the branches as nodes of its own graph.
         rank: r, at least 1.
         alpha: the scale is s = alpha / rank, or 1 without it.
-        targets: "square" (in == out), "linear" (all), a name, dotted suffix or glob, a compiled
-            regular expression that matches the whole name, a function of a Site, or a list of
-            these. `lorafx.sites(model)` lists the names. (A layer that is itself called `linear` is
-            "*linear".) A name may end in a block of a weight's rows: "qkv[q]", as forward names it,
-            or "qkv[0:64]".
+        targets: "square" (in == out), "linear" (all; a layer of that name is "*linear"), a name,
+            suffix, glob or block of rows ("qkv[q]", "qkv[0:64]"), a compiled regular expression
+            that matches the whole name, a function of a Site, or a list of these.
         exclude: sites to leave out, in the same forms.
-        dropout: the probability, in training, with which an element of the branch's input, and of
-            nothing else, is zeroed.
+        dropout: in training, the probability that an element of the branch's input is zeroed.
         rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
-        rank_pattern: {regular expression: rank} for single sites; the first that matches the end of
-            a name wins.
+        rank_pattern: {regular expression: rank}; the first that matches a name's end wins.
         alpha_pattern: the same for alpha.
-        trainable: names of base modules to copy, train whole and save with the adapter, such as a
-            classifier head.
+        trainable: names of base modules to copy, train whole and save, such as a classifier head.
         init: how A is drawn: "gaussian", or "kaiming" (uniform, a = sqrt(5), as in PEFT).
-        dtype: of A and B; by default float32 for a float16 or bfloat16 weight, and the weight's own
-            otherwise.
-        rounding: allow Python that needs an adapted float16 or bfloat16 weight as a whole, and not
-            in a product, to get W + s B A rounded to it, which loses most of a small adapter; by
-            default that is an error.
-        share_dropout: let branches that are computed together drop out the same elements, which
-            costs less.
+        dtype: of A and B; float32 for narrower weights, else the weight's own, by default.
+        rounding: let Python that reads a float16 or bfloat16 weight outside of a product get
+            W + s B A rounded to it, which loses most of a small adapter, instead of an error.
+        share_dropout: let branches computed together drop out the same elements, which is faster.
         adapter: the name of this adapter.
-        group: compute linear calls that share an input (query, key, value; gate, up) together,
-            which is faster.
+        group: compute linear calls that share an input (query, key, value) together, for speed.
 
     Raises:
-        NoSiteError: a pattern matches nothing.
-        ConfigError: a setting is out of its range.
-        UnsupportedModelError: the model is wrapped, compiled, patched, lazy, or adapted by another
-            library.
-        TypeError: there is no such argument; it says which one PEFT's name stands for.
+        NoSiteError: a pattern matches nothing. ConfigError: a setting is out of its range.
+        UnsupportedModelError: the model is wrapped, compiled, patched, lazy, or adapted already.
 
     Example:
         >>> import torch, lorafx
-        >>> nn = torch.nn
-        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
         >>> adapted = lorafx.inject(model, rank=2)
         >>> [name for name, _ in lorafx.named_parameters(adapted)]
         ['0.lora.default.A', '0.lora.default.B']
-        >>> x = torch.randn(3, 4)
-        >>> torch.equal(adapted(x), model(x))
+        >>> torch.equal(adapted(torch.ones(3, 4)), model(torch.ones(3, 4)))
         True
     """
     config = LoRAConfig(

@@ -12,12 +12,12 @@ from ._model.record import injection
 from ._model.regions import Region
 
 
-HEADER = ("site", "out x in", "rank", "scale")
+_HEADER = ("site", "out x in", "rank", "scale")
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteRow:
-    """One adapted site: its weight is (out, in); `ranks` and `scales` have an entry for each adapter at the site."""
+    """One adapted site: its weight is (out, in); `ranks` and `scales` are those of each adapter there."""
 
     name: str
     in_features: int
@@ -26,19 +26,10 @@ class SiteRow:
     ranks: Mapping[str, int]
     scales: Mapping[str, float]
 
-    def cells(self) -> tuple[str, ...]:
-        """Return the cells of this row under HEADER."""
-        return (
-            self.name or "(the model)",
-            f"{self.out_features} x {self.in_features}",
-            ", ".join(f"{adapter} {rank}" for adapter, rank in self.ranks.items()),
-            ", ".join(f"{scale:g}" for scale in self.scales.values()),
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `lorafx.summary` returns; print() and notebooks show it as a table, with what was skipped below.
+    """What `lorafx.summary` returns; print() and notebooks show a table, and what was skipped.
 
     `trainable` and `total` count parameters, `skipped` says of each matrix that is not adapted why,
     `breaks` of each module that stays Python why (its layers are adapted all the same), and `code`
@@ -63,6 +54,16 @@ class Summary:
     breaks: Mapping[str, str]
     code: str
 
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Return the table's cells: site, out x in, ranks, scales."""
+        rows = []
+        for site in self.sites:
+            ranks = ", ".join(f"{adapter} {rank}" for adapter, rank in site.ranks.items())
+            scales = ", ".join(f"{scale:g}" for scale in site.scales.values())
+            size = f"{site.out_features} x {site.in_features}"
+            rows.append((site.name or "(the model)", size, ranks, scales))
+        return rows
+
     def headline(self) -> str:
         """Return one line of totals."""
         active = ", ".join(f"{name} x {weight:g}" for name, weight in self.active.items())
@@ -72,7 +73,7 @@ class Summary:
                 f"{self.total:,} parameters train ({share:.2f} %)")
 
     def __str__(self) -> str:
-        table = [HEADER, *(site.cells() for site in self.sites)]
+        table = [_HEADER, *self.rows()]
         widths = [max(map(len, column)) for column in zip(*table)]
         lines = [self.headline(), ""]
         for row in table:
@@ -84,8 +85,7 @@ class Summary:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        parts = [f"<p>{html.escape(self.headline())}</p>",
-                 _html_table(HEADER, [site.cells() for site in self.sites])]
+        parts = [f"<p>{html.escape(self.headline())}</p>", _html_table(_HEADER, self.rows())]
         if self.skipped:
             rows = [(name or "(the model)", reason) for name, reason in self.skipped.items()]
             parts.append(_html_table(("skipped", "why"), rows))
