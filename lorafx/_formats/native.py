@@ -14,7 +14,7 @@ from torch import Tensor
 from .._adapter.adapter import Adapter, Stored
 from .._adapter.config import FLOATS, LoRAConfig, shown
 from .._errors import ConfigError, FormatError, LorafxError
-from .._storage.header import parse_json
+from .._storage.json_files import parse_json
 from .pairs import pairs_of
 from .training import PREFIX, pack, texts, unpack
 
