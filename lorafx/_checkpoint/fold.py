@@ -32,8 +32,8 @@ def summed(matrix: Tensor, change: Change, dtype: torch.dtype, name: str, scratc
     if dtype == matrix.dtype:
         source = source.to(dtype)  # as when an adapter is loaded
     total = scratch.empty("sum", matrix.shape, dtype)
-    if change.parts:
-        folded(source, change.parts, scratch, total)
+    if change.addends:
+        folded(source, change.addends, scratch, total)
     else:
         total.copy_(source)
     if dtype == torch.float16 and not all_finite(total) and all_finite(source):

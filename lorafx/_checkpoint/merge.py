@@ -182,7 +182,7 @@ def _plan_ties(path: Path, tensors: Mapping[str, Tensor], made: MergePlan, untie
             if name == key or other != storage or begin >= last or first >= end:
                 continue
             whole = (begin, end, tensor.shape) == (first, last, tensors[key].shape)
-            if whole and not change.parts and not change.untied:
+            if whole and not change.addends and not change.untied:
                 made.changes[name] = change
             elif not untie:
                 raise TiedWeightError(f"'{key}' of '{path}' is tied to '{name}', so that folding an adapter into it "

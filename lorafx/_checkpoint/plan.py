@@ -11,25 +11,26 @@ from .._adapter.adapter import Adapter
 from .._adapter.config import FLOATS, factor_dtype
 from .._adapter.names import base_renamings, dotted, near, renamings, split_block
 from .._errors import AdapterError, FormatError, MismatchError, TiedWeightError
-from .._kernels.weights import Part, rows_of
+from .._kernels.addend import Addend
+from .._kernels.weights import rows_of
 from .layout import Layout, TensorInfo, WeightedAdapter, layouts_of, transposed_matrices
 
 
 @dataclasses.dataclass
 class Change:
-    """What becomes of one tensor: `trained` takes its place, if any, and the parts are added.
+    """What becomes of one tensor: `trained` takes its place, if any, and the addends are added.
 
     `untied` says that what is trained is for this name only, where the tensor has others.
     """
 
     trained: Tensor | None = None
-    parts: list[Part] = dataclasses.field(default_factory=list)
+    addends: list[Addend] = dataclasses.field(default_factory=list)
     untied: bool = False
 
     def rows(self, start: int, length: int) -> "Change":
         """What becomes of some rows of a matrix."""
         trained = None if self.trained is None else self.trained.narrow(0, start, length)
-        return Change(trained, rows_of(self.parts, start, length))
+        return Change(trained, rows_of(self.addends, start, length))
 
 
 class Location(NamedTuple):
@@ -103,7 +104,7 @@ def plan_merge(adapters: Sequence[WeightedAdapter], checkpoint: Checkpoint, unti
     held, base = checkpoint.held, checkpoint.label
     changes: dict[str, Change] = {}
     new: dict[str, str] = {}
-    parts: dict[str, dict[str, list[Part]]] = {}  # of a tensor, by site, so that they add up as in lorafx.merge
+    addends: dict[str, dict[str, list[Addend]]] = {}  # of a tensor, by site, so that they add up as in lorafx.merge
     first_trained_by: dict[str, str] = {}
     unties, stored_transposed = False, transposed_matrices(held)
     for weighed in adapters:
@@ -120,11 +121,11 @@ def plan_merge(adapters: Sequence[WeightedAdapter], checkpoint: Checkpoint, unti
         ways = layouts_of(weighed, {site: held[places[site].source] for site in adapter.pairs}, stored_transposed, base)
         for site, way in ways.items():
             found = places[site]
-            part = _part(weighed, site, way, held[found.source], f"'{found.source}' of {base}")
+            addend = _addend(weighed, site, way, held[found.source], f"'{found.source}' of {base}")
             unties |= _unties(found, site, checkpoint, untie)
-            parts.setdefault(found.key, {}).setdefault(site, []).append(part)
-    for key, by_site in parts.items():
-        changes.setdefault(key, Change()).parts = [part for several in by_site.values() for part in several]
+            addends.setdefault(found.key, {}).setdefault(site, []).append(addend)
+    for key, by_site in addends.items():
+        changes.setdefault(key, Change()).addends = [a for several in by_site.values() for a in several]
     return MergePlan(changes, new, unties)
 
 
@@ -157,13 +158,13 @@ def _check_dtype(tensor: TensorInfo, name: str) -> None:
                           "W + s B A: dequantise the checkpoint first.")
 
 
-def _part(weighed: WeightedAdapter, site: str, way: Layout, tensor: TensorInfo, name: str) -> Part:
+def _addend(weighed: WeightedAdapter, site: str, way: Layout, tensor: TensorInfo, name: str) -> Addend:
     """The addend of a tensor as it is stored, in the dtype that the factors would have in a model."""
     _check_dtype(tensor, name)
     dtype = factor_dtype(weighed.adapter.config, torch.empty(0, dtype=tensor.dtype))
     A, B, scale = weighed.adapter.pairs[site]
-    part = Part(B.to(dtype), A.to(dtype), weighed.weight * scale, -2, way.start)
-    return part.transposed if way.transposed else part
+    addend = Addend(B.to(dtype), A.to(dtype), weighed.weight * scale, -2, way.start)
+    return addend.transposed if way.transposed else addend
 
 
 def _find(adapter: Adapter, label: str, checkpoint: Checkpoint) -> dict[str, Location]:
