@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+# In the order in which safetensors writes tensors.
+DTYPES = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
+          "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8}
 LONGEST = 100_000_000  # bytes of a header, as in safetensors itself
 LONGEST_NAME = 500  # characters of a tensor's name
 

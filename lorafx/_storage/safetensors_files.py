@@ -14,7 +14,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from .._errors import FormatError
+from .._errors import ConfigError, FormatError
 from .._kernels.scratch import Scratch
 from .header import DTYPES as HEADER_DTYPES
 from .header import parse_json
@@ -79,6 +79,28 @@ def header_bytes(entries: Iterable[tuple[str, str, tuple[int, ...], int]], metad
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the content of a file of these tensors, a function of nothing but them and the metadata.
+
+    The layout is that of safetensors.torch.save, wide dtypes first and then by name, but for the
+    metadata, which keeps its order; there a hash that differs from process to process orders it.
+    Tensors may have any device and strides, and share memory.
+
+    Raises:
+        ConfigError: a dtype is none of DTYPES. UnicodeEncodeError: a text has half of a surrogate pair.
+    """
+    unknown = [name for name, tensor in tensors.items() if tensor.dtype not in NAMES]
+    if unknown:
+        raise ConfigError(f"'{unknown[0]}' has dtype {tensors[unknown[0]].dtype}, and a file keeps "
+                          f"{', '.join(DTYPES)}: convert it first.")
+    order = {dtype: place for place, dtype in enumerate(NAMES)}
+    names = sorted(tensors, key=lambda name: (order[tensors[name].dtype], name.encode()))
+    plain = [tensors[name].detach().cpu().contiguous() for name in names]
+    header = header_bytes(((name, NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+                           for name, tensor in zip(names, plain)), metadata)
+    return b"".join([header, *map(tensor_bytes, plain)])
 
 
 def read_rows(file: io.BufferedReader, shard: Shard, entry: ShardEntry, scratch: Scratch, shape: Sequence[int], start: int,
