@@ -16,7 +16,7 @@ from torch import Tensor
 from .._adapter.adapter import Adapter, Pair, Stored, Training
 from .._adapter.config import FLOATS, LoRAConfig, shown
 from .._errors import ConfigError, FormatError, LorafxError
-from .._storage.header import parse_json
+from .._storage.json_files import parse_json
 from .._storage.safetensors_files import safetensors_bytes
 from .adapter_file import AdapterFile, Decoded, Destination
 from .pairs import pairs_of

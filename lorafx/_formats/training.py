@@ -10,7 +10,7 @@ from torch import Tensor
 from .._adapter.adapter import Training, all_finite, check_plain
 from .._adapter.config import shown
 from .._errors import ConfigError
-from .._storage.header import DTYPES
+from .._storage.safetensors_files import NUMBERS
 
 
 PREFIX = "lorafx:"  # no tensor of an adapter has such a name
@@ -119,7 +119,7 @@ def fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         check_plain(name, tensor)
-        if tensor.dtype not in DTYPES.values():
+        if tensor.dtype not in NUMBERS.values():
             raise ConfigError(f"'{name}' has dtype {tensor.dtype}.")
         if tensor.is_floating_point() and not all_finite(tensor):
             raise ConfigError(f"'{name}' has NaN or infinite values.")
