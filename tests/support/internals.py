@@ -30,7 +30,7 @@ _PLACES: dict[str, tuple[Any, str]] = {
     "merge_from": (linears, "MERGE_FROM"),
     "small_below": (linears, "SMALL_BELOW"),
     "whole": (adapted_weight, "whole"),
-    "read_adapter": (table, "read_adapter"),
+    "read_adapter": (program, "read_adapter"),
     "read_safetensors": (peft_read, "read_safetensors"),
     "patience": (durable, "PATIENCE"),
     "put": (write, "_put"),
