@@ -1,4 +1,4 @@
-"""LoRA as a torch.fx compiler pass: adds s (x A^T) B^T to chosen linear calls of a model, and folds it back.
+"""LoRA as a torch.fx compiler pass: adds s (x A^T) B^T to linear calls, and folds it back.
 
 A name is imported, and torch with it, when it is first used: `lorafx --help` needs none of them.
 """
@@ -45,8 +45,9 @@ if _typing.TYPE_CHECKING:
 else:
     _MODULES = {  # where the names above are defined
         "_compile": "compile_options",
-        "_errors": "AdaptedWeightError AdapterError ConfigError FormatError LorafxError MismatchError NoSiteError "
-                   "NotInjectedError TiedWeightError UnsupportedModelError",
+        "_errors": "AdaptedWeightError AdapterError ConfigError FormatError LorafxError "
+                   "MismatchError NoSiteError NotInjectedError TiedWeightError "
+                   "UnsupportedModelError",
         "_graph.sites": "Site Targets",
         "_inject": "InjectLoRA MergeLoRA add inject sites",
         "_merge": "eject merge",
@@ -60,7 +61,8 @@ else:
 
     def __getattr__(name: str) -> object:
         if name not in _MODULE_OF:
-            raise AttributeError(f"module 'lorafx' has no attribute {name!r}", name=name, obj=_sys.modules[__name__])
+            raise AttributeError(f"module 'lorafx' has no attribute {name!r}",
+                                 name=name, obj=_sys.modules[__name__])
         value = getattr(_importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
         globals()[name] = value
         return value

@@ -1,4 +1,4 @@
-"""Every error that lorafx raises on purpose: one sentence with what was asked, what was found, what to try."""
+"""The errors raised on purpose: each says what was asked, what was found, what to try."""
 
 
 class LorafxError(Exception):
@@ -19,11 +19,11 @@ class NoSiteError(LorafxError, ValueError):
 
 
 class UnsupportedModelError(LorafxError, TypeError):
-    """The model is wrapped, compiled, patched, lazy or already adapted, so that a rewrite would not be sound."""
+    """A rewrite would be unsound: the model is wrapped, compiled, patched, lazy or adapted."""
 
 
 class AdaptedWeightError(LorafxError, RuntimeError):
-    """Python does with an adapted weight what would lose the adapter: it writes into it, or rounds it away."""
+    """Python writes into an adapted weight, or rounds it, which would lose the adapter."""
 
 
 class NotInjectedError(LorafxError, TypeError):

@@ -1,4 +1,4 @@
-"""The pass: rewrites a model so that chosen linear calls y = x W^T + b add s (x A^T) B^T, with B = 0 at first."""
+"""The pass: chosen linear calls y = x W^T + b also add s (x A^T) B^T, where B is 0 at first."""
 
 import dataclasses
 import inspect

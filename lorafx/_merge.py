@@ -1,4 +1,4 @@
-"""Folds adapters into weights, W + s B A, and takes them out again; both give a new model of the original class."""
+"""Folds adapters into weights, W + s B A, or drops them: a new model of the original class."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -27,9 +27,10 @@ M = TypeVar("M", bound=nn.Module)
 
 @torch.inference_mode(False)
 def eject(model: M) -> M:
-    """The original model again, as a new model on the same weights: its class, keys and requires_grad flags.
+    """Return the original model, as a new model on the same weights.
 
-    Adapters are dropped. Nothing of the injected model changes.
+    It has the original's class, keys and requires_grad flags; adapters are dropped. Nothing of the
+    injected model changes.
 
     Raises:
         NotInjectedError: the model was not made by lorafx.
@@ -46,8 +47,9 @@ def eject(model: M) -> M:
         if is_plain_graph(module):
             _erase_branches(submodule(twin, path), module)
     for module in list(twin.modules()):
-        for name in [name for name, child in module._modules.items() if isinstance(child, LorafxModule)]:
-            del module._modules[name]
+        for name, child in list(module._modules.items()):
+            if isinstance(child, LorafxModule):
+                del module._modules[name]
     del twin.__dict__[RECORD]
     for name, parameter in twin.named_parameters():
         parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
@@ -67,16 +69,22 @@ def _erase_branches(module: Any, injected: fx.GraphModule) -> None:
 
 
 @torch.inference_mode(False)
-def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None = None, *, untie: bool = False) -> M:
-    """A new model of the original class with adapters folded in: W + sum w s B A, for deployment.
+def merge(
+    model: M,
+    adapters: str | Iterable[str] | Mapping[str, float] | None = None,
+    *,
+    untie: bool = False,
+) -> M:
+    """Return a new model of the original class with adapters folded in: W + sum w s B A.
 
-    The sum is computed in float32, or float64 where W, A or B are, and rounded once to W's dtype. Weights that no
-    adapter touches, and buffers of them, share storage with the base.
+    The sum is computed in float32, or float64 where W, A or B are, and rounded once to W's dtype.
+    Weights that no adapter touches, and buffers of them, share storage with the base.
 
     Args:
         model: an injected model.
         adapters: what to fold, as for `lorafx.activate`; the active adapters by default.
-        untie: give an adapted weight that something else reads (a head tied to an embedding) a tensor of its own.
+        untie: give an adapted weight that something else reads (a head tied to an embedding) a
+            tensor of its own.
 
     Raises:
         TiedWeightError: such a weight exists and `untie` is false.
@@ -90,52 +98,67 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
         True
     """
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
-    held = {name: branch for name, branch in branches(model).items()
-            if any(factors_at(branch, adapter) for adapter in chosen)}
-    sites = _owners(model, held)
-    for name, (_, others) in sites.items():
+    held: dict[str, Branch] = {}
+    for site, branch in branches(model).items():
+        if any(factors_at(branch, adapter) for adapter in chosen):
+            held[site] = branch
+    owners = _owners(model, held)
+    for site, (_, others) in owners.items():
         if others and not untie:
             raise TiedWeightError(
-                f"The weight of '{name}' is tied to '{others[0]}', so that folding an adapter into it would change "
-                f"that too. lorafx.merge(model, untie=True) gives '{name}' a tensor of its own.")
+                f"The weight of '{site}' is tied to '{others[0]}', so that folding an adapter into "
+                f"it would change that too. lorafx.merge(model, untie=True) gives '{site}' a "
+                "tensor of its own.")
     twin = eject(model)
-    clones: dict[nn.Parameter, nn.Parameter] = {}
-    for path, _, whole_set in trained_modules(model):
-        for name, parameter in whole_set.sets().get(whole_set.choose(chosen) or "", {}).items():
-            base = submodule(twin, path)._parameters[name]
-            assert base is not None
-            clones.setdefault(parameter, same_kind(base, parameter.detach().clone()))
-            submodule(twin, path)._parameters[name] = clones[parameter]
+    _place_trained(model, twin, chosen)
     places = places_of_sites(twin)
     by_weight: dict[tuple[str, ...], list[Addend]] = defaultdict(list)
-    for name, (names, _) in sites.items():
-        by_weight[tuple(names)] += held[name].addends(chosen, stored=True)
+    for site, (names, _) in owners.items():
+        by_weight[tuple(names)] += held[site].addends(chosen, stored=True)
     scratch = Scratch()
     for aliases, addends in by_weight.items():
         _fold([places[name] for name in aliases], addends, scratch)
     return twin
 
 
-def _owners(model: nn.Module, held: Mapping[str, Branch]) -> dict[str, tuple[list[str], list[str]]]:
-    """{site: (names of its weight where the branch is, names of the same weight where it is not)}."""
+def _place_trained(model: nn.Module, twin: nn.Module, chosen: Iterable[str]) -> None:
+    """Put copies of what the adapters train whole in the place of the twin's parameters."""
+    clones: dict[nn.Parameter, nn.Parameter] = {}  # a parameter under two names stays one
+    for path, _, trained in trained_modules(model):
+        owner = submodule(twin, path)
+        for name, parameter in trained.sets().get(trained.choose(chosen) or "", {}).items():
+            base = owner._parameters[name]
+            assert base is not None
+            if parameter not in clones:
+                clones[parameter] = same_kind(base, parameter.detach().clone())
+            owner._parameters[name] = clones[parameter]
+
+
+def _owners(
+    model: nn.Module, held: Mapping[str, Branch]
+) -> dict[str, tuple[list[str], list[str]]]:
+    """{site: (names of its weight that have the branch, names of the same weight that do not)}."""
     places = places_of_sites(model)
     tensors = {name: _key(*place) for name, place in places.items()}
     same: dict[Any, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         same[tensor].append(name)
-    found = {}
+    owners: dict[str, tuple[list[str], list[str]]] = {}
     for site, branch in held.items():
         base, block = split_block(site)
         if base not in places:
-            raise UnsupportedModelError(f"The adapters at '{site}' cannot be folded: its weight is not there any more.")
-        beside = {name: places[name][0]._modules.get(branch_name(places[name][1], block)) is branch
-                  for name in same[tensors[base]]}
-        found[site] = [n for n, here in beside.items() if here], [n for n, here in beside.items() if not here]
-    return found
+            raise UnsupportedModelError(f"The adapters at '{site}' cannot be folded: its weight is "
+                                        "not there any more.")
+        adapted, others = owners[site] = [], []
+        for name in same[tensors[base]]:
+            module, attribute = places[name]
+            beside = module._modules.get(branch_name(attribute, block))
+            (adapted if beside is branch else others).append(name)
+    return owners
 
 
 def _key(module: nn.Module, attribute: str) -> Any:
-    """What is the same for all names of one tensor."""
+    """Something that all names of one tensor have in common, and no other tensor's."""
     parameter = module._parameters.get(attribute)
     return (module, attribute) if parameter is None else parameter
 
@@ -149,13 +172,15 @@ def _fold(places: list[Place], addends: list[Addend], scratch: Scratch) -> None:
     weight = owner._parameters.get(attribute, owner._buffers.get(attribute))
     if weight is None:
         raise UnsupportedModelError(
-            f"The {attribute} of a {type(owner).__name__} is computed before every call, by a hook such as the old "
-            "weight_norm's: remove that from the model (torch.nn.utils.remove_weight_norm) before lorafx.inject.")
+            f"The {attribute} of a {type(owner).__name__} is computed before every call, by a hook "
+            "such as the old weight_norm's: remove that from the model "
+            "(torch.nn.utils.remove_weight_norm) before lorafx.inject.")
     total = folded(weight.detach(), [addend.detached for addend in addends], scratch)
     new = same_kind(weight, total) if isinstance(weight, nn.Parameter) else total
     for owner, attribute in places:
-        table: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers
-        table[attribute] = new
+        is_parameter = attribute in owner._parameters
+        tensors: dict[str, Any] = owner._parameters if is_parameter else owner._buffers
+        tensors[attribute] = new
 
 
 def _bake(owner: nn.Module, attribute: str) -> None:

@@ -1,4 +1,4 @@
-"""`load` and `save`: an adapter from a file into a model, and from a model into a file."""
+"""`load` and `save`: an adapter, its A and B at each site, from a file into a model and back."""
 
 import dataclasses
 import os
@@ -24,22 +24,29 @@ M = TypeVar("M", bound=nn.Module)
 
 @torch.inference_mode(False)
 def load(
-    model: M, path: str | os.PathLike[str], adapter: str | None = None, *, allow_nonfinite: bool = False
+    model: M,
+    path: str | os.PathLike[str],
+    adapter: str | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> M:
-    """The model with the adapter in a file; the format is known by the path's ending.
+    """Return the model with the adapter in a file; the format is known by the path's ending.
 
-    A model without branches is left as it is and a new, injected one is returned, with the adapter active. An injected
-    model gets the adapter added, inactive until `activate`, and is itself returned. Nothing changes on failure.
+    A model without branches is left as it is and a new, injected one is returned, with the adapter
+    active. An injected model gets the adapter added, inactive until `activate`, and is itself
+    returned. Nothing changes on failure.
 
     Args:
         model: a base model, or an injected one.
-        path: a file written by `lorafx.save`, MiniMind (.pth), kohya-ss or diffusers (.safetensors), or a folder
-            written by PEFT.
-        adapter: the name to give it, by default the one in the file; of a folder's several adapters, which one.
-        allow_nonfinite: whether A, B and trained weights may hold NaN and infinity, which are otherwise an error.
+        path: a file written by `lorafx.save`, MiniMind (.pth), kohya-ss or diffusers
+            (.safetensors), or a folder written by PEFT.
+        adapter: the name to give it, by default the one in the file; of a folder's several
+            adapters, which one.
+        allow_nonfinite: let A, B and trained weights hold NaN and infinity, otherwise an error.
 
     Raises:
-        FormatError: the file is missing or damaged. MismatchError: it was made for another model.
+        FormatError: the file is missing or damaged.
+        MismatchError: it was made for another model.
         AdapterError: the model holds an adapter of that name.
 
     Example:
@@ -70,26 +77,34 @@ def load(
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None, *,
-    optimizer: torch.optim.Optimizer | None = None, step: int | None = None,
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter: str | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    step: int | None = None,
 ) -> None:
-    """Write one adapter, and nothing of the base, to a file; all of it or nothing, whatever happens on the way.
+    """Write one adapter, and nothing of the base, to a file: all of it or, on failure, nothing.
 
     Args:
         model: an injected model.
-        path: its ending says the format: `.safetensors` (lorafx's own, all of the adapter), `.pth` / `.pt`
-            (MiniMind's: float16, the scale folded into B), or none: PEFT's folder. Missing folders are made.
+        path: its ending says the format: `.safetensors` (lorafx's own, all of the adapter), `.pth`
+            or `.pt` (MiniMind's: float16, the scale folded into B), or none: PEFT's folder. Missing
+            folders are made.
         adapter: which one; by default the only active one.
-        optimizer, step: of a training run that `lorafx.resume` shall continue, kept with the states of the random
-            generators beside the adapter; only lorafx's own format has a place for them.
+        optimizer, step: of a training run that `lorafx.resume` shall continue, kept with the states
+            of the random generators; only lorafx's own format has a place for them.
 
     Raises:
-        FormatError: no such format, or the format cannot hold this. AdapterError: unknown, or not the only one.
-        ConfigError: the optimizer has other parameters than this adapter's. OSError: the disk failed.
+        FormatError: no such format, or the format cannot hold this.
+        AdapterError: unknown, or not the only one.
+        ConfigError: the optimizer has other parameters than this adapter's.
+        OSError: the disk failed.
 
     Example:
         >>> import tempfile, torch, lorafx
-        >>> lorafx.save(lorafx.inject(torch.nn.Linear(4, 4)), tempfile.mkdtemp() + "/out/lora/demo_4.pth")
+        >>> model = lorafx.inject(torch.nn.Linear(4, 4))
+        >>> lorafx.save(model, tempfile.mkdtemp() + "/out/lora/demo_4.pth")
     """
     adapter = only_active(model, adapter, "save writes one adapter")
     found = extract(model, adapter)

@@ -17,7 +17,7 @@ _HEADER = ("site", "out x in", "rank", "scale")
 
 @dataclasses.dataclass(frozen=True)
 class SiteRow:
-    """One adapted site: its weight is (out, in); `ranks` and `scales` are those of each adapter there."""
+    """One adapted site, a weight (out, in); `ranks` and `scales` are those of each adapter there."""
 
     name: str
     in_features: int

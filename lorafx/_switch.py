@@ -1,11 +1,10 @@
-"""What an injected model computes and trains: which adapters are active, with which weights, and which it holds."""
+"""The adapters of a model, and the active ones: forward adds sum w s (x A^T) B^T over these."""
 
 import contextlib
-import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ._adapter.adapter import Adapter, Pair
 from ._adapter.config import LoRAConfig
@@ -20,7 +19,7 @@ from ._model.record import (
 
 
 def adapters(model: nn.Module) -> list[str]:
-    """The names of the adapters that an injected model holds, in the order in which they came.
+    """Return the names of the adapters that an injected model holds, in the order they came.
 
     Example:
         >>> import torch, lorafx
@@ -31,10 +30,11 @@ def adapters(model: nn.Module) -> list[str]:
 
 
 def activate(model: nn.Module, adapters: str | Iterable[str] | Mapping[str, float]) -> None:
-    """Choose what forward adds and what trains: one adapter, several, or weighted ones; the others are frozen.
+    """Choose what forward adds and what trains: one adapter, several, or weighted ones.
 
-    {a: wa, b: wb} adds wa s_a B_a A_a + wb s_b B_b A_b, exactly, with no cross terms. A module that an adapter trains
-    whole is used as that adapter has it, whatever the weight. An empty list leaves the base alone.
+    {a: wa, b: wb} adds wa s_a B_a A_a + wb s_b B_b A_b, exactly, with no cross terms. A module that
+    an adapter trains whole is used as that adapter has it, whatever the weight. The other adapters
+    are frozen. An empty list leaves the base alone.
 
     Raises:
         AdapterError: a name is unknown, or two of the adapters train one module whole.
@@ -74,8 +74,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
         refresh(model)
 
 
-def named_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name in state_dict, tensor) of the active adapters, or of one: each A and B, and the modules trained whole.
+def named_parameters(
+    model: nn.Module, adapter: str | None = None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (name in state_dict, tensor) of the active adapters, or of one.
+
+    These are each A and B, and the parameters of modules trained whole.
 
     Example:
         >>> import torch, lorafx
@@ -84,18 +88,23 @@ def named_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[t
     """
     if adapter is not None:
         check_adapter(model, adapter)
-    wanted = injection(model).active if adapter is None else (adapter,)
+    wanted = list(injection(model).active) if adapter is None else [adapter]
     holding, seen = set(holders(model)), set()
     for path, module in model.named_modules():
-        for name in wanted if module in holding else ():
-            for key, parameter in module._modules[name].named_parameters() if name in module._modules else ():
+        if module not in holding:
+            continue
+        for name in wanted:
+            held = module._modules.get(name)
+            if held is None:
+                continue
+            for key, parameter in held.named_parameters():
                 if parameter not in seen:
                     seen.add(parameter)
                     yield dotted(path, f"{name}.{key}"), parameter
 
 
 def parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
-    """The tensors to give an optimizer: those of `named_parameters`.
+    """Yield the tensors to give an optimizer: those of `named_parameters`.
 
     Example:
         >>> import torch, lorafx
@@ -118,7 +127,7 @@ def remove(model: nn.Module, adapter: str) -> None:
     check_adapter(model, adapter)
     record = injection(model)
     del record.configs[adapter]
-    record.active = {name: weight for name, weight in record.active.items() if name != adapter}
+    record.active = {name: w for name, w in record.active.items() if name != adapter}
     for holder in holders(model):
         holder._modules.pop(adapter, None)
     refresh(model)
@@ -129,10 +138,10 @@ def remove(model: nn.Module, adapter: str) -> None:
 
 @torch.inference_mode(False)
 def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> None:
-    """Make one adapter that computes exactly what these do together with these weights; inactive until `activate`.
+    """Make one adapter that computes exactly what these do together with these weights.
 
-    Its A is theirs stacked, (sum of ranks, in), and its B theirs side by side, each times its weight and scale; both
-    are float32, or float64 where theirs are.
+    Its A is theirs stacked, (sum of ranks, in), and its B theirs side by side, each times its
+    weight and scale; both are float32, or float64 where theirs are. It is inactive at first.
 
     Raises:
         AdapterError: a name is unknown, or the new one is taken.
@@ -150,27 +159,37 @@ def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> Non
     if not chosen:
         raise AdapterError("There is nothing to compose: name at least one adapter.")
     parts = [(extract(model, name), weight) for name, weight in chosen.items()]
-    pairs = {}
+    pairs: dict[str, Pair] = {}
     for site in branches(model):
         found = [(part.pairs[site], weight) for part, weight in parts if site in part.pairs]
         if found:
-            wide = functools.reduce(torch.promote_types, (pair.A.dtype for pair, _ in found), torch.float32)
-            A = torch.cat([pair.A.to(wide) for pair, _ in found], dim=-2)  # (sum of ranks, in)
-            scaled = [weight * pair.scale * pair.B.to(wide) for pair, weight in found]  # each (out, its rank)
-            B = torch.cat(scaled, dim=-1)  # (out, sum of ranks)
-            pairs[site] = Pair(A, B, 1.0)
-    whole = {name: tensor.clone() for part, _ in parts for name, tensor in part.trained.items()}
+            pairs[site] = _stacked(found)
+    whole: dict[str, Tensor] = {}
+    for part, _ in parts:
+        for name, tensor in part.trained.items():
+            whole[name] = tensor.clone()
     config = LoRAConfig(rank=max(pair.A.shape[-2] for pair in pairs.values()))
     attach(model, read_program(model), Adapter(adapter, config, pairs, whole))
 
 
+def _stacked(weighted: Sequence[tuple[Pair, float]]) -> Pair:
+    """One pair whose B A is the sum of w s B A over these."""
+    wide = torch.float32
+    for pair, _ in weighted:
+        wide = torch.promote_types(wide, pair.A.dtype)
+    A = torch.cat([pair.A.to(wide) for pair, _ in weighted], dim=-2)  # (sum of ranks, in)
+    scaled = [weight * pair.scale * pair.B.to(wide) for pair, weight in weighted]
+    return Pair(A, torch.cat(scaled, dim=-1), 1.0)  # B (out, sum of ranks)
+
+
 def only_active(model: nn.Module, adapter: str | None, doing: str) -> str:
-    """The adapter that was named, or the only active one."""
+    """Return the adapter that was named, or the only active one."""
     if adapter is not None:
         check_adapter(model, adapter)
         return adapter
     active = list(injection(model).active)
     if len(active) != 1:
+        known = ", ".join(map(repr, injection(model).configs)) or "none"
         raise AdapterError(f"{doing}, but {len(active)} are active: name one with adapter=..., of "
-                           f"{', '.join(map(repr, injection(model).configs)) or 'none'}.")
+                           f"{known}.")
     return active[0]

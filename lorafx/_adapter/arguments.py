@@ -1,4 +1,4 @@
-"""Unknown arguments: a TypeError that names the one that is meant, for those who know other libraries' names."""
+"""Unknown arguments: a TypeError names the one that is meant, in terms of other libraries too."""
 
 import difflib
 import functools

@@ -1,1 +1,1 @@
-"""The command line, `lorafx merge`, `show`, `convert` and `diff`; torch is imported when one of them runs."""
+"""The command line: `merge`, `show`, `convert` and `diff`; torch is imported when one runs."""

@@ -1,4 +1,4 @@
-"""The commands of the command line and their arguments, each checked before anything runs or torch is imported."""
+"""The commands and their arguments, each checked before anything runs or torch is imported."""
 
 import argparse
 import math
@@ -18,8 +18,8 @@ examples:
   lorafx convert french.safetensors french_512.pth
   lorafx diff french.safetensors french_512.pth --tolerance 1e-3
 
-lorafx COMMAND --help has more. Exit codes: 0 if all went well, 1 if diff finds a difference, 2 for a
-mistake or a file that cannot be read or written (a line on stderr says which), and 130 after Ctrl-C.
+lorafx COMMAND --help has more. Exit codes: 0 if all went well, 1 if diff finds a difference, 2 for
+a mistake or a file that cannot be read or written, as a line on stderr says, 130 after Ctrl-C.
 """
 MERGE = """\
 examples:

@@ -1,4 +1,4 @@
-"""`merge`, `show`, `convert` and `diff`, thin over the functions that do it: (exit code, text to print) of each."""
+"""`merge`, `show`, `convert` and `diff`, thin over what does it: each returns (exit code, text)."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""The command line: it parses the arguments, runs a command, and prints its result or one line of error."""
+"""The command line: it runs a command and prints its result, or one line that says why not."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ from .arguments import HelpRequested, UsageError, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, 1 if `diff` finds a difference, 2 after an error."""
+    """Run a command; return the exit code: 0, 1 if `diff` finds a difference, 2 after an error."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a letter of a site's name
         sys.stdout.reconfigure(errors="backslashreplace")
     program = "lorafx"
@@ -54,7 +54,7 @@ def _print_result(text: str, code: int) -> int:
 
 
 def _print_error(program: str, message: str) -> None:
-    """Write one line on stderr, whatever a path has put into the message, or none if it is closed."""
+    """Write one line on stderr, if it is open, whatever a path has put into the message."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
