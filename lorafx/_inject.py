@@ -80,9 +80,9 @@ def inject(
     check_model(model)
     twin = share(model)
     program = read_program(twin)
-    made = create(twin, program, adapter, config)
-    start(twin, program, group)
-    attach(twin, program, made)
+    made = create(program, adapter, config)
+    start(program, group)
+    attach(program, made)
     activate(twin, adapter)
     return twin
 
@@ -132,7 +132,7 @@ def add(model: nn.Module, adapter: str, rank: int = 8, *, targets: Any = None, *
     settings = LoRAConfig(rank, targets=(lambda site: site.name in here) if targets is None else targets,
                           **{**config, "trainable": tuple(as_list(config.get("trainable")))})
     program = read_program(model)
-    attach(model, program, create(model, program, adapter, settings))
+    attach(program, create(program, adapter, settings))
 
 
 class InjectLoRA(PassBase):

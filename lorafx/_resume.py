@@ -71,7 +71,7 @@ def resume(
     training = found.training
     if training is None:
         raise FormatError(f"{source} has no training state: it was saved without optimizer=... and step=....")
-    fitted, live = fit(model, read_program(model), found, source, made_for), _live(model, adapter)
+    fitted, live = fit(read_program(model), found, source, made_for), _live(model, adapter)
     _check_adapter(extract(model, adapter), fitted, source)
     names = _names(found, fitted, source)
     state = _state_dict(optimizer, training, {name: live[names[name]] for name in names}, source)

@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -42,38 +42,59 @@ def name_matches(pattern: str, name: str) -> bool:
 # What data-parallel and compile wrappers, and models around a model, put before every name.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 
-
-def renamed(names: Sequence[str], known: Collection[str]) -> Callable[[str], str]:
-    """How these names become known ones: as they are, or by wrappers' prefixes, if one way alone fits them all."""
-    if all(name in known for name in names):
-        return lambda name: name
-    fits = {tuple(map(rename, names)): rename for rename in renamings(names, known)
-            if all(rename(name) in known for name in names)}
-    return next(iter(fits.values())) if len(fits) == 1 else lambda name: name
+Rename = Callable[[str], str]
 
 
-def renamings(names: Sequence[str], known: Iterable[str]) -> Iterator[Callable[[str], str]]:
-    """Names as they are, then each way to take a wrapper's prefix from all of them and to put a known one before."""
+def renaming(names: Sequence[str], known: Collection[str]) -> Rename:
+    """Return how these names become known ones; as they are unless one renaming alone fits them all."""
+    def known_names(rename: Rename) -> tuple[str, ...] | None:
+        renamed = tuple(map(rename, names))
+        return renamed if all(name in known for name in renamed) else None
+
+    fitting = fitting_renamings(names, known, known_names)
+    return fitting[0] if len(fitting) == 1 else lambda name: name
+
+
+def fitting_renamings(
+    names: Sequence[str], known: Iterable[str], outcome: Callable[[Rename], Hashable | None]
+) -> list[Rename]:
+    """Return the renamings that fit, one for each outcome; of several, none is to be preferred.
+
+    `outcome` is what the names become, or None if a renaming does not fit. Names that fit as they
+    are stay so, whatever else would fit.
+    """
+    fitting: dict[Hashable, Rename] = {}
+    for number, rename in enumerate(_renamings(names, known)):
+        result = outcome(rename)
+        if result is not None:
+            fitting.setdefault(result, rename)
+        if fitting and number == 0:
+            break
+    return list(fitting.values())
+
+
+def _renamings(names: Sequence[str], known: Iterable[str]) -> Iterator[Rename]:
+    """Names as they are, then with one prefix taken from all of them and another put before them.
+
+    First the prefixes of wrappers, then one first part that no known name has, or that all names
+    lack: so transformers finds a base model (`h.0`) in a file of a model around it
+    (`transformer.h.0`), and the reverse.
+    """
+    known = list(known)
     for old in sorted(_prefixes(names), key=len):
         for new in sorted(_prefixes(known), key=len):
             if all(name.startswith(old) for name in names):
-                yield functools.partial(_renamed, old, new)
+                yield functools.partial(_with_prefix, old, new)
+    first_parts = {name.partition(".")[0] for name in names}
+    known_parts = {name.partition(".")[0] for name in known}
+    if first_parts.isdisjoint(known_parts):
+        if len(first_parts) == 1:
+            yield functools.partial(_with_prefix, f"{min(first_parts)}.", "")
+        for part in sorted(known_parts):
+            yield functools.partial(_with_prefix, "", f"{part}.")
 
 
-def base_renamings(names: Iterable[str], known: Iterable[str]) -> Iterator[Callable[[str], str]]:
-    """Each way to take one first part, which no known name has, from all names, or to put one before all of them.
-
-    So transformers finds a base model (`h.0`) in a file of a model around it (`transformer.h.0`), and the reverse.
-    """
-    firsts, parts = ({name.partition(".")[0] for name in some} for some in (names, known))
-    if firsts.isdisjoint(parts):
-        if len(firsts) == 1:
-            yield functools.partial(_renamed, f"{min(firsts)}.", "")
-        for part in sorted(parts):
-            yield functools.partial(_renamed, "", f"{part}.")
-
-
-def _renamed(old: str, new: str, name: str) -> str:
+def _with_prefix(old: str, new: str, name: str) -> str:
     return new + name.removeprefix(old)
 
 

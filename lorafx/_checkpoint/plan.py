@@ -1,6 +1,7 @@
 """Which tensors of a checkpoint an adapter changes, and how: there is no model to ask, only names and shapes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .._adapter.adapter import Adapter
 from .._adapter.config import FLOATS, factor_dtype
-from .._adapter.names import base_renamings, dotted, near, renamings, split_block
+from .._adapter.names import Rename, dotted, fitting_renamings, near, split_block
 from .._errors import AdapterError, FormatError, MismatchError, TiedWeightError
 from .._kernels.weights import Part, rows_of
 from .layout import Layout, TensorInfo, WeightedAdapter, layouts_of, transposed_matrices
@@ -173,20 +174,23 @@ def _find(adapter: Adapter, label: str, checkpoint: Checkpoint) -> dict[str, Loc
     names = list(dict.fromkeys(whole.values()))
     shapes = {whole[site]: _shape(adapter, site) for site in adapter.pairs}
     shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.trained.items() if adapter.untied}
-    ways = [*renamings(names, held), *(base_renamings(names, held) if checkpoint.ties is not None else ())]
-    complete: dict[tuple[str, ...], dict[str, Location]] = {}
+
+    def located(rename: Rename, ties: Ties | None) -> dict[str, Location]:
+        return _places({name: rename(name) for name in names}, shapes, adapter.trained, checkpoint, ties)
+
+    def keys(rename: Rename, ties: Ties | None) -> tuple[str, ...] | None:
+        places = located(rename, ties)
+        return tuple(found.key for found in places.values()) if len(places) == len(names) else None
+
+    complete: list[dict[str, Location]] = []
     for ties in (None, checkpoint.ties):  # heads that are not held come last
-        for number, rename in enumerate(ways):
-            places = _places({name: rename(name) for name in names}, shapes, adapter.trained, checkpoint, ties)
-            if len(places) == len(names):
-                complete[tuple(found.key for found in places.values())] = places
-                if number == 0:  # the names as they are
-                    break
+        fitting = fitting_renamings(names, held, functools.partial(keys, ties=ties))
+        complete = [located(rename, ties) for rename in fitting]
         if complete:
             break
     if len(complete) > 1:
-        first, second = list(complete)[:2]
-        raise MismatchError(f"{label} fits {base} in several ways, '{names[0]}' at '{first[0]}' or at '{second[0]}': "
+        first, second = complete[0][names[0]].key, complete[1][names[0]].key
+        raise MismatchError(f"{label} fits {base} in several ways, '{names[0]}' at '{first}' or at '{second}': "
                             "rename the tensors of one of them.")
     if not complete:
         missing = next(name for name in names if _tensor_named(name, held) is None)
@@ -194,7 +198,7 @@ def _find(adapter: Adapter, label: str, checkpoint: Checkpoint) -> dict[str, Loc
                             f"prefix; near it: {near(missing, (name.removesuffix('.weight') for name in held))}. If "
                             "the model renames or joins tensors when it loads them, fold the adapter in memory, by "
                             "lorafx.merge.")
-    places = list(complete.values())[-1]
+    places = complete[0]
     owners: dict[str, str] = {}
     for name, (key, _) in places.items():
         # beside a pair, PEFT may save the weight of the head that it is for

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter, Pair, Stored, check_shapes
-from .._adapter.names import dotted, renamed
+from .._adapter.names import dotted, renaming
 from .._errors import FormatError
 from .._graph.modules import users_modules
 from .._storage.files import read_metadata, read_pickle, read_safetensors
@@ -61,7 +61,7 @@ def decode(folder: Path, model: nn.Module | None, file: str | None = None) -> Ad
         raise FormatError(f"'{path}' holds no adapter: it has no lora_A and lora_B.")
     adapted = {module for module, _ in halves}
     modules = {} if model is None else users_modules(model)
-    here = renamed(sorted(adapted), modules)
+    here = renaming(sorted(adapted), modules)
     attentions = {key.path.removesuffix(".out_proj") for name, key in keys.items() if ".base_layer.out_proj." in name}
     reader = _PairReader(config, path, attentions)
     pairs: dict[str, Pair] = {}

@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._errors import AdapterError, UnsupportedModelError
 from .._graph.modules import LorafxModule, hooks
-from .._graph.scan import TABLES, reached
+from .._graph.scan import MODULE_STATE, values_in
 from .record import find_injection
 
 
@@ -65,8 +65,8 @@ def check_model(model: nn.Module) -> None:
 
 def _closures(module: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
     """(name, part) for each module or Parameter that a function in an attribute or a hook of this one closes over."""
-    plain = {f"'{name}'": value for name, value in vars(module).items() if name not in TABLES}
+    plain = {f"'{name}'": value for name, value in vars(module).items() if name not in MODULE_STATE}
     for name, value in (*plain.items(), *((f"hook {i}", hook) for i, hook in enumerate(hooks(module)))):
-        for function in reached(value):
+        for function in values_in(value):
             if isinstance(function, types.FunctionType):
-                yield from ((name, held) for held in reached(function) if isinstance(held, (nn.Module, nn.Parameter)))
+                yield from ((name, held) for held in values_in(function) if isinstance(held, (nn.Module, nn.Parameter)))

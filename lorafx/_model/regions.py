@@ -124,8 +124,7 @@ def why_not_region(module: nn.Module) -> str | None:
     taken = sorted(_RESERVED & (vars(module).keys() | module._modules.keys() | module._parameters.keys()))
     if taken:
         return f"its attribute '{taken[0]}' is one that a graph module needs"
-    cls: Any = type(module)
-    return _why_not_defined(cls, _RESERVED) or why_not_adapted(cls)
+    return _why_not_defined(type(module), _RESERVED) or why_not_adapted(module)
 
 
 def _why_not_defined(cls: type, names: frozenset[str]) -> str | None:
@@ -142,9 +141,14 @@ def _why_not_defined(cls: type, names: frozenset[str]) -> str | None:
     return None
 
 
+def why_not_adapted(module: nn.Module) -> str | None:
+    """Why no class can be derived from this module's, or None."""
+    cls: Any = type(module)
+    return _why_not_derived(cls)
+
+
 @functools.lru_cache(maxsize=None)
-def why_not_adapted(user_class: type) -> str | None:
-    """Why no class can be derived from this one, or None."""
+def _why_not_derived(user_class: type) -> str | None:
     if issubclass(user_class, Adapted):
         return None
     if type(user_class) not in (type, abc.ABCMeta):
