@@ -137,7 +137,8 @@ def test_breaks_and_skipped_are_named():
     model = nn.Sequential(nn.Linear(3, 3), nn.Conv1d(3, 3, 1), nn.LSTM(3, 3), nn.MultiheadAttention(4, 2))
     found = lorafx.summary(lorafx.inject(model))
     assert {"1", "2.weight_ih_l0", "2.weight_hh_l0"} == set(found.skipped)
-    assert "Sequential: forward loops" in found.breaks[""] and "graph break: LSTM" in found.skipped["2.weight_ih_l0"]
+    assert "Sequential: forward loops" in found.breaks[""]
+    assert found.skipped["2.weight_ih_l0"] == "a recurrent layer (LSTM), which lorafx does not adapt yet"
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel and other")
