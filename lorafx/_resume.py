@@ -210,7 +210,7 @@ def _keep_dtypes(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> 
 
 
 def _check_generators(model: nn.Module, states: Mapping[str, Tensor], source: str) -> None:
-    drawn, kept = generators.places(model), states.keys() - {"python", "numpy"}
+    drawn, kept = generators.devices_of(model), states.keys() - {"python", "numpy"}
     if drawn != kept or "python" not in states:
         raise MismatchError(f"{source} has random numbers of {shown(sorted(kept))}, and this model is on "
                             f"{', '.join(sorted(drawn))}: put it where it was trained.")

@@ -46,7 +46,7 @@ Rename = Callable[[str], str]
 
 
 def renaming(names: Sequence[str], known: Collection[str]) -> Rename:
-    """Return how these names become known ones; as they are unless one renaming alone fits them all."""
+    """Return how these names become known ones: as they are unless one other renaming fits."""
     def known_names(rename: Rename) -> tuple[str, ...] | None:
         renamed = tuple(map(rename, names))
         return renamed if all(name in known for name in renamed) else None

@@ -35,7 +35,7 @@ _QUESTIONS = METADATA | {"is_floating_point", "is_complex", "data_ptr"}
 
 
 class Product(NamedTuple):
-    """A linear call: its weight's chain, whether that is (in, out), and its blocks of rows, if any."""
+    """A linear call: its weight's chain, `transposed` for (in, out), and its blocks, if any."""
 
     chain: Chain
     transposed: bool
@@ -52,11 +52,11 @@ class MethodCall(NamedTuple):
 
 
 class Body(ast.NodeVisitor):
-    """Reads a body in the order of its text, twice, since a loop may come back to what it has stored.
+    """Reads a body in the order of its text, twice, since loops come back to what they stored.
 
     It finds `products`, the `fetches` of weights past their owner, by the chain where they begin,
-    the `calls` of children's methods, and what is to be read next: `functions` with what is bound to
-    their arguments, and `methods` of self.
+    the `calls` of children's methods, and what is to be read next: `functions` with what is bound
+    to their arguments, and `methods` of self.
     """
 
     def __init__(self, function: types.FunctionType, bound: Bindings, tree: ast.AST) -> None:
@@ -208,7 +208,7 @@ _COMBINING = (ast.BinOp, ast.BoolOp, ast.IfExp, ast.Tuple, ast.List, ast.Starred
 
 
 def _questions(tree: ast.AST) -> Iterator[ast.AST]:
-    """The fetches of which only a dtype, device or the like is asked: next(self.parameters()).dtype."""
+    """The fetches of which only a dtype or the like is asked: next(self.parameters()).dtype."""
     asked = {id(node.value) for node in ast.walk(tree)
              if isinstance(node, ast.Attribute) and node.attr in _QUESTIONS}
 

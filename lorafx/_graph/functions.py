@@ -1,4 +1,4 @@
-"""Python functions as objects: the package they are of, what they wrap and close over, and their source."""
+"""Python functions as objects: their package, what they wrap and close over, and their source."""
 
 import ast
 import contextlib

@@ -1,4 +1,4 @@
-"""Trees of modules: what the user wrote in them, apart from what lorafx added, and where their tensors are."""
+"""Trees of modules: what the user wrote, apart from what lorafx added, and where tensors are."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""The graph of a region: an `fx.Graph` that may read any attribute of a module, and that pickles flat."""
+"""The graph of a region: an `fx.Graph` that reads any attribute of a module, and pickles flat."""
 
 import dataclasses
 import inspect
@@ -9,7 +9,7 @@ from torch.fx.node import map_aggregate
 
 
 class RegionGraph(fx.Graph):
-    """A graph whose `get_attr` nodes may read any attribute of a module: None, a number, a tensor."""
+    """A graph whose `get_attr` nodes may read any attribute: None, a number, a tensor."""
 
     def lint(self) -> None:
         owner, self.owning_module = self.owning_module, None
@@ -27,7 +27,7 @@ class RegionGraph(fx.Graph):
         return graph
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A flat list of nodes that name their arguments: pickling the linked nodes themselves would recurse."""
+        """A flat list of nodes that name their arguments: pickling linked nodes would recurse."""
 
         def named(argument: Any) -> Any:
             return NodeName(argument.name) if isinstance(argument, fx.Node) else argument

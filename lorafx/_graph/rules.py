@@ -14,7 +14,7 @@ from torch import fx
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One way of writing a linear call: a function or method, the arguments in the order of `signature`.
+    """One way of writing a linear call: a function or method, its arguments as in `signature`.
 
     `transposed` means that the weight argument is (in, out), y = x W, and not (out, in), y = x W^T.
     """
@@ -77,7 +77,9 @@ COMPOSITES: dict[Any, dict[str, Role]] = {
 }
 
 
-def roles(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, Role]]:
+def roles(
+    function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[Any, Role]]:
     """(argument, Role) of each weight among the arguments of a call."""
     if function in COMPOSITES:
         given = {**dict(zip(inspect.signature(function).parameters, args)), **kwargs}
@@ -90,7 +92,7 @@ def roles(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iter
 _SPELLINGS = {"mat1": "input", "mat2": "weight", "other": "weight",
               "batch1": "input", "batch2": "weight"}
 
-# Ways of transposing a matrix: {target: the other arguments with which it does, as a set of alternatives}.
+# Ways of transposing a matrix: {target: alternatives of the other arguments with which it does}.
 _SWAPS = ((0, 1), (1, 0), (-1, -2), (-2, -1))
 TRANSPOSES: dict[Any, tuple[tuple[Any, ...], ...]] = {
     getattr: (("T",), ("mT",)), "t": ((),), torch.t: ((),), torch.ops.aten.t.default: ((),),
@@ -154,7 +156,7 @@ def matrix_users(
 
 
 def blocks_of(node: fx.Node, width: int) -> dict[str, tuple[int, int]]:
-    """{name: (start, length)} of the blocks into which chunk and split cut a value's last dimension.
+    """{name: (start, length)} of the blocks into which chunk and split cut the last dimension.
 
     A block goes by the name of the variable to which forward assigns it, and by its number.
     """
@@ -181,7 +183,7 @@ def blocks_of(node: fx.Node, width: int) -> dict[str, tuple[int, int]]:
 
 
 def _lengths(node: fx.Node, width: int) -> list[int]:
-    """The lengths of the parts into which a node cuts its first argument's last dimension, or []."""
+    """The lengths of the parts into which a node cuts the last dimension of its argument, or []."""
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     named = node.kwargs.get("chunks", node.kwargs.get("split_size", 0))
     size = node.args[1] if node.args[1:] else named
@@ -212,7 +214,7 @@ def only_metadata(node: fx.Node) -> bool:
 def weight_sources(
     node: fx.Node, linear_calls: Mapping[fx.Node, LinearCall]
 ) -> Iterator[tuple[fx.Node, bool, tuple[str, ...]]]:
-    """(get_attr, transposed, blocks of rows) of each tensor from which this node's weights are computed."""
+    """(get_attr, transposed, blocks of rows) of each tensor from which a weight is computed."""
     call = linear_calls.get(node)
     if call is not None and call.weight.op != "get_attr":
         for source in attribute_sources(call.weight):
@@ -226,7 +228,8 @@ def weight_sources(
     rule = RULES.get(node.target) if call is None and is_call else None
     if rule is not None and rule.transposed:  # w @ x
         left, right = rule.operands(node.args, node.kwargs)
-        if isinstance(left, fx.Node) and isinstance(right, fx.Node) and not attribute_sources(right):
+        are_nodes = isinstance(left, fx.Node) and isinstance(right, fx.Node)
+        if are_nodes and not attribute_sources(right):
             for source in attribute_sources(left):
                 yield source, False, ()
 

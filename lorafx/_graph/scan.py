@@ -1,4 +1,4 @@
-"""What the Python of a model's graph breaks, and plain attributes of its modules, do with weights."""
+"""What a model does with weights in the Python of graph breaks and in plain attributes."""
 
 import functools
 import inspect
@@ -100,7 +100,7 @@ def weights_in_attributes(module: nn.Module) -> Iterator[Place]:
 
 
 def values_in(value: Any, depth: int = 4) -> Iterator[Any]:
-    """A value and what it holds: items, a partial's arguments, closures and defaults, attributes."""
+    """A value and what it holds: items, attributes, a partial's arguments, closures, defaults."""
     yield value
     if depth == 0:
         return

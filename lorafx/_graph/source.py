@@ -3,8 +3,8 @@
 Python reads adapted weights of modules, so nothing here decides whether adapters are right. It
 answers two questions about the code that a forward reaches. Which tensors are the weights of linear
 calls, so that they are sites: `F.linear(x, self.w)`, `x @ self.experts[i]`? And which weights are
-fetched past the attribute that holds them, `dict(self.named_parameters())["w"]`, so that they cannot
-be adapted?
+fetched past the attribute that holds them, `dict(self.named_parameters())["w"]`, so that they
+cannot be adapted?
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Straight-line code: what it may consist of, and a profile function that checks it during tracing."""
+"""Straight-line code: what it may consist of, and a profile function that checks it in tracing."""
 
 import builtins
 import dis
@@ -14,9 +14,10 @@ from torch.overrides import handle_torch_function
 
 # The instructions of straight-line code, over the bytecodes of Python 3.11 and later.
 STRAIGHT = frozenset("""
-    RESUME NOP CACHE EXTENDED_ARG PUSH_NULL PRECALL KW_NAMES COPY_FREE_VARS POP_TOP COPY SWAP NOT_TAKEN
-    LOAD_CONST LOAD_SMALL_INT LOAD_FAST LOAD_FAST_CHECK LOAD_FAST_BORROW LOAD_FAST_LOAD_FAST STORE_FAST
-    LOAD_FAST_BORROW_LOAD_FAST_BORROW STORE_FAST_STORE_FAST STORE_FAST_LOAD_FAST DELETE_FAST
+    RESUME NOP CACHE EXTENDED_ARG PUSH_NULL PRECALL KW_NAMES COPY_FREE_VARS POP_TOP COPY SWAP
+    NOT_TAKEN LOAD_CONST LOAD_SMALL_INT LOAD_FAST LOAD_FAST_CHECK LOAD_FAST_BORROW
+    LOAD_FAST_LOAD_FAST LOAD_FAST_BORROW_LOAD_FAST_BORROW
+    STORE_FAST STORE_FAST_STORE_FAST STORE_FAST_LOAD_FAST DELETE_FAST
     LOAD_GLOBAL LOAD_DEREF LOAD_ATTR LOAD_METHOD LOAD_SUPER_ATTR
     CALL CALL_KW CALL_FUNCTION_EX BINARY_OP BINARY_SUBSCR BINARY_SLICE COMPARE_OP
     UNARY_NEGATIVE UNARY_INVERT
@@ -47,7 +48,7 @@ class Unsound(BaseException):
 
 
 class Watch:
-    """A profile function that checks each call made by traced code; the previous one is back on exit.
+    """A profile function that checks each call made by traced code; on exit the old one is back.
 
     `followed` holds the frames whose code was checked. `pending` holds the calls that have yet to
     reach a symbolic value: {calling or called frame: why it could not be followed}; an entry goes
@@ -78,7 +79,7 @@ class Watch:
         elif event == "c_call" and (frame in self.followed or frame in self.pending):
             reason = f"it calls `{arg.__name__}`, which does not become a node"
             if str(getattr(arg, "__module__", None)).partition(".")[0] != "torch" or arg in _ASKS:
-                raise Unsound(reason)  # before it runs: only torch's C functions know symbolic values
+                raise Unsound(reason)  # before it runs: only torch's know symbolic values
             self._expect(frame, reason)
         elif event in ("return", "c_return") and frame in self.pending:
             raise Unsound(self.pending[frame])
@@ -95,7 +96,7 @@ class Watch:
             self.pending.pop(parent, None)
         elif parent in self.pending:
             raise Unsound(self.pending[parent])
-        elif parent is self.root and code.co_filename not in self.machinery or parent in self.followed:
+        elif parent is self.root or parent in self.followed:
             if code.co_filename in self.machinery:
                 return
             reason = _decides(code) or _reads_names(code, frame.f_globals) or self._argument(frame)
@@ -107,7 +108,7 @@ class Watch:
                 self._expect(frame, f"it calls `{code.co_qualname}`: {reason}")
 
     def _argument(self, frame: types.FrameType) -> str | None:
-        """Why an argument, default or closure of a call is neither symbolic nor constant, or None."""
+        """Why an argument, default or closure is neither symbolic nor constant, or None."""
         for name, value in frame.f_locals.items():
             if name != "__class__" and not self._is_constant(value):
                 return f"{frame.f_code.co_name} is given `{name}`, a {type(value).__name__}"
@@ -132,7 +133,7 @@ _ASKS = frozenset({
     torch.overrides.has_torch_function, torch.overrides.has_torch_function_unary,
     torch.overrides.has_torch_function_variadic})
 
-# What other instructions do, in words, by a part of their names; `_decides` names any that is not here.
+# What other instructions do, in words, by a part of their names; any other is named itself.
 DECISIONS = {
     "JUMP": "branches or loops", "_ITER": "loops", "SEND": "awaits",
     "IS_OP": "compares identities", "CONTAINS_OP": "tests membership",
@@ -202,7 +203,7 @@ def _reads_names(code: types.CodeType, names: dict[str, Any]) -> str | None:
 
 
 def _check_handed_on(asking: types.FrameType, dispatch: types.FrameType) -> None:
-    """Raise unless a torch function hands all of its arguments on: the node would lack what it drops."""
+    """Raise unless a torch function hands all its arguments on: the node would lack the others."""
     code, passed = asking.f_code, dispatch.f_locals
     given = [id(value) for value in (*passed["args"], *passed["kwargs"].values())]
     for name in code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]:
@@ -221,7 +222,7 @@ def instruction(frame: types.FrameType) -> tuple[str, int]:
 
 
 def stored_names(frame: types.FrameType, count: int) -> list[str | None]:
-    """The variables in which a frame that is unpacking `count` items stores them; None for no name."""
+    """The variables in which a frame that is unpacking `count` items stores them, or None."""
     after = [step for step in instructions(frame.f_code) if step.offset > frame.f_lasti][:count]
     return [step.argval if step.opname == "STORE_FAST" else None for step in after]
 

@@ -1,4 +1,4 @@
-"""Puts an adapter into a model: makes it, registers its branches, and has them inserted into the graphs."""
+"""Puts an adapter into a model: makes it, registers its branches, has them inserted into graphs."""
 
 import dataclasses
 import inspect
@@ -40,8 +40,8 @@ def check_new_name(model: nn.Module, adapter: str) -> None:
     """Raise unless this name can be given to a new adapter of an injected model."""
     check_name(adapter)
     if adapter in injection(model).configs:
-        raise AdapterError(f"This model has an adapter {adapter!r} already: choose another name, or "
-                           "lorafx.remove it.")
+        raise AdapterError(f"This model has an adapter {adapter!r} already: choose another name, "
+                           "or lorafx.remove it.")
 
 
 def create(program: Program, name: str, config: LoRAConfig) -> Adapter:
@@ -84,8 +84,8 @@ def _trained_tensors(
         matched = tuple(f"{path}." for path in paths if name_matches(pattern, path))
         if not matched:
             names = near(pattern, sorted(paths))
-            raise NoSiteError(f"No module with parameters matches trainable={pattern!r}; this model "
-                              f"has {names}.")
+            raise NoSiteError(f"No module with parameters matches trainable={pattern!r}; this "
+                              f"model has {names}.")
         wanted |= {parameter for name, parameter in base.items() if name.startswith(matched)}
     first_names: dict[nn.Parameter, str] = {}
     for name, parameter in base.items():
@@ -129,7 +129,7 @@ def attach(program: Program, adapter: Adapter) -> None:
 
 
 class _Needed(NamedTuple):
-    """A name that a module must have free, or have for what lorafx keeps there; and a site, for errors."""
+    """A name that a module must have free, or have for a child of this kind; a site, for errors."""
 
     module: nn.Module
     name: str
@@ -161,9 +161,9 @@ def _check_room(program: Program, sites: list[Site], adapter: Adapter) -> None:
             continue
         registered = (*module._modules, *module._parameters, *module._buffers)
         if name in registered or inspect.getattr_static(module, name, None) is not None:
-            raise UnsupportedModelError(f"The module of '{at}' has an attribute '{name}' already, a "
-                                        "name that lorafx needs for its own: rename it, or exclude "
-                                        "this site.")
+            raise UnsupportedModelError(f"The module of '{at}' has an attribute '{name}' already, "
+                                        "a name that lorafx needs for its own: rename it, or "
+                                        "exclude this site.")
 
 
 def _branch(places: Mapping[str, Place], site: Site) -> Branch:
@@ -195,7 +195,7 @@ def _join_calls(program: Program) -> None:
 
 
 def _register_trained(program: Program, adapter: Adapter) -> None:
-    """Register the tensors that an adapter trains whole beside every module that has one of them."""
+    """Register the tensors that an adapter trains whole beside every module that has one."""
     trained: dict[nn.Parameter, nn.Parameter] = {}
     for name, tensor in adapter.trained.items():
         base = program.base_parameters[name]
@@ -229,10 +229,11 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
             stored[site] = Stored(shape, branch.transposed, first_row)
     lost = [site for site in config.targets if site not in pairs]
     if lost:
-        raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module or weight "
-                           "was replaced after injection, as by resize_token_embeddings with a head: "
-                           "do that before lorafx.inject.")
-    trained = {name: parameter.detach() for name, parameter in trained_whole(model, adapter).items()}
+        raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module or "
+                           "weight was replaced after injection, as by resize_token_embeddings "
+                           "with a head: do that before lorafx.inject.")
+    whole = trained_whole(model, adapter)
+    trained = {name: parameter.detach() for name, parameter in whole.items()}
     return Adapter(adapter, config, pairs, trained, stored)
 
 

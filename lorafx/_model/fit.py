@@ -1,4 +1,4 @@
-"""Fits an adapter from a file to a model: names, shapes, devices, dtypes, and how each weight is stored."""
+"""Fits an adapter from a file to a model: names, shapes, devices, dtypes, and layouts."""
 
 import dataclasses
 from collections import defaultdict
@@ -90,7 +90,7 @@ def _fit_trained(
     base: Mapping[str, nn.Parameter], adapted: Mapping[int, str], tensors: Mapping[str, Tensor],
     untied: bool, source: str,
 ) -> dict[str, Tensor]:
-    """The tensors that an adapter trained whole; `adapted` names the sites of its pairs by weight, by id."""
+    """The tensors that an adapter trained whole; `adapted` has the sites of its pairs, by id."""
     fitted, names = {}, dict(adapted)
     for name, tensor in tensors.items():
         if name not in base or base[name].shape != tensor.shape:
@@ -105,8 +105,8 @@ def _fit_trained(
                                 f"tied to '{tied[0]}': untie them first.")
         other = names.setdefault(id(base[name]), name)
         if other is not name:
-            raise MismatchError(f"{source} has a trained '{name}', which in this model is the weight "
-                                f"of '{other}', that it has too.")
+            raise MismatchError(f"{source} has a trained '{name}', which in this model is the "
+                                f"weight of '{other}', that it has too.")
         fitted[name] = tensor.to(base[name], copy=True)
     return fitted
 

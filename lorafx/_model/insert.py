@@ -16,7 +16,7 @@ from .regions import convert
 
 
 class Insertion(NamedTuple):
-    """A branch, by its path below the region, to put after a call; in reverse where y = x W^T is not the site's."""
+    """A branch, by its path below the region, to put after a call, which may be in reverse."""
 
     call: Call
     branch: str
@@ -31,7 +31,7 @@ def insert_branches(
     `group`: compute linear calls that share an input together.
     """
     for call, branch, reverse in insertions:
-        last = through_branches(region, call.node)  # there may be some of other blocks of the weight
+        last = through_branches(region, call.node)  # some may be there of the weight's other blocks
         with graph.inserting_after(last):
             arguments = (call.input, last, True) if reverse else (call.input, last)
             node = graph.call_module(branch, arguments)
@@ -50,7 +50,7 @@ def _is_other(node: fx.Node, user: fx.Node) -> bool:
 
 
 def _read_frozen(region: nn.Module, graph: fx.Graph) -> None:
-    """Let linear calls with a branch beside them, and questions for a shape or dtype, read W itself."""
+    """Let linear calls with a branch beside them, and questions for a shape or dtype, read W."""
     for node in graph.find_nodes(op="get_attr"):
         owner, _, attribute = str(node.target).rpartition(".")
         if attribute not in adapted_names(submodule(region, owner)):

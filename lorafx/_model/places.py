@@ -46,7 +46,7 @@ def tensor_at(place: Place) -> Any:
 
 
 class Weight:
-    """One tensor that forward may compute with, under all its names in the order of registration."""
+    """A tensor that forward may compute with, under all its names in the order of registration."""
 
     def __init__(self, tensor: Tensor, registered: bool) -> None:
         self.shape, self.dtype = tensor.shape, tensor.dtype
@@ -60,7 +60,7 @@ class Weight:
 
 
 class Weights:
-    """The tensors of a model, each once: all Parameters, then what else code has been found to read.
+    """The tensors of a model, each once: all Parameters, then what else code is found to read.
 
     What else there is, buffers, parametrized weights and plain attributes, is not looked at before.
     """

@@ -1,4 +1,4 @@
-"""A model as a program: a graph for each module that can be traced, its sites, and what is left alone.
+"""A model as a program: a graph for each module that can be traced, the sites, what is left alone.
 
 `read_program` runs the passes of `uses`, each of which returns what it found, and folds that into a
 `Program`.
@@ -118,7 +118,7 @@ def read_program(model: nn.Module) -> Program:
 
 
 def _trace(modules: Mapping[str, nn.Module]) -> tuple[dict[str, fx.Graph], dict[str, str]]:
-    """The graphs of the modules that can be regions, and the reasons of those that are graph breaks.
+    """The graphs of modules that can be regions, and the reasons of those that are graph breaks.
 
     A module without a matrix below it has neither, nor a layer of torch that makes no linear call
     and cannot be traced.

@@ -10,7 +10,8 @@ from torch import fx, nn
 from .._adapter.names import dotted
 from .._graph.modules import Place, hooks, submodule
 from .._graph.rules import (
-    LinearCall, attribute_sources, blocks_of, linear_call, matrix_users, only_metadata, weight_sources
+    LinearCall, attribute_sources, blocks_of, linear_call, matrix_users, only_metadata,
+    weight_sources
 )
 from .._graph.scan import modules_fetched, products_of, weights_in_attributes
 from .._graph.sites import Call
