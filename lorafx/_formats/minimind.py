@@ -17,13 +17,14 @@ _INSTEAD = "save to a path that ends in .safetensors"
 
 
 def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
-    """Return {file name: content}; ConfigError where float16 or the format cannot hold the adapter."""
+    """Return {file name: content}; ConfigError where the format cannot hold the adapter."""
     for name in adapter.trained:
-        raise ConfigError(f"a MiniMind file holds no base weights, such as the trained '{name}'; {_INSTEAD}.")
+        raise ConfigError(f"a MiniMind file holds no base weights, such as the trained '{name}'; "
+                          f"{_INSTEAD}.")
     for site, (shape, transposed, _) in adapter.stored.items():
         if transposed and shape[-1] == shape[-2]:
-            raise ConfigError(f"a MiniMind file cannot say that the square weight of '{site}' is stored "
-                              f"as (in, out); {_INSTEAD}.")
+            raise ConfigError(f"a MiniMind file cannot say that the square weight of '{site}' is "
+                              f"stored as (in, out); {_INSTEAD}.")
     tensors = {}
     for site, (A, B, scale) in adapter.pairs.items():
         tensors[dotted(site, "lora.A.weight")] = A.half().cpu()

@@ -46,7 +46,7 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
 
 
 def _factors(model: nn.Module, pairs: Sequence[PeftPair]) -> dict[str, Tensor]:
-    """{name: tensor} of all A and B; of a module's parameters the last is named first, as in PEFT."""
+    """{name: tensor} of all A and B, those of several parameters of a module named as in PEFT."""
     by_module: dict[str, list[PeftPair]] = defaultdict(list)
     for pair in pairs:
         by_module[pair.module].append(pair)
@@ -63,7 +63,7 @@ def _factors(model: nn.Module, pairs: Sequence[PeftPair]) -> dict[str, Tensor]:
 
 
 def _stem(module: str, pairs: Iterable[PeftPair]) -> str:
-    """How keys name an adapted module: an attention's out_proj is below the attention that PEFT wraps."""
+    """How keys name an adapted module: an attention's out_proj is below what PEFT wraps."""
     for pair in pairs:
         if pair.module == module and pair.attribute is None and pair.name != module:
             return module.removesuffix("out_proj") + "base_layer.out_proj"
@@ -75,8 +75,8 @@ def _trained(
 ) -> tuple[str, list[str], dict[str, Tensor]]:
     """The config's bias, its modules_to_save, and the tensors of both.
 
-    PEFT trains whole modules: all that a module has is written, as it is in the base where it was not
-    trained.
+    PEFT trains whole modules: all that a module has is written, as it is in the base where it was
+    not trained.
     """
     adapted = {pair.module for pair in pairs if pair.attribute is None}
     by_owner: dict[str, set[str]] = defaultdict(set)
@@ -92,16 +92,16 @@ def _trained(
         elif owner:
             owners.append(owner)
         else:
-            raise ConfigError(
-                f"PEFT trains whole modules, and '{min(names)}' belongs to the model itself: {INSTEAD}.")
+            raise ConfigError(f"PEFT trains whole modules, and '{min(names)}' belongs to the model "
+                              f"itself: {INSTEAD}.")
     modules = [owner for owner in owners if not _is_inside(owner, owners)]
     known = users_modules(model)
     for path, module in known.items():
         if path in modules or _is_inside(path, modules):
             tensors |= _all_tensors(adapter, path, module)
         elif any(path.endswith(module) for module in modules):
-            raise ConfigError(
-                f"PEFT would train '{path}' too, since its name ends as that of a trained module does.")
+            raise ConfigError(f"PEFT would train '{path}' too, since its name ends as that of a "
+                              "trained module does.")
     bias = next(kind for kind in ("all", "lora_only", "none") if kind in kinds)
     return bias, modules, tensors
 
@@ -111,7 +111,7 @@ def _is_inside(path: str, modules: Iterable[str]) -> bool:
 
 
 def _all_tensors(adapter: Adapter, path: str, module: nn.Module) -> dict[str, Tensor]:
-    """{name: tensor} of all that a module's state_dict has, trained where the adapter trained it."""
+    """{name: tensor} of all that a module's state_dict has, as the adapter trained it."""
     tensors = {}
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name not in module._non_persistent_buffers_set:
@@ -134,8 +134,8 @@ def _config(
     known = users_modules(model)
     config: dict[str, Any] = {
         "peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True,
-        "init_lora_weights": True, "r": rank, "lora_alpha": alpha, "lora_dropout": adapter.config.dropout,
-        "target_modules": _targets(names, known)}
+        "init_lora_weights": True, "r": rank, "lora_alpha": alpha,
+        "lora_dropout": adapter.config.dropout, "target_modules": _targets(names, known)}
     if parameters:
         _check_suffixes(parameters, known)
         config["target_parameters"] = parameters
@@ -173,5 +173,8 @@ def _check_suffixes(parameters: Sequence[str], known: Mapping[str, nn.Module]) -
 
 
 def _also_meant(name: str, known: Iterable[str], meant: Iterable[str]) -> str | None:
-    """The first of the known names that PEFT would take for this one, which ends it, and that is not meant."""
-    return next((other for other in known if other.endswith("." + name) and other not in meant), None)
+    """The first known name that is not meant but that PEFT takes for this one, as it ends in it."""
+    for other in known:
+        if other.endswith("." + name) and other not in meant:
+            return other
+    return None
