@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._kernels.addend import Addend, norm
 from .adapter import Adapter, Pair
 from .config import LoRAConfig
 
@@ -18,7 +19,7 @@ def describe(adapter: Adapter, base: str | None) -> dict[str, Any]:
     for site, pair in adapter.pairs.items():
         A, B, scale = pair
         sites[site] = {"rank": A.shape[-2], "scale": scale, "A": list(A.shape), "B": list(B.shape),
-                       "dtype": _name(A.dtype), "bytes": A.nbytes + B.nbytes, "norm": norm([pair])}
+                       "dtype": _name(A.dtype), "bytes": A.nbytes + B.nbytes, "norm": norm([_addend(pair)])}
     trained = {name: {"shape": list(tensor.shape), "dtype": _name(tensor.dtype), "bytes": tensor.nbytes,
                       "norm": torch.linalg.vector_norm(tensor.double()).item()}
                for name, tensor in adapter.trained.items()}
@@ -60,28 +61,17 @@ def adapters_equal(found: dict[str, Any], tolerance: float) -> bool:
     return not (found["only_first"] or found["only_second"] or any(not value <= tolerance for value in relative))
 
 
-def norm(pairs: list[Pair]) -> float:
-    """The Frobenius norm of sum s B A, all of one shape, in float64.
-
-    The sum is L R with L the B's side by side, (..., out, ranks), and R the A's stacked, (..., ranks, in). With
-    L = Q1 R1 and R^T = Q2 R2 its norm is that of the small R1 R2^T, which loses no digits as Gram matrices would.
-    """
-    left = torch.cat([_scaled(pair) for pair in pairs], -1)
-    right = torch.cat([pair.A.double() for pair in pairs], -2)
-    return float(torch.linalg.vector_norm(_corner(left) @ _corner(right.mT).mT))
-
-
-def _corner(tall: Tensor) -> Tensor:
-    """R of a matrix Q R."""
-    return torch.linalg.qr(tall, mode="r").R if tall.numel() else tall[..., :0, :]
-
-
 def _relative(first: Pair, second: Pair) -> float:
     if (first.A.shape[-1], first.B.shape[:-1]) != (second.A.shape[-1], second.B.shape[:-1]):
         return math.inf
     if torch.equal(first.A.double(), second.A.double()) and torch.equal(_scaled(first), _scaled(second)):
         return 0.0
-    return _ratio(norm([first, second._replace(scale=-second.scale)]), norm([first]))
+    apart = norm([_addend(first), _addend(second._replace(scale=-second.scale))])
+    return _ratio(apart, norm([_addend(first)]))
+
+
+def _addend(pair: Pair) -> Addend:
+    return Addend(pair.B, pair.A, pair.scale)
 
 
 def _scaled(pair: Pair) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .._adapter.config import FLOATS, factor_dtype
 from .._errors import AdapterError, FormatError, MismatchError
-from .._kernels.weights import Part, rows_of
+from .._kernels.addend import Addend
+from .._kernels.weights import rows_of
 from .checkpoint import Checkpoint, TensorInfo
 from .layout import Layout, WeightedAdapter, layouts_of, stored_orientations
 from .locate import Location, locate
@@ -32,7 +33,7 @@ class Change:
     """
 
     trained: Tensor | None = None
-    addends: list[Part] = field(default_factory=list)
+    addends: list[Addend] = field(default_factory=list)
     untied: bool = False
 
     def rows(self, start: int, length: int) -> "Change":
@@ -54,7 +55,7 @@ def plan_merge(request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:
     """Return what the adapters together change, once every name and shape is checked."""
     changes: dict[str, Change] = {}
     new: dict[str, str] = {}
-    addends: dict[str, dict[str, list[Part]]] = {}  # of a tensor, by site, in lorafx.merge's order
+    addends: dict[str, dict[str, list[Addend]]] = {}  # of a tensor, by site, in lorafx.merge's order
     first_to_train: dict[str, str] = {}
     unties_any, orientations = False, stored_orientations(checkpoint)
     for weighted in request.adapters:
@@ -115,9 +116,9 @@ def _check_dtype(name: str, checkpoint: Checkpoint) -> None:
             "which there is no W + s B A: dequantise the checkpoint first.")
 
 
-def _addend(weighted: WeightedAdapter, site: str, layout: Layout, tensor: TensorInfo) -> Part:
+def _addend(weighted: WeightedAdapter, site: str, layout: Layout, tensor: TensorInfo) -> Addend:
     """The addend of a tensor as it is stored, in the dtype that factors would have in a model."""
     dtype = factor_dtype(weighted.adapter.config, torch.empty(0, dtype=tensor.dtype))
     A, B, scale = weighted.adapter.pairs[site]
-    addend = Part(B.to(dtype), A.to(dtype), weighted.weight * scale, -2, layout.start)
+    addend = Addend(B.to(dtype), A.to(dtype), weighted.weight * scale, -2, layout.start)
     return addend.transposed if layout.transposed else addend

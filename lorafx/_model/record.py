@@ -75,7 +75,7 @@ def refresh(model: nn.Module) -> None:
     """Make every branch and every trained module follow the record."""
     live = injection(model).live
     for branch in branches(model).values():
-        branch._live = tuple((name, weight) for name, weight in live.items() if name in branch._modules)
+        branch._active = tuple((name, weight) for name, weight in live.items() if name in branch._modules)
     for _, _, held in trained_modules(model):
         held.used = held.choose(live)
 
