@@ -1,4 +1,4 @@
-"""An adapter is data: a config, and at each site a pair A (rank, in), B (out, rank) with its scale s."""
+"""An adapter is data: a config, and at each site A (rank, in), B (out, rank) and their scale s."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -31,7 +31,7 @@ class Stored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """Where a training run stands: after `step` steps of an optimizer, and with which random numbers to come.
+    """Where a training run stands: after `step` steps of an optimizer, and its random generators.
 
     `kind` is the optimizer's class. `groups` has for each parameter group its options and the names
     of its tensors, `state` for each of these names what the optimizer keeps for it. Names are those

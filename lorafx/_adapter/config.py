@@ -132,5 +132,5 @@ def first_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
 
 
 def factor_dtype(config: LoRAConfig, weight: Tensor) -> torch.dtype:
-    """Return the dtype of A and B at a weight: the config's, else the weight's, at least float32."""
+    """Return the dtype of a weight's A and B: the config's, else its own, at least float32."""
     return config.dtype or torch.promote_types(weight.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Names: of sites, blocks of rows, branches and adapters, and how those in a file become a model's."""
+"""Names of sites, blocks of rows, branches and adapters, and how a file's become a model's."""
 
 import difflib
 import fnmatch
@@ -22,8 +22,8 @@ def check_name(name: str) -> None:
         sound = name[0] != "_" and not set("./\\:") & set(name) and name not in dir(nn.Module())
     if not sound:
         raise ConfigError(f"{shown(name)} cannot name an adapter: use a word without dots, slashes "
-                          "and colons that is not an attribute of nn.Module and does not begin with "
-                          "an underscore.")
+                          "and colons that is not an attribute of nn.Module and does not begin "
+                          "with an underscore.")
 
 
 def dotted(prefix: str, name: str) -> str:
@@ -94,7 +94,7 @@ def _prefixes(names: Iterable[str]) -> set[str]:
 
 
 def near(pattern: Any, names: Iterable[str], count: int = 3) -> str:
-    """Return the names most like a pattern, by their last parts too, quoted; else the first ones."""
+    """Return the names most like a pattern, by their last parts too, or the first ones, quoted."""
     names = list(dict.fromkeys(names))
     found: list[str] = []
     if isinstance(pattern, str):
@@ -114,5 +114,5 @@ def branch_name(attribute: str, block: str = "") -> str:
 
 
 def site_name(owner: str, attribute: str) -> str:
-    """Return a site's name: its owner's path, or the tensor's own where that is not a weight."""
+    """Return a site's name: its owner's path, or the tensor's own if it is not called weight."""
     return owner if attribute == "weight" else dotted(owner, attribute)
