@@ -11,8 +11,9 @@ from torch.nn.utils import parametrize
 from ._adapter.names import branch_name, dotted, split_block
 from ._errors import TiedWeightError, UnsupportedModelError
 from ._graph.modules import LorafxModule, Place, submodule
+from ._kernels.addend import Addend
 from ._kernels.scratch import Scratch
-from ._kernels.weights import Part, folded
+from ._kernels.weights import folded
 from ._model.branches import Branch, branches, factors_at
 from ._model.copies import same_kind, share
 from ._model.places import places_of
@@ -106,12 +107,12 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
             clones.setdefault(parameter, same_kind(base, parameter.detach().clone()))
             submodule(twin, path)._parameters[name] = clones[parameter]
     places = places_of(twin)
-    by_weight: dict[tuple[str, ...], list[Part]] = defaultdict(list)
+    by_weight: dict[tuple[str, ...], list[Addend]] = defaultdict(list)
     for name, (names, _) in sites.items():
-        by_weight[tuple(names)] += held[name].parts(chosen)
+        by_weight[tuple(names)] += held[name].addends(chosen, stored=True)
     scratch = Scratch()
-    for aliases, parts in by_weight.items():
-        _fold([places[name] for name in aliases], parts, scratch)
+    for aliases, addends in by_weight.items():
+        _fold([places[name] for name in aliases], addends, scratch)
     return twin
 
 
@@ -139,7 +140,7 @@ def _key(place: Place) -> Any:
     return place if parameter is None else parameter
 
 
-def _fold(places: list[Place], parts: list[Part], scratch: Scratch) -> None:
+def _fold(places: list[Place], addends: list[Addend], scratch: Scratch) -> None:
     """Put W + sum s B A, in W's dtype and rounded once, in the place of W, under all of its names."""
     for owner, attribute in places:
         if parametrize.is_parametrized(owner, attribute):
@@ -150,7 +151,7 @@ def _fold(places: list[Place], parts: list[Part], scratch: Scratch) -> None:
         raise UnsupportedModelError(
             f"The {attribute} of a {type(owner).__name__} is computed before every call, by a hook such as the old "
             "weight_norm's: remove that from the model (torch.nn.utils.remove_weight_norm) before lorafx.inject.")
-    total = folded(weight.detach(), [part.detached for part in parts], scratch)
+    total = folded(weight.detach(), [addend.detached for addend in addends], scratch)
     new = same_kind(weight, total) if isinstance(weight, nn.Parameter) else total
     for owner, attribute in places:
         table: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers

@@ -1,4 +1,4 @@
-"""Names: of sites, blocks of rows, branches and adapters, and how those in a file become a model's."""
+"""Names of sites, blocks of rows, branches and adapters, and how a file's become a model's."""
 
 import difflib
 import fnmatch
@@ -12,31 +12,36 @@ from .._errors import ConfigError
 from .config import shown
 
 
-LONGEST_NAME = 200  # characters of an adapter's name
+LONGEST_ADAPTER_NAME = 200  # characters
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError unless this can name an adapter: it names a submodule, and in PEFT's format a folder."""
-    if (not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= LONGEST_NAME or name[0] == "_"
-            or any(mark in name for mark in "./\\:") or name in dir(nn.Module())):
-        raise ConfigError(f"{shown(name)} cannot name an adapter: use a word without dots, slashes and colons that is "
-                          "no attribute of nn.Module and does not begin with an underscore.")
+    """Raise ConfigError unless this can name a submodule, and a folder, as adapters do."""
+    sound = isinstance(name, str) and name.isprintable() and 0 < len(name) <= LONGEST_ADAPTER_NAME
+    if sound:
+        sound = name[0] != "_" and not set("./\\:") & set(name) and name not in dir(nn.Module())
+    if not sound:
+        raise ConfigError(f"{shown(name)} cannot name an adapter: use a word without dots, slashes "
+                          "and colons that is not an attribute of nn.Module and does not begin "
+                          "with an underscore.")
 
 
 def dotted(prefix: str, name: str) -> str:
-    """A dotted name below a prefix, which is empty for the model itself."""
+    """Return a dotted name below a prefix, which is empty for the model itself."""
     return f"{prefix}.{name}" if prefix else name
 
 
 def split_block(name: str) -> tuple[str, str]:
-    """A site's name without its block, and the block: ("attn.qkv", "[q]")."""
+    """Return a site's name without its block, and the block: ("attn.qkv", "[q]")."""
     base, bracket, block = name.partition("[")
     return base, bracket + block
 
 
 def name_matches(pattern: str, name: str) -> bool:
-    """Whether a pattern is this dotted name, a dotted suffix of it, or a glob that fits it."""
-    return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
+    """True if a pattern is this dotted name, a dotted suffix of it, or a glob that fits it."""
+    if name == pattern or name.endswith("." + pattern):
+        return True
+    return fnmatch.fnmatchcase(name, pattern)
 
 
 # What data-parallel and compile wrappers, and models around a model, put before every name.
@@ -110,7 +115,7 @@ def _prefixes(names: Iterable[str]) -> set[str]:
 
 
 def near(pattern: Any, names: Iterable[str], count: int = 3) -> str:
-    """The names most like the pattern, by their last parts too, quoted; the first ones where none is alike."""
+    """Return the names most like a pattern, by their last parts too, or the first ones, quoted."""
     names = list(dict.fromkeys(names))
     found: list[str] = []
     if isinstance(pattern, str):
@@ -125,10 +130,10 @@ def near(pattern: Any, names: Iterable[str], count: int = 3) -> str:
 
 
 def branch_name(attribute: str, block: str = "") -> str:
-    """The name of the branch of a module's tensor: `lora` for its weight, `lora_w1` for another, w1, `lora[q]`."""
+    """Return the name of a tensor's branch: `lora` for a weight, `lora_w1` for w1, `lora[q]`."""
     return ("lora" if attribute == "weight" else f"lora_{attribute}") + block
 
 
 def site_name(owner: str, attribute: str) -> str:
-    """The name of a site: its owner's path, or the tensor's own where that is not called weight."""
+    """Return a site's name: its owner's path, or the tensor's own if it is not called weight."""
     return owner if attribute == "weight" else dotted(owner, attribute)

@@ -27,8 +27,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._kernels.private import TorchDispatchMode
 from .region_graph import RegionGraph
 from .watch import HIDDEN, PRIMITIVES, Unsound, Watch, instruction, loads_method, stored_names
 

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._errors import UnsupportedModelError
 from .._graph.modules import LorafxModule
+from .._kernels.private import make_subclass, storage_key
 from .regions import EJECTING, is_plain_graph
 
 
@@ -54,9 +55,9 @@ def share(model: M, ejecting: bool = False) -> M:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = same_kind(parameter, parameter.detach())
-    storages = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    storages = {storage_key(parameter.untyped_storage()) for parameter in model.parameters()}
     for buffer in model.buffers():  # a view of a parameter stays one
-        if buffer.untyped_storage()._cdata in storages:
+        if storage_key(buffer.untyped_storage()) in storages:
             memo[id(buffer)] = buffer.detach()
     graphs = [m for m in model.modules() if is_plain_graph(m)]
     for module in graphs:  # their own deepcopy drops hooks and plain attributes
@@ -81,7 +82,7 @@ def share(model: M, ejecting: bool = False) -> M:
 
 def same_kind(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
     """A Parameter of the same class, flags and attributes, on other data."""
-    twin = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
+    twin: nn.Parameter = make_subclass(type(parameter), data, parameter.requires_grad)
     twin.__dict__.update(parameter.__dict__)
     return twin
 
@@ -103,15 +104,17 @@ def _check_shared(model: nn.Module, twin: nn.Module) -> None:
         if isinstance(module, LorafxModule):
             ours.update(module.parameters())
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter not in ours and not (name in twins and _share_storage(twins[name], parameter)):
+        if parameter in ours:
+            continue
+        if name not in twins or _key(twins[name]) != _key(parameter):
             raise UnsupportedModelError(
                 f"Copying this {type(model).__name__} did not keep the weight '{name}': some class "
                 "on the way has a __deepcopy__ that makes new weights. Let it pass `memo` on to "
                 "copy.deepcopy.")
 
 
-def _share_storage(a: Tensor, b: Tensor) -> bool:
-    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+def _key(tensor: Tensor) -> int:
+    return storage_key(tensor.untyped_storage())
 
 
 class _CopyNonLeaves(TorchFunctionMode):

@@ -43,7 +43,8 @@ def check_model(model: nn.Module) -> None:
         raise AdapterError(f"This {type(model).__name__} is injected already: lorafx.add gives it "
                            "another adapter.")
     foreign = [(getattr(sys.modules[where], name), what, instead)
-               for where, name, what, instead in FOREIGN if where in sys.modules]
+               for where, name, what, instead in FOREIGN
+               if hasattr(sys.modules.get(where), name)]
     members = {*model.modules(), *model.parameters()}
     for path, module in model.named_modules():
         label = (f"'{path}' ({type(module).__name__})" if path

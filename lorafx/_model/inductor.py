@@ -2,17 +2,26 @@
 
 import operator
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from .._kernels import linears, weights as kernel_weights
-from .._kernels.linears import Addend, Linear, full_precision, merges
-from . import lower as lowering
-from .lower import groups
+from .. import _kernels
+from .._graph import groups as grouping
+from .._graph.groups import groups
+from .._kernels.addend import Addend
+from .._kernels.calls import Linear
+from .._kernels.linears import full_precision, merges
+from .._kernels.merged import merged_linears
+from .._kernels.private import compiler_pass
+
+_CompilerPass, _hash_of_files = compiler_pass()
+# what decides, together with torch's settings, what a graph becomes
+_SOURCES = (__file__, str(grouping.__file__),
+            *sorted(str(path) for path in Path(_kernels.__path__[0]).glob("*.py")))
 
 
 class BranchNodes(NamedTuple):
@@ -34,7 +43,7 @@ class BranchNodes(NamedTuple):
         return None
 
 
-class JoinBranches(CustomGraphPass):
+class JoinBranches(_CompilerPass):  # type: ignore[misc, valid-type]
     """Branches of one x: x A_1^T, x A_2^T, ... become parts of x cat(A_1, A_2, ...)^T; or, with the linear calls beside
     which they stand, x (W_1 + s_1 B_1 A_1)^T, ..., where that is faster and as exact."""
 
@@ -52,7 +61,7 @@ class JoinBranches(CustomGraphPass):
     def uuid(self) -> bytes:
         """The same as long as the pass is."""
         precision = str([full_precision(device) for device in ("cpu", "cuda")])
-        return get_hash_for_files((__file__, str(lowering.__file__), str(linears.__file__), str(kernel_weights.__file__)), precision)
+        return _hash_of_files(_SOURCES, precision)
 
 
 def _found(node: fx.Node) -> Iterator[BranchNodes]:
@@ -93,7 +102,8 @@ def _forms_weights(branches: list[BranchNodes]) -> bool:
         weight, bias = _operands(branch)
         if any(node is not None and _value(node).requires_grad for node in (weight, bias)):
             return False  # its gradient is not computed there
-        calls.append(Linear(_value(weight), None, [Addend(_value(branch.A), _value(branch.B), 1.0)]))
+        addend = Addend(_value(branch.B), _value(branch.A), 1.0)
+        calls.append(Linear(_value(weight), None, [addend]))
     return isinstance(x.numel(), int) and merges(x, calls, share=0.5)  # nothing adds into y in place here
 
 
@@ -148,41 +158,3 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(node)
         for argument in inputs:
             _erase(graph, argument)
-
-
-def merged_linears(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], factors: list[tuple[Tensor, Tensor]],
-) -> tuple[Tensor, ...]:
-    """[x (W + B A)^T + b for each], for a compiler to trace: neither the sums nor their gradients are kept."""
-    flat = [tensor for pair in factors for tensor in pair]
-    outputs: tuple[Tensor, ...] = _MergedLinears.apply(  # type: ignore[no-untyped-call]
-        x, len(weights), *weights, *biases, *flat)
-    return outputs
-
-
-class _MergedLinears(torch.autograd.Function):
-    """(x, count, W, ..., b, ..., A, B, A, B, ...) -> y, ..., differentiable in x and the A and B."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, *tensors: Any) -> tuple[Tensor, ...]:
-        weights, biases, factors = tensors[:count], tensors[count:2 * count], tensors[2 * count:]
-        A, B = factors[::2], factors[1::2]
-        ctx.count = count
-        ctx.save_for_backward(x, *weights, *A, *B)
-        return tuple(F.linear(x, torch.addmm(W, b, a), bias) for W, bias, a, b in zip(weights, biases, A, B))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
-        count = ctx.count
-        weights, A, B = tensors[:count], tensors[count:2 * count], tensors[2 * count:]
-        rows = x.reshape(-1, x.shape[-1])
-        dYs = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
-        h = (rows @ torch.cat(A).t()).split_with_sizes([len(a) for a in A], dim=1)
-        G = torch.cat([dY @ b for dY, b in zip(dYs, B)], dim=1)
-        dA = (rows.t() @ G).t().split_with_sizes([len(a) for a in A])
-        dB = [dY.t() @ part for dY, part in zip(dYs, h)]
-        # the transposed sum, which no compiler takes for that of the forward pass and keeps
-        dX = [dY @ torch.addmm(W.t(), a.t(), b.t()).t() for dY, W, a, b in zip(dYs, weights, A, B)]
-        pairs = [gradient for pair in zip(dA, dB) for gradient in pair]
-        return sum(dX[1:], dX[0]).view(x.shape), None, *[None] * (2 * count), *pairs

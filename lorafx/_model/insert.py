@@ -10,7 +10,7 @@ from .._adapter.names import dotted
 from .._graph.modules import submodule
 from .._graph.rules import matrix_users, only_metadata
 from .._graph.sites import Call
-from .branches import through_branches
+from .branches import after_branches
 from .reading import FROZEN_PREFIX, adapted_names
 from .regions import convert
 
@@ -31,7 +31,7 @@ def insert_branches(
     `group`: compute linear calls that share an input together.
     """
     for call, branch, reverse in insertions:
-        last = through_branches(region, call.node)  # some may be there of the weight's other blocks
+        last = after_branches(region, call.node)  # some may be there of the weight's other blocks
         with graph.inserting_after(last):
             arguments = (call.input, last, True) if reverse else (call.input, last)
             node = graph.call_module(branch, arguments)
@@ -57,7 +57,7 @@ def _read_frozen(region: nn.Module, graph: fx.Graph) -> None:
             continue
         target, users = dotted(owner, FROZEN_PREFIX + attribute), list(matrix_users(node))
         frozen = {user for _, user in users
-                  if only_metadata(user) or through_branches(region, user) is not user}
+                  if only_metadata(user) or after_branches(region, user) is not user}
         if len(frozen) == len({user for _, user in users}):
             node.target = target
             continue

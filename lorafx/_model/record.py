@@ -84,7 +84,7 @@ def refresh(model: nn.Module) -> None:
     """Make every branch and every trained module follow the record."""
     live = injection(model).live
     for branch in branches(model).values():
-        branch._live = tuple(item for item in live.items() if item[0] in branch._modules)
+        branch._active = tuple(item for item in live.items() if item[0] in branch._modules)
     for _, _, trained in trained_modules(model):
         trained.used = trained.choose(live)
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from .._graph.functions import package
 from .._graph.modules import LorafxModule
 from .lower import Forward, forward_of, lower
+from .readers import GENERATED
 from .reading import FROZEN_PREFIX, adapted, adapted_names, base_or_trained
 
 
@@ -224,7 +225,7 @@ def _derived(
 
 
 def _compiled(user_class: type[nn.Module], code: fx.graph.PythonCode) -> dict[str, Any]:
-    filename = f"<lorafx {user_class.__qualname__} {next(_SERIAL)}>"
+    filename = f"{GENERATED}{user_class.__qualname__} {next(_SERIAL)}>"
     source = code.src.strip() + "\n"
     linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
     names = dict(code.globals)

@@ -15,7 +15,7 @@ from .._graph.rules import (
 )
 from .._graph.scan import modules_fetched, products_of, weights_in_attributes
 from .._graph.sites import Call
-from .branches import through_branches
+from .branches import after_branches
 from .places import Weight, Weights
 from .reading import original_name
 from .regions import is_plain_graph
@@ -125,7 +125,7 @@ def _add_users(
             site = Call(path, owner, place.attribute, user, call.transposed)
             use = LinearUse(weight, place, call.transposed, call=site, kind=call.rule.kind)
             found.linear.append(use)
-            blocks = blocks_of(through_branches(region, user), weight.shape[0])
+            blocks = blocks_of(after_branches(region, user), weight.shape[0])
             if blocks:
                 found.splits.append((weight, blocks))
 
@@ -152,7 +152,7 @@ def splits_of_modules(
     for use in linear:
         if use.call is not None:
             region = use.call.region
-            last = through_branches(modules[region], use.call.node)
+            last = after_branches(modules[region], use.call.node)
             if _only_linear(graphs[region], last):
                 weight_of[region] = use.weight
     splits: list[tuple[Weight, dict[str, Rows]]] = []

@@ -6,19 +6,13 @@ import os
 import re
 import shutil
 import stat
-import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from .._errors import FormatError
-
-
-if sys.platform != "win32":
-    import fcntl
-PATIENCE = 300  # seconds that a save waits for others of the same folder
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # as on some shared disks
+from .locks import lock, locked_folder, unlock
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -44,7 +38,7 @@ def write_folder(folder: Path, contents: Callable[[], Mapping[str, bytes]]) -> N
     with _unchanged(folder):
         folder, folders = _real(folder), {folder.parent}
         if folder.exists() or not _appear(folder, contents()):
-            with _alone(folder):
+            with locked_folder(folder):
                 files = {_real(folder / name): content for name, content in contents().items()}
                 for path in (folder, *files):
                     _prepare(path)
@@ -66,10 +60,10 @@ def _unchanged(path: Path) -> Iterator[None]:
 
 def _real(path: Path) -> Path:
     """Where a path leads, through links."""
-    found = Path(os.path.realpath(path))
-    if found.is_symlink():  # that is as far as a loop of links can be followed
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():  # that is as far as a loop of links can be followed
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-    return found
+    return target
 
 
 def _replace(files: Mapping[Path, bytes]) -> None:
@@ -82,7 +76,7 @@ def _replace(files: Mapping[Path, bytes]) -> None:
             for path, temporary in new.items():
                 os.replace(temporary, path)
                 if path in first:
-                    _flush(path.parent)  # else a power cut might leave a later one new and this one old
+                    _flush_folder(path.parent)  # else a power cut might leave a later one new and this one old
         except BaseException:
             if any(new[path].exists() for path in last):
                 _put_back({path: content for path, content in old.items() if not new[path].exists()})
@@ -112,7 +106,7 @@ def _appear(folder: Path, contents: Mapping[str, bytes]) -> bool:
     _prepare(folder)
     with _temporary(folder, _open_folder) as (temporary, _):
         _replace({temporary / name: content for name, content in contents.items()})
-        _flush(temporary)
+        _flush_folder(temporary)
         try:
             os.rename(temporary, folder)
         except OSError as error:
@@ -136,8 +130,7 @@ def _written(path: Path, content: bytes) -> Iterator[Path]:
                         os.fchown(handle, old.st_uid, old.st_gid)
                 temporary.chmod(mode)
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            flush_file(file)
         yield temporary
 
 
@@ -152,15 +145,15 @@ def _temporary(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, 
         finally:
             if not ours:  # another process took it for abandoned before it was locked
                 os.close(handle)
-                _remove(temporary)
+                remove(temporary)
         if ours:
             break
     try:
         yield temporary, handle
     finally:
-        _remove(temporary)
+        remove(temporary)
         if os.name == "posix":
-            _unlock(handle)
+            unlock(handle)
 
 
 def _open_folder(folder: Path) -> int:
@@ -172,22 +165,24 @@ def _open_folder(folder: Path) -> int:
 
 
 def _prepare(path: Path) -> None:
-    """Make the folder of a path, and remove temporary ones of the path whose processes have ended: they can be locked.
-    """
+    """Make the folder of a path, and remove its temporary files whose processes have ended: they can be locked."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name in os.listdir(path.parent) if os.name == "posix" else ():
+    if os.name != "posix":
+        return
+    for name in os.listdir(path.parent):
         if re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.tmp", name):
-            found = path.with_name(name)
+            abandoned = path.with_name(name)
+            mode = os.O_RDONLY if abandoned.is_dir() else os.O_RDWR
             with contextlib.suppress(OSError):  # it is gone, or another user's
-                handle = os.open(found, (os.O_RDONLY if found.is_dir() else os.O_RDWR) | os.O_NOFOLLOW)
+                handle = os.open(abandoned, mode | os.O_NOFOLLOW)
                 try:
                     if lock(handle):
-                        _remove(found)
+                        remove(abandoned)
                 finally:
-                    _unlock(handle)
+                    unlock(handle)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a file or a folder if it is there."""
     with contextlib.suppress(FileNotFoundError):
         if path.is_dir() and not path.is_symlink():
@@ -196,53 +191,16 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Write to a folder while no other process does, where the system can lock one; waits for others, to a limit."""
-    if os.name != "posix":
-        yield
-        return
-    last = time.monotonic() + PATIENCE
-    while True:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            if lock(handle) is not False and os.path.samestat(os.fstat(handle), folder.stat()):
-                yield
-                return
-        finally:
-            _unlock(handle)
-        if time.monotonic() > last:
-            raise OSError(errno.EAGAIN, f"another process has been writing to it for {PATIENCE} seconds")
-        time.sleep(0.005)
-
-
-def lock(handle: int) -> bool | None:
-    """Lock an open file or folder without waiting; False where another has the lock, None where there are no locks."""
-    if sys.platform == "win32":
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return None
-    return True
-
-
-def _unlock(handle: int) -> None:
-    """Close what was locked, and unlock it even if a child of this process has it open too."""
-    if sys.platform != "win32":
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)
-    os.close(handle)
+def flush_file(file: BinaryIO) -> None:
+    """Let what was written to a file reach the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
     """Let the names in a folder reach the disk too, where the system can do that."""
     try:
-        _flush(folder)
+        _flush_folder(folder)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(error.errno, f"What was saved in '{folder}' is there, whole, but its name may not be on the disk "
@@ -250,7 +208,7 @@ def sync_folder(folder: Path) -> None:
                       ) from error
 
 
-def _flush(folder: Path) -> None:
+def _flush_folder(folder: Path) -> None:
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -15,7 +15,7 @@ from .._errors import FormatError
 
 
 CHUNK = 1 << 18  # bytes that are copied at a time
-Moved = Callable[[int], object]  # told how many bytes have been written
+Advance = Callable[[int], object]  # is called with the number of bytes that have been written
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -24,9 +24,9 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     size = tensor.numel() * tensor.element_size()
     if not size:
         return memoryview(bytearray())
-    held: Any = (ctypes.c_ubyte * size).from_address(tensor.data_ptr())
-    held.tensor = tensor
-    return memoryview(held).cast("B")
+    memory: Any = (ctypes.c_ubyte * size).from_address(tensor.data_ptr())
+    memory.tensor = tensor
+    return memoryview(memory).cast("B")
 
 
 @contextlib.contextmanager
@@ -43,14 +43,14 @@ def one_behind() -> Iterator[Callable[..., None]]:
         under_way.pop().result()
 
 
-def write_all(file: io.BufferedWriter, content: memoryview, moved: Moved) -> None:
+def write_all(file: io.BufferedWriter, content: memoryview, advance: Advance) -> None:
     """Write bytes, and say how many."""
     for start in range(0, len(content), CHUNK):
         file.write(content[start:start + CHUNK])
-    moved(len(content))
+    advance(len(content))
 
 
-def copy_bytes(source: io.BufferedReader, target: io.BufferedWriter, begin: int, count: int, moved: Moved) -> None:
+def copy_bytes(source: io.BufferedReader, target: io.BufferedWriter, begin: int, count: int, advance: Advance) -> None:
     """Append bytes of one file, from `begin` on, to another."""
     source.seek(begin)
     buffer = memoryview(bytearray(min(CHUNK, count)))
@@ -59,7 +59,7 @@ def copy_bytes(source: io.BufferedReader, target: io.BufferedWriter, begin: int,
         if not read:
             raise FormatError(f"'{source.name}' became shorter while it was read.")
         target.write(buffer[:read])
-        moved(read)
+        advance(read)
         count -= read
 
 
