@@ -11,7 +11,7 @@ from .layout import WeightedAdapter
 
 
 class Location(NamedTuple):
-    """Where a site is: the tensor to write, and the one to read, another if a head is tied to it."""
+    """Where a site is: the tensor to write, and the one to read, which a head may be tied to."""
 
     written: str
     read: str

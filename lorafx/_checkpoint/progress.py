@@ -51,7 +51,7 @@ class _Log:
         percent = 100 * self.written // max(self.total, 1)
         if percent // _STEP > self.printed_percent // _STEP or now - self.last >= _PAUSE:
             self.printed_percent, self.last = percent, now
-            written, total = self.written / 1e9, self.total / 1e9
-            line = f"merging: {percent} %, {written:.2f} of {total:.2f} GB, {now - self.began:.0f} s"
+            size = f"{self.written / 1e9:.2f} of {self.total / 1e9:.2f} GB"
+            line = f"merging: {percent} %, {size}, {now - self.began:.0f} s"
             with contextlib.suppress(OSError):  # nobody reads
                 print(line, file=sys.stderr, flush=True)

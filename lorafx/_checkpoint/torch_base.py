@@ -1,4 +1,4 @@
-"""A base that torch.save wrote: read from the disk where it is needed, and summed some rows at a time."""
+"""A base that torch.save wrote: mapped from the disk, and summed some rows at a time."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ from .safetensors_base import plan_file
 
 
 def prepare_torch_file(path: Path, request: MergeRequest) -> PreparedMerge:
-    """Return how a file of torch.save is merged; tensors that were one stay one unless an adapter unties them."""
+    """Return how a file of torch.save is merged; tied tensors stay so unless they are untied."""
     tensors = load_pickle(path, mapped=True)
     plan = plan_file(path, request, _checkpoint_of(path, tensors))
     _plan_shared_memory(path, tensors, plan, request.untie)
@@ -39,7 +39,9 @@ def _checkpoint_of(path: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
         one, other = tensors[first], tensors[second]
         return one.dtype == other.dtype and torch.equal(one, other)
 
-    known = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    known = {}
+    for name, tensor in tensors.items():
+        known[name] = TensorInfo(tuple(tensor.shape), tensor.dtype)
     config = read_config(path.parent)
     return Checkpoint(f"'{path}'", known, equal, None if config is None else Ties.of(config))
 
@@ -68,15 +70,17 @@ def _new_tensors(
     return new, sources
 
 
-def _rows(tensor: Tensor, scratch: Scratch, shape: Sequence[int], start: int, length: int) -> Tensor:
-    """Rows of a tensor in memory, or that is mapped there from a file, which takes no other memory."""
+def _rows(
+    tensor: Tensor, scratch: Scratch, shape: Sequence[int], start: int, length: int
+) -> Tensor:
+    """Rows of a tensor that is in memory or mapped there, which needs no scratch."""
     return tensor.view(shape).narrow(0, start, min(length, shape[0] - start))
 
 
 def _plan_shared_memory(
     path: Path, tensors: Mapping[str, Tensor], plan: MergePlan, untie: bool
 ) -> None:
-    """Let what was trained whole replace a tensor under all of its names; refuse other changes of shared memory."""
+    """Let what was trained replace a tensor under all of its names; refuse other shared memory."""
     for key, change in list(plan.changes.items()):
         storage, first, last = _bytes_of(tensors[key])
         for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""What torch.save wrote, read where it is a dict of named tensors, once its archive is known to hold what it claims.
+"""Dicts of named tensors that torch.save wrote, read once their archive holds what it claims.
 
 torch.load reads it, which with weights_only looks up and calls nothing but what makes tensors.
 """
@@ -20,7 +20,7 @@ from .reading import check_tensor_name, reading
 
 
 def load_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
-    """Return the named tensors of a file, on the CPU, plain ones of which each has its own memory or its own view of it.
+    """Return the named tensors of a file, on the CPU: plain ones, none of them expanded.
 
     All of an adapter's file is read and held against its checksums; no tensor may be larger than
     the file or stand there twice. A checkpoint's is `mapped`: its tensors are read from the disk
@@ -37,18 +37,22 @@ def load_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
         elif archive is not None:
             content = _load_whole(file, archive)
         else:
-            raise ValueError("it is not an archive, as torch.save has written them since torch 1.6; load it by "
-                             "torch.load, and save it again")
+            raise ValueError("it is not an archive, as torch.save has written them since torch "
+                             "1.6; load it by torch.load, and save it again")
         if not isinstance(content, dict):
-            raise FormatError(f"'{path}' holds a {type(content).__name__}, not a dict of named tensors.")
+            kind = type(content).__name__
+            raise FormatError(f"'{path}' holds a {kind}, not a dict of named tensors.")
         for name, value in content.items():
-            if not isinstance(name, str) or not isinstance(value, Tensor) or mapped and isinstance(value, nn.Parameter):
-                raise FormatError(f"'{path}' holds {shown(name)}, a {type(value).__name__}, where only named tensors "
-                                  "are read: save the state_dict by itself.")
+            plain = isinstance(value, Tensor) and not (mapped and isinstance(value, nn.Parameter))
+            if not isinstance(name, str) or not plain:
+                kind = type(value).__name__
+                raise FormatError(f"'{path}' holds {shown(name)}, a {kind}, where only named "
+                                  "tensors are read: save the state_dict by itself.")
             if not mapped:
                 check_tensor_name(name)
             check_plain(name, value)
-    return content if mapped else dict(content)  # with the versions of modules that a state_dict has
+    # a state_dict has the versions of its modules too
+    return content if mapped else dict(content)
 
 
 def _open_archive(file: BinaryIO) -> zipfile.ZipFile | None:
@@ -67,13 +71,14 @@ def _open_archive(file: BinaryIO) -> zipfile.ZipFile | None:
     claimed = 0
     for member in members:
         claimed += member.file_size
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size or claimed > size:
+        stored = member.compress_type == zipfile.ZIP_STORED
+        if not stored or member.file_size != member.compress_size or claimed > size:
             raise ValueError("its archive is compressed or claims more than the file holds")
     return archive
 
 
 def _load_whole(file: BinaryIO, archive: zipfile.ZipFile) -> Any:
-    """What an archive holds, once its checksums are right; no tensor of a dict is larger than the file."""
+    """What an archive holds, once its checksums are right; no tensor is larger than the file."""
     damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"the checksum of its member {damaged[:80]!r} is wrong")
@@ -87,7 +92,8 @@ def _load_whole(file: BinaryIO, archive: zipfile.ZipFile) -> Any:
         if isinstance(value, Tensor):
             storages.add(value.untyped_storage()._cdata)
             if value.nbytes > size:
-                raise ValueError(f"{str(name)[:80]!r} claims {value.numel()} elements, and the file has {size} bytes")
+                raise ValueError(f"{str(name)[:80]!r} claims {value.numel()} elements, and the "
+                                 f"file has {size} bytes")
     data = [name for name in archive.namelist() if name.partition("/")[2].startswith("data/")]
     if len(storages) < len(data):
         raise ValueError("it names a tensor twice, or holds more data than its tensors have")
