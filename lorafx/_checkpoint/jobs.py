@@ -63,7 +63,7 @@ def json_job(path: Path, name: str, content: dict[str, Any]) -> Job:
 def files_in(
     folder: Path, within: str = "", above: frozenset[Path] = frozenset()
 ) -> Iterator[tuple[str, Path]]:
-    """Give every file below a folder, through links too: its path from there, and where it is.
+    """Yield every file below a folder, through links too: its path from there, and where it is.
 
     An empty folder is none.
     """

@@ -20,7 +20,7 @@ class Location(NamedTuple):
 def locate(weighted: WeightedAdapter, checkpoint: Checkpoint) -> dict[str, Location]:
     """Return {site or trained tensor: where it is}; MismatchError unless one renaming fits all."""
     adapter = weighted.adapter
-    weights = {site: split_block(site)[0] for site in adapter.pairs}  # of which blocks share one
+    weights = {site: split_block(site)[0] for site in adapter.pairs}  # blocks of rows share one
     weights |= {name: name for name in adapter.trained}
     names = list(dict.fromkeys(weights.values()))
     complete = _complete_locations(adapter, names, checkpoint)
@@ -48,16 +48,20 @@ def _complete_locations(
     adapter: Adapter, names: Sequence[str], checkpoint: Checkpoint
 ) -> list[dict[str, Location]]:
     """Each way to find all names: none but the first if they fit as they are."""
-    shapes = {split_block(site)[0]: _weight_shape(adapter, site) for site in adapter.pairs}
+    shapes = {}
+    for site in adapter.pairs:
+        shapes[split_block(site)[0]] = _weight_shape(adapter, site)
     if adapter.untied:
-        shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.trained.items()}
+        for name, tensor in adapter.trained.items():
+            shapes[name] = tuple(tensor.shape)
     complete: dict[tuple[str, ...], dict[str, Location]] = {}
     for ties in (None, checkpoint.ties):  # heads that are not in the checkpoint come last
         for number, rename in enumerate(_renamings(names, checkpoint)):
             renamed = {name: rename(name) for name in names}
             locations = _locations(renamed, shapes, adapter.trained, checkpoint, ties)
             if len(locations) == len(names):
-                complete[tuple(location.written for location in locations.values())] = locations
+                written = tuple(location.written for location in locations.values())
+                complete[written] = locations
                 if number == 0:  # the names as they are
                     break
         if complete:

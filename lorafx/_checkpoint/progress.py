@@ -17,7 +17,7 @@ _PAUSE = 30.0  # seconds after which one is printed though less has been written
 
 @contextlib.contextmanager
 def progress_shown(total: int, wanted: bool) -> Iterator[Advance]:
-    """Give a function to call with the number of bytes that have been written, of `total`.
+    """Yield a function to call with the number of bytes that have been written, of `total`.
 
     In a log there is no tqdm: even one that shows nothing takes a lock that is shared with forked
     processes, and that one which is killed may hold for ever.

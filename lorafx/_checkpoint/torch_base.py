@@ -54,19 +54,19 @@ def _new_tensors(
     sources: dict[int, Source] = {}
     scratches = itertools.cycle((Scratch(), Scratch()))
     # by the old tensor and what becomes of it, so that what was tied stays so
-    made: dict[Any, Tensor] = {}
+    results: dict[Any, Tensor] = {}
     for name, tensor in tensors.items():
         change = plan.changes.get(name)
         to = dtype if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
         if change is None and to == tensor.dtype:
             continue
         key = *_bytes_of(tensor), tensor.shape, tensor.stride(), id(change)
-        if key not in made:
-            made[key] = torch.empty(tensor.shape, dtype=to)  # memory that is never touched
+        if key not in results:
+            results[key] = torch.empty(tensor.shape, dtype=to)  # memory that is never touched
             read = functools.partial(_rows, tensor.detach())
-            sources[made[key].untyped_storage()._cdata] = functools.partial(
+            sources[results[key].untyped_storage()._cdata] = functools.partial(
                 summed_rows, read, tensor.shape, change or Change(), to, name, scratches)
-        new[name] = made[key]
+        new[name] = results[key]
     return new, sources
 
 

@@ -56,7 +56,7 @@ def write_checkpoint(
             check_replaceable(out, folder, force)
             _put(partial / NEW if folder else partial / NEW / jobs[0].name, target, partial / OLD)
         except BaseException:
-            if not any(True for name in (NEW, OLD) for _ in (partial / name).glob("*")):
+            if not _holds_files(partial):
                 _remove(partial)
             raise
         try:
@@ -103,6 +103,11 @@ def _open_state(partial: Path) -> BinaryIO:
 
 def _finished(partial: Path) -> FormatError:
     return FormatError(f"Another process has just finished '{partial}': look at what it wrote.")
+
+
+def _holds_files(partial: Path) -> bool:
+    """True if there is anything that another merge goes on with, or that was at its output."""
+    return any(any((partial / name).glob("*")) for name in (NEW, OLD))
 
 
 def _restore(partial: Path, target: Path) -> None:

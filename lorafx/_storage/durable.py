@@ -56,7 +56,7 @@ def write_folder(folder: Path, contents: Callable[[], Mapping[str, bytes]]) -> N
 
 @contextlib.contextmanager
 def _unchanged(path: Path) -> Iterator[None]:
-    """Let what keeps a path from being written say so."""
+    """Let an error say that it keeps this path from being written."""
     try:
         yield
     except OSError as error:
