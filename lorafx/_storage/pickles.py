@@ -34,14 +34,16 @@ def load_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
         archive = _open_archive(file)
         if mapped:
             content = _load(path, mmap=archive is not None)
-        elif archive is not None:
-            content = _load_whole(file, archive)
-        else:
+        elif archive is None:
             raise ValueError("it is not an archive, as torch.save has written them since torch "
                              "1.6; load it by torch.load, and save it again")
-        if not isinstance(content, dict):
-            kind = type(content).__name__
-            raise FormatError(f"'{path}' holds a {kind}, not a dict of named tensors.")
+        else:
+            _check_checksums(archive)
+            file.seek(0)
+            content = _load(file)
+        _check_flat(path, content)
+        if archive is not None and not mapped:
+            _check_sizes(content, archive, os.fstat(file.fileno()).st_size)
         for name, value in content.items():
             plain = isinstance(value, Tensor) and not (mapped and isinstance(value, nn.Parameter))
             if not isinstance(name, str) or not plain:
@@ -77,16 +79,15 @@ def _open_archive(file: BinaryIO) -> zipfile.ZipFile | None:
     return archive
 
 
-def _load_whole(file: BinaryIO, archive: zipfile.ZipFile) -> Any:
-    """What an archive holds, once its checksums are right; no tensor is larger than the file."""
+def _check_checksums(archive: zipfile.ZipFile) -> None:
+    """Raise ValueError if a byte of an archive's members has changed."""
     damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"the checksum of its member {damaged[:80]!r} is wrong")
-    file.seek(0)
-    content = _load(file)
-    if not isinstance(content, dict):
-        return content
-    size = os.fstat(file.fileno()).st_size
+
+
+def _check_sizes(content: dict[Any, Any], archive: zipfile.ZipFile, size: int) -> None:
+    """Raise ValueError if tensors are not what the archive of this size holds, each once."""
     storages = set()
     for name, value in content.items():
         if isinstance(value, Tensor):
@@ -97,7 +98,34 @@ def _load_whole(file: BinaryIO, archive: zipfile.ZipFile) -> Any:
     data = [name for name in archive.namelist() if name.partition("/")[2].startswith("data/")]
     if len(storages) < len(data):
         raise ValueError("it names a tensor twice, or holds more data than its tensors have")
-    return content
+
+
+def _check_flat(path: Path, content: Any) -> None:
+    """Raise FormatError unless it is a dict, with no tensors in a part: {"model": {...}}."""
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise FormatError(f"'{path}' holds a {kind}, not a dict of named tensors.")
+    parts = _parts_with_tensors(content)
+    if parts:
+        names = ", ".join(repr(".".join(keys)[:80]) for keys in parts[:3])
+        first = "".join(f"[{shown(key)}]" for key in parts[0])
+        which = "that part" if len(parts) == 1 else "the part that is meant"
+        raise FormatError(f"'{path}' holds tensors under {names}: save {which} by itself, "
+                          f"torch.save(content{first}, ...).")
+
+
+def _parts_with_tensors(content: dict[Any, Any], depth: int = 3) -> list[list[str]]:
+    """Where a checkpoint of a training run has dicts of named tensors: their keys."""
+    parts: list[list[str]] = []
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, dict):
+            continue
+        named = [inner for name, inner in value.items() if isinstance(name, str)]
+        if any(isinstance(inner, Tensor) for inner in named):
+            parts.append([key])
+        elif depth > 1:
+            parts += [[key, *keys] for keys in _parts_with_tensors(value, depth - 1)]
+    return parts
 
 
 def _load(file: BinaryIO | Path, mmap: bool = False) -> Any:
