@@ -11,7 +11,7 @@ from .layout import WeightedAdapter
 
 
 class Location(NamedTuple):
-    """Where a site is: the tensor to write, and the one to read, another if a head is tied to it."""
+    """Where a site is: the tensor to write, and the one to read, which a head may be tied to."""
 
     written: str
     read: str
@@ -20,7 +20,7 @@ class Location(NamedTuple):
 def locate(weighted: WeightedAdapter, checkpoint: Checkpoint) -> dict[str, Location]:
     """Return {site or trained tensor: where it is}; MismatchError unless one renaming fits all."""
     adapter = weighted.adapter
-    weights = {site: split_block(site)[0] for site in adapter.pairs}  # of which blocks share one
+    weights = {site: split_block(site)[0] for site in adapter.pairs}  # blocks of rows share one
     weights |= {name: name for name in adapter.trained}
     names = list(dict.fromkeys(weights.values()))
     complete = _complete_locations(adapter, names, checkpoint)
@@ -48,9 +48,12 @@ def _complete_locations(
     adapter: Adapter, names: Sequence[str], checkpoint: Checkpoint
 ) -> list[dict[str, Location]]:
     """Each way to find all names: none but the first if they fit as they are."""
-    shapes = {split_block(site)[0]: _weight_shape(adapter, site) for site in adapter.pairs}
+    shapes = {}
+    for site in adapter.pairs:
+        shapes[split_block(site)[0]] = _weight_shape(adapter, site)
     if adapter.untied:
-        shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.trained.items()}
+        for name, tensor in adapter.trained.items():
+            shapes[name] = tuple(tensor.shape)
     for ties in (None, checkpoint.ties):  # heads that are not in the checkpoint come last
         found: dict[tuple[str, ...], dict[str, Location]] = {}
 
