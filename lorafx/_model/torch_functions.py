@@ -1,4 +1,4 @@
-"""How functions of torch meet a subclass of Tensor: which of them write, and how to run those that are in Python."""
+"""How functions of torch meet a subclass of Tensor: which write, and how to run Python ones."""
 
 import types
 from typing import Any
@@ -11,7 +11,7 @@ _WRITING = frozenset("""__set__ __setitem__ __delitem__ __iadd__ __isub__ __imul
 
 
 def writes_in_place(func: Any) -> bool:
-    """True if a function of torch or method of Tensor writes into its first argument, by its name."""
+    """True if, by its name, a function of torch or Tensor writes into its first argument."""
     name = getattr(func, "__name__", "")
     return name in _WRITING or name.endswith("_") and not name.endswith("__")
 
@@ -30,7 +30,8 @@ def functions_named(*names: str) -> list[Any]:
 
 
 def without_override(func: Any) -> types.FunctionType | None:
-    """Return a Python function of torch as it runs on plain tensors, so that what it calls meets the subclass instead.
+    """Return a Python function of torch as it runs on plain tensors, so that what it calls meets
+    the subclass instead.
 
     None if it does not ask whether an argument overrides it, or is no such function.
     """
