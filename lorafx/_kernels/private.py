@@ -7,6 +7,7 @@ objects (`_parameters`, `_version`, `_is_view()`).
 """
 
 import contextlib
+import operator
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -144,18 +145,17 @@ make_subclass: Callable[[type[Any], Tensor, bool], Any] = _optional(
 # The kernel of stacks of experts, which their Python calls by this name. Without it: nobody can.
 grouped_mm: Any = _optional("torch:_grouped_mm", object())
 
-# What tells one storage from another. Without it: its address, which all storages without memory
-# share.
-storage_key: Callable[[Any], int] = (
-    (lambda storage: storage._cdata) if _optional("torch:UntypedStorage._cdata", None) is not None
-    else torch.UntypedStorage.data_ptr)
+# What tells one storage from another. Without it: the id of its object, which lives as long.
+storage_key: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
+if _optional("torch:UntypedStorage._cdata", None) is None:
+    storage_key = id
 
 
-def writes(operator: Any) -> bool:
+def writes(overload: Any) -> bool:
     """True if an operator of torch.ops writes into an argument. Without a schema: by its name."""
-    schema = getattr(operator, "_schema", None)
+    schema = getattr(overload, "_schema", None)
     if schema is None:
-        return str(operator.__name__).partition(".")[0].endswith("_")
+        return str(overload.__name__).partition(".")[0].endswith("_")
     return bool(schema.is_mutable)
 
 

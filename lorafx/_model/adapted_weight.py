@@ -18,16 +18,14 @@ from torch import Tensor, nn
 from .._errors import AdaptedWeightError
 from .._graph.rules import RULES, Rule
 from .._kernels.addend import Addend
-from .._kernels.private import (
-    grouped_mm, tree_iter, tree_map, without_torch_function, wrapper_subclass, writes)
+from .._kernels.private import grouped_mm, tree_iter, tree_map, wrapper_subclass, writes
 from .._kernels.weights import rows_of, whole
 from .readers import reader
-from .torch_functions import functions_named, without_override, writes_in_place
+from .sums import WRITING_IS_LOST, plainly
+from .torch_functions import Args, Kwargs, functions_named, without_override, writes_in_place
 
 
 NARROW = (torch.float16, torch.bfloat16)
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 
 class AdaptedWeight(Tensor):
@@ -94,7 +92,7 @@ class AdaptedWeight(Tensor):
             raise AdaptedWeightError(
                 f"{args[0].label.capitalize()} is adapted, so that what Python reads of it cannot "
                 "be another module's Parameter: tie weights before lorafx.inject.")
-        return _plainly(func, args, kwargs)
+        return plainly(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -118,39 +116,12 @@ class AdaptedWeight(Tensor):
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
     def _refuse_writing(self) -> NoReturn:
-        raise AdaptedWeightError(_WRITING_IS_LOST.format(self.label))
+        raise AdaptedWeightError(WRITING_IS_LOST.format(self.label))
 
 
 def _is_registering(frame: types.FrameType | None) -> bool:
     """True if this is the frame in which nn.Module registers a Parameter."""
     return frame is not None and frame.f_code is nn.Module.register_parameter.__code__
-
-
-_WRITING_IS_LOST = (
-    "Something writes into {}, which is adapted: what Python reads of it is W + s B A, and what is "
-    "written there would be lost. Write into W, `frozen_...` of the same module, load a "
-    "state_dict, or do it before lorafx.inject.")
-
-
-class SumView(Tensor):
-    """A view of the sum W + sum s L R, into which nothing may be written: it is a temporary."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        in_place = args and isinstance(args[0], cls) and writes_in_place(func)
-        if in_place or isinstance(kwargs.get("out"), cls):
-            raise AdaptedWeightError(_WRITING_IS_LOST.format("a view of a weight"))
-        return _plainly(func, args, kwargs)
-
-
-def _plainly(func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """A call as on plain tensors; what it returns is one, but a view remains unwritable."""
-    with without_torch_function():
-        result = func(*args, **kwargs)
-        if type(result) in (Tensor, SumView) and result._is_view():
-            return result.as_subclass(SumView)
-    return result
 
 
 def _wrapped(matrix: Tensor, addends: tuple[Addend, ...], label: str) -> AdaptedWeight:
@@ -231,7 +202,7 @@ def _rows(weight: AdaptedWeight, start: int, length: int) -> Tensor:
 
 
 def _on_sum(weight: AdaptedWeight, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    return _plainly(func, (weight, *args), kwargs)
+    return plainly(func, (weight, *args), kwargs)
 
 
 _SAME: dict[Any, _Same] = {}
