@@ -112,7 +112,9 @@ def check_plain(name: str, tensor: Tensor) -> None:
 
 
 def check_shapes(site: str, A: Tensor, B: Tensor) -> None:
-    """Raise ConfigError unless A and B fit together."""
+    """Raise ConfigError unless A and B fit together, and belong to a linear layer or a stack of such."""
+    if A.ndim > 3:
+        raise ConfigError(f"it adapts '{site}', a convolution, which lorafx does not support.")
     if not (2 <= A.ndim == B.ndim <= 3 and A.shape[:-2] == B.shape[:-2] and A.shape[-2] == B.shape[-1] > 0):
         shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
         raise ConfigError(f"at '{site}', {shapes} are not (rank, in) and (out, rank), nor stacks of such.")
