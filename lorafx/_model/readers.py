@@ -13,7 +13,8 @@ class Answer(enum.Enum):
     PARAMETER = enum.auto()  # the registered W
 
 
-# {prefix of the name of the reader's module: answer}; whoever is not in here gets the adapted weight.
+# {prefix of the name of the reader's module: answer}; whoever is not in here gets the adapted
+# weight.
 READERS: dict[str, Answer] = {
     # layers that read their children's weights for a fused kernel, and ask for plain tensors
     "torch.nn.modules.activation": Answer.SUM,
