@@ -216,6 +216,6 @@ def _check_generators(model: nn.Module, states: Mapping[str, Tensor], source: st
                             f"{', '.join(sorted(drawn))}: put it where it was trained.")
     try:
         generators.check(states)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError, RuntimeError) as error:
         raise FormatError(f"{source} is damaged: a random generator does not take the state in it: "
                           f"{str(error)[:200]!r}.") from error

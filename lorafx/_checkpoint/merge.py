@@ -25,9 +25,6 @@ from .plan import MergeRequest
 from .write import write_checkpoint
 
 
-OUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
 @dataclass(frozen=True)
 class Merged:
     """What a merge wrote: files and bytes, in seconds, and how many of how many tensors the adapters changed."""

@@ -1,10 +1,11 @@
 """Call sites and sites, and which sites a user means."""
 
 import dataclasses
+import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import fx
 
@@ -49,6 +50,12 @@ class Site:
     "weight" if no graph makes one: then Python does, and reads W + s B A. A stack of `experts` weights, (experts, out,
     in), has a branch an expert. `rows` are the first and the number of the rows of W that the site is, if not all;
     `blocks` names blocks of rows that may be sites by themselves, `name[block]`.
+
+    Example:
+        >>> import torch, lorafx
+        >>> [site] = lorafx.sites(torch.nn.Sequential(torch.nn.Linear(3, 5)))
+        >>> isinstance(site, lorafx.Site), site.name, site.in_features, site.out_features
+        (True, '0', 3, 5)
     """
 
     name: str
@@ -80,6 +87,12 @@ class Site:
         names = [f"{name}[{key}]" for name in self.names]
         return dataclasses.replace(self, name=names[0], aliases=tuple(names[1:]), out_features=rows[1], rows=rows,
                                    blocks={})
+
+
+# What `targets` and `exclude` take: "square", "linear", a name, a dotted suffix or a glob; a compiled regular
+# expression that matches the whole name; a function of a Site; or several of these.
+Target: TypeAlias = str | re.Pattern[str] | Callable[[Site], object]
+Targets: TypeAlias = Target | Collection[Target]
 
 
 def sort_key(names: Iterable[str]) -> Callable[[Site], int]:
@@ -160,7 +173,9 @@ def _hint(sites: Sequence[Site], pattern: Any = None, left_alone: Mapping[str, s
         return "This model makes no linear call on a weight of its own."
     names = near(pattern, [name for site in sites for name in site.names])
     count = f"{len(sites)} site" + "s" * (len(sites) > 1)
-    return f"This model has {count}, such as {names}. lorafx.sites(model) lists them."
+    selectors = difflib.get_close_matches(pattern, SELECTORS.keys() - {pattern}, 1) if named else []
+    meant = f"Did you mean {selectors[0]!r}? " if selectors else ""
+    return f"{meant}This model has {count}, such as {names}. lorafx.sites(model) lists them."
 
 
 def _shown(pattern: Any) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import random
 import sys
 from collections.abc import Mapping
@@ -37,14 +38,14 @@ def states(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check(found: Mapping[str, Tensor]) -> None:
-    """ValueError, TypeError, KeyError or RuntimeError unless generators take these states; sets none."""
+    """Raise ValueError, TypeError, LookupError, OverflowError or RuntimeError unless generators take these states."""
     for place, state in found.items():
         if place == "python":
             random.Random().setstate(_python_state(state))
         elif place == "numpy":
             numpy = _numpy()
             if numpy is not None:
-                numpy.random.RandomState().set_state(_from_bytes(state))
+                numpy.random.RandomState().set_state(_numpy_state(state))
         else:
             torch.Generator(place).set_state(state)
 
@@ -57,7 +58,7 @@ def set_states(found: Mapping[str, Tensor]) -> None:
         elif place == "numpy":
             numpy = _numpy()
             if numpy is not None:
-                numpy.random.set_state(_from_bytes(state))
+                numpy.random.set_state(_numpy_state(state))
         elif place == "cpu":
             torch.set_rng_state(state)
         else:
@@ -69,10 +70,26 @@ def _torch_state(place: str) -> Tensor:
 
 
 def _python_state(state: Tensor) -> Any:
-    version, words, gauss = _from_bytes(state)
-    if gauss is not None and type(gauss) is not float:
-        raise ValueError("the state of Python's random numbers is damaged")
-    return version, tuple(words), gauss
+    version, (*words, position), gauss = _from_bytes(state)
+    _check_mersenne_twister(words, position, 0.0 if gauss is None else gauss)
+    return version, (*words, position), gauss
+
+
+def _numpy_state(state: Tensor) -> Any:
+    found = _from_bytes(state)
+    if found["has_gauss"] not in (0, 1):
+        raise ValueError("the state of numpy's random numbers is damaged")
+    _check_mersenne_twister(found["state"]["key"], found["state"]["pos"], found["gauss"])
+    return found
+
+
+def _check_mersenne_twister(words: Any, position: Any, gauss: Any) -> None:
+    """Raise ValueError unless this is a state of MT19937: numpy reads past the end of a short one."""
+    whole = type(words) is list and len(words) == 624 and type(position) is int and 0 <= position <= 624
+    if not whole or not all(type(word) is int and 0 <= word < 2**32 for word in words):
+        raise ValueError("the state of a Mersenne twister is damaged")
+    if type(gauss) is not float or not math.isfinite(gauss):
+        raise ValueError("the number that waits in a random generator is damaged")
 
 
 def _numpy() -> Any:

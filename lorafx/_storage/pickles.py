@@ -41,6 +41,13 @@ def load_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
                              "torch.load, and save it again")
         if not isinstance(content, dict):
             raise FormatError(f"'{path}' holds a {type(content).__name__}, not a dict of named tensors.")
+        parts = _parts_with_tensors(content)
+        if parts:
+            names = ", ".join(repr(".".join(keys)[:80]) for keys in parts[:3])
+            first = "".join(f"[{shown(key)}]" for key in parts[0])
+            which = "that part" if len(parts) == 1 else "the part that is meant"
+            raise FormatError(f"'{path}' holds tensors under {names}: save {which} by itself, "
+                              f"torch.save(content{first}, ...).")
         for name, value in content.items():
             if not isinstance(name, str) or not isinstance(value, Tensor) or mapped and isinstance(value, nn.Parameter):
                 raise FormatError(f"'{path}' holds {shown(name)}, a {type(value).__name__}, where only named tensors "
@@ -79,7 +86,7 @@ def _load_whole(file: BinaryIO, archive: zipfile.ZipFile) -> Any:
         raise ValueError(f"the checksum of its member {damaged[:80]!r} is wrong")
     file.seek(0)
     content = _load(file)
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or _parts_with_tensors(content):
         return content
     size = os.fstat(file.fileno()).st_size
     storages = set()
@@ -92,6 +99,18 @@ def _load_whole(file: BinaryIO, archive: zipfile.ZipFile) -> Any:
     if len(storages) < len(data):
         raise ValueError("it names a tensor twice, or holds more data than its tensors have")
     return content
+
+
+def _parts_with_tensors(content: dict[Any, Any], depth: int = 3) -> list[list[str]]:
+    """Where a training run's checkpoint, {"epoch": 3, "model": {...}}, has dicts of named tensors: their keys."""
+    parts: list[list[str]] = []
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, dict):
+            if any(isinstance(name, str) and isinstance(inner, Tensor) for name, inner in value.items()):
+                parts.append([key])
+            elif depth > 1:
+                parts += [[key, *keys] for keys in _parts_with_tensors(value, depth - 1)]
+    return parts
 
 
 def _load(file: BinaryIO | Path, mmap: bool = False) -> Any:

@@ -127,3 +127,10 @@ def test_a_shard_that_is_a_pipe(small, capsys):
     os.mkfifo("base/model-00001-of-00002.safetensors")
     assert main(["merge", "base", "a.safetensors", "-o", "out"]) == 2
     assert "'base/model-00001-of-00002.safetensors' is not a file" in error(capsys)
+
+
+def test_a_base_in_a_checkpoint_of_a_training_run(small, capsys):
+    torch.save({"epoch": 3, "model": small}, "run.pth")
+    assert main(["merge", "run.pth", "a.safetensors", "-o", "out.pth"]) == 2
+    message = "'run.pth' holds tensors under 'model': save that part by itself, torch.save(content['model'], ...)."
+    assert message in error(capsys) and not os.path.exists("out.pth")

@@ -237,7 +237,8 @@ def test_a_name_taken_when_loading(tmp_path):
 
 
 def test_every_error_is_a_lorafx_error():
-    errors = [value for value in vars(lorafx).values() if isinstance(value, type) and issubclass(value, Exception)]
+    public = [getattr(lorafx, name) for name in dir(lorafx)]
+    errors = [value for value in public if isinstance(value, type) and issubclass(value, Exception)]
     assert len(errors) == 10 and all(issubclass(error, lorafx.LorafxError) for error in errors)
 
 

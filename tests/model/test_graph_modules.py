@@ -1,6 +1,7 @@
 """The injected model as a program: regions, copies, GraphModules, exported programs, passes, compile, summary."""
 
 import copy
+import html
 import io
 import pickle
 
@@ -131,6 +132,21 @@ def test_summary(block):
     assert "<td>square</td>" in found._repr_html_()
     lorafx.remove(model, "default")
     assert str(lorafx.summary(model)).startswith("0 sites adapted, active: none; 0 of ")
+
+
+def test_a_summary_shows_what_was_skipped_and_graph_breaks_on_request():
+    class Net(nn.Sequential):
+        pass
+
+    found = lorafx.summary(lorafx.inject(Net(nn.Linear(3, 3), nn.Conv1d(3, 3, 1))))
+    assert found.breaks[""].startswith("Net: forward loops") and "Conv1d" in found.breaks["1"]
+    assert list(found.skipped) == ["1"]
+    text, page = str(found), found._repr_html_()
+    assert f"skipped:\n  1: {found.skipped['1']}" in text
+    assert f"<th>why</th></tr><tr><td>1</td><td>{html.escape(found.skipped['1'])}</td></tr>" in page
+    assert "Net: forward" not in text and "Net: forward" not in page
+    whole = lorafx.summary(lorafx.inject(nn.Sequential(nn.Linear(3, 3))))
+    assert "skipped" not in str(whole) and "skipped" not in whole._repr_html_()
 
 
 def test_breaks_and_skipped_are_named():

@@ -15,6 +15,7 @@ import torch
 from lorafx._adapter.adapter import Adapter, Pair
 from lorafx._adapter.config import LoRAConfig
 from lorafx._checkpoint import find, fold, jobs, paths, progress, write
+from lorafx._cli import commands
 from lorafx._cli import main as program
 from lorafx._formats import peft_folder, table
 from lorafx._kernels import linears, weights
@@ -30,14 +31,14 @@ _PLACES: dict[str, tuple[Any, str]] = {
     "merge_from": (linears, "MERGE_FROM"),
     "small_below": (linears, "SMALL_BELOW"),
     "whole": (adapted_weight, "whole"),
-    "read_adapter": (table, "read_adapter"),
+    "read_adapter": (commands, "read_adapter"),
     "read_safetensors": (peft_folder, "read_safetensors"),
     "patience": (locks, "PATIENCE"),
     "put": (write, "_put"),
     "sync_folder": (write, "sync_folder"),
     "progress": (progress, "tqdm"),
     "open": (jobs, "open"),
-    "merge": (program, "merge_checkpoint"),
+    "merge": (commands, "merge_checkpoint"),
     "parse": (program, "parse"),
 }
 
