@@ -26,6 +26,7 @@ from .training import PREFIX, list_of_names, pack, unpack
 VERSION = "1"
 # {in a file: field of an Adapter}, kept where they are true
 _FLAGS = {"alone": "untied", "turned": "says_transposed"}
+# what reading a damaged header raises
 _DAMAGE = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
 _KNOWN = {"name", "config", "base", "scales", "trained", "stored", "training", *_FLAGS}
 
@@ -81,7 +82,8 @@ def _adapter(about: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> A
     scales = dict(about["scales"].items())
     names = list_of_names(about["trained"])
     training = _take_training(about["training"], tensors) if "training" in about else None
-    factors = {name: tensor for name, tensor in tensors.items() if name not in names}
+    whole = set(names)
+    factors = {name: tensor for name, tensor in tensors.items() if name not in whole}
     pairs = _ordered(pairs_of(factors, "lora.A", "lora.B", path, scales), scales, config, path)
     trained = {name: tensors[name] for name in names}
     stored = {site: _stored(*fields) for site, fields in about.get("stored", {}).items()}

@@ -109,11 +109,11 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
     """
     targets = config.get("target_modules") or []
     layers = _as_list(config.get("layers_to_transform"))
-    if _names(config.get("exclude_modules") or [], module):
+    if _matches(config.get("exclude_modules") or [], module):
         return False
     if targets == "all-linear":
         return True
-    if not _names(targets, module):
+    if not _matches(targets, module):
         return False
     if isinstance(targets, str) or module in targets or not layers:
         return True
@@ -133,7 +133,7 @@ def _layer_patterns(config: Mapping[str, Any]) -> list[str]:
     return [rf"(?:^|.*?\.){name}{number}" for name in names]
 
 
-def _names(patterns: str | list[str], module: str) -> bool:
+def _matches(patterns: str | list[str], module: str) -> bool:
     """True if a list has the module's name or a dotted end of it, or a regular expression fits."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, module) is not None
@@ -155,17 +155,16 @@ def check_complete(
 
     `names` are those of all tensors but A and B; `modules` is empty where there is no model.
     """
-    owners = {name.rpartition(".")[0] for name in names}
     ends = config.get("modules_to_save") or []
-    missing = []
-    for end in ends:
-        if not any(is_saved({"modules_to_save": [end]}, owner) for owner in owners):
-            missing.append(end)
+    missing = list(ends)
+    for name in names:
+        owner = name.rpartition(".")[0]
+        missing = [end for end in missing if not is_saved({"modules_to_save": [end]}, owner)]
     all_missing = len(missing) == len(ends)
-    if modules and not all_missing:  # PEFT names both usual heads of a classifier; a model has one
-        missing = [end for end in missing if any(name.endswith(end) for name in modules)]
-    if missing and (modules or all_missing):
-        raise FormatError(f"'{path}' has no tensor of '{missing[0]}', which modules_to_save names.")
+    for end in missing:
+        # PEFT names both of the usual heads of a classifier, of which a model has one
+        if all_missing or any(name.endswith(end) for name in modules):
+            raise FormatError(f"'{path}' has no tensor of '{end}', which modules_to_save names.")
     if config.get("target_modules") == "all-linear":
         return
     for name, module in modules.items():

@@ -13,9 +13,7 @@ from .._adapter.names import dotted, split_block
 from .._errors import ConfigError
 from .._graph.modules import LorafxModule, submodule, users_modules
 from .._model.branches import Branch
-
-
-INSTEAD = "save to a path that ends in .safetensors"
+from .adapter_file import INSTEAD
 
 
 class PeftPair(NamedTuple):

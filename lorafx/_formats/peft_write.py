@@ -14,10 +14,10 @@ from .._adapter.names import dotted
 from .._errors import ConfigError
 from .._graph.modules import submodule, users_modules
 from .._storage.safetensors_files import safetensors_bytes
-from .adapter_file import Destination
+from .adapter_file import INSTEAD, Destination
 from .peft_config import CONFIG, bytes_digest, config_digest
 from .peft_folder import BEFORE, DIGEST, PREFIX, TENSORS, WHOLE
-from .peft_pairs import INSTEAD, PeftPair, conv1d, flat, peft_pairs
+from .peft_pairs import PeftPair, conv1d, flat, peft_pairs
 
 
 def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
@@ -73,11 +73,7 @@ def _stem(module: str, pairs: Iterable[PeftPair]) -> str:
 def _trained(
     adapter: Adapter, model: nn.Module, pairs: Sequence[PeftPair]
 ) -> tuple[str, list[str], dict[str, Tensor]]:
-    """The config's bias, its modules_to_save, and the tensors of both.
-
-    PEFT trains whole modules: all that a module has is written, as it is in the base where it was
-    not trained.
-    """
+    """The config's bias, its modules_to_save, and the tensors of both."""
     adapted = {pair.module for pair in pairs if pair.attribute is None}
     by_owner: dict[str, set[str]] = defaultdict(set)
     for name in adapter.trained:
@@ -94,20 +90,30 @@ def _trained(
         else:
             raise ConfigError(f"PEFT trains whole modules, and '{min(names)}' belongs to the model "
                               f"itself: {INSTEAD}.")
+    bias = next(kind for kind in ("all", "lora_only", "none") if kind in kinds)
     modules = [owner for owner in owners if not _is_inside(owner, owners)]
-    known = users_modules(model)
-    for path, module in known.items():
+    return bias, modules, tensors | _whole_modules(adapter, model, modules)
+
+
+def _whole_modules(
+    adapter: Adapter, model: nn.Module, modules: Sequence[str]
+) -> dict[str, Tensor]:
+    """{name: tensor} of all that modules have, as PEFT trains whole ones.
+
+    What the adapter did not train is written as it is in the base.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path, module in users_modules(model).items():
         if path in modules or _is_inside(path, modules):
             tensors |= _all_tensors(adapter, path, module)
-        elif any(path.endswith(module) for module in modules):
+        elif path.endswith(tuple(modules)):
             raise ConfigError(f"PEFT would train '{path}' too, since its name ends as that of a "
                               "trained module does.")
-    bias = next(kind for kind in ("all", "lora_only", "none") if kind in kinds)
-    return bias, modules, tensors
+    return tensors
 
 
 def _is_inside(path: str, modules: Iterable[str]) -> bool:
-    return any(path.startswith(f"{module}.") for module in modules)
+    return path.startswith(tuple(f"{module}." for module in modules))
 
 
 def _all_tensors(adapter: Adapter, path: str, module: nn.Module) -> dict[str, Tensor]:
@@ -123,15 +129,17 @@ def _config(
     adapter: Adapter, model: nn.Module, pairs: Sequence[PeftPair], modules: list[str], bias: str
 ) -> dict[str, Any]:
     ranks, alphas = {}, {}
+    modules_adapted, parameters = set(), []
     for pair in pairs:
         rank = pair.pair.A.shape[-2]
         ranks[pair.name] = rank
         alphas[pair.name] = pair.pair.scale * (math.sqrt(rank) if adapter.config.rslora else rank)
+        if pair.attribute is None:
+            modules_adapted.add(pair.name)
+        else:
+            parameters.append(pair.name)
     rank, alpha = _most_common(ranks), _most_common(alphas)
-    parameters = [pair.name for pair in pairs if pair.attribute is not None]
-    names = sorted({pair.name for pair in pairs if pair.attribute is None})
-    layers = [submodule(model, name) for name in names]
-    known = users_modules(model)
+    names, known = sorted(modules_adapted), users_modules(model)
     config: dict[str, Any] = {
         "peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True,
         "init_lora_weights": True, "r": rank, "lora_alpha": alpha,
@@ -139,12 +147,15 @@ def _config(
     if parameters:
         _check_suffixes(parameters, known)
         config["target_parameters"] = parameters
-    all_conv1d = bool(layers) and all(isinstance(layer, conv1d()) for layer in layers)
+    conv1ds = [name for name in names if isinstance(submodule(model, name), conv1d())]
     options = {
-        "use_rslora": adapter.config.rslora, "fan_in_fan_out": all_conv1d,
+        "use_rslora": adapter.config.rslora, "fan_in_fan_out": bool(names) and conv1ds == names,
         "bias": bias if bias != "none" else None, "modules_to_save": modules,
         "rank_pattern": _pattern(ranks, rank), "alpha_pattern": _pattern(alphas, alpha)}
-    return config | {name: value for name, value in options.items() if value}
+    for name, value in options.items():
+        if value:
+            config[name] = value
+    return config
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:
@@ -153,7 +164,11 @@ def _most_common(values: Mapping[str, Any]) -> Any:
 
 def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     """{anchored regular expression of a name: value} of all that differ from the usual."""
-    return {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
+    pattern = {}
+    for name, value in values.items():
+        if value != usual:
+            pattern[f"^{re.escape(name)}"] = value
+    return pattern
 
 
 def _targets(names: list[str], known: Iterable[str]) -> list[str] | str:

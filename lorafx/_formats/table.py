@@ -15,7 +15,7 @@ from .._errors import ConfigError, FormatError
 from .._storage.durable import write_folder, write_whole
 from .._storage.files import read_pickle, read_safetensors
 from . import kohya, minimind, native, peft_folder, peft_read, peft_write
-from .adapter_file import AdapterFile, Decoded, Destination
+from .adapter_file import INSTEAD, AdapterFile, Decoded, Destination
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +82,7 @@ def write_adapter(
     assert encode is not None
     if adapter.training is not None and not row.keeps_training:
         raise FormatError(f"'{path}' is a {row.name} file, which keeps no optimizer and step: "
-                          "leave out optimizer=... and step=..., or save to a path that ends in "
-                          ".safetensors.")
+                          f"leave out optimizer=... and step=..., or {INSTEAD}.")
     try:
         validate(adapter)
         check_finite(adapter)

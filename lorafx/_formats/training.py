@@ -95,7 +95,8 @@ def _options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _json_value(what: str, value: Any) -> Any:
     """The value, if JSON gives it back as it is but for tuples; else a ConfigError."""
-    for part in value if isinstance(value, (list, tuple)) else [value]:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    for part in parts:
         plain = part is None or type(part) in (bool, str)
         if type(part) is float:
             plain = math.isfinite(part)
