@@ -45,9 +45,9 @@ def with_training(path: Path) -> None:
 
 
 KINDS: dict[str, tuple[str, int, Callable[[Path], None], Callable[[bytes, Dice], bytes]]] = {
-    "native": ("a.safetensors", 4000, native, mutate_native),
-    "training": ("a.safetensors", 2000, with_training, mutate_native),
-    "zip": ("a.pth", 4000, lambda path: lorafx.save(injected(), path), mutate_zip),
+    "native": ("a.safetensors", 2000, native, mutate_native),
+    "training": ("a.safetensors", 1000, with_training, mutate_native),
+    "zip": ("a.pth", 1500, lambda path: lorafx.save(injected(), path), mutate_zip),
 }
 
 
