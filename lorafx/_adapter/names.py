@@ -108,7 +108,10 @@ def _prefixes(names: Iterable[str]) -> set[str]:
     found = {""}
     for name in names:
         prefix = ""
-        while (more := next((p for p in WRAPPERS if name.startswith(p, len(prefix))), None)) is not None:
+        while True:
+            more = next((wrapper for wrapper in WRAPPERS if name.startswith(prefix + wrapper)), None)
+            if more is None:
+                break
             prefix += more
             found.add(prefix)
     return found

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import safetensors.torch
 import torch
@@ -41,6 +42,8 @@ def begun() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 def with_training(path: Path) -> None:
     """A file from which a training run can go on."""
     model, optimizer = begun()
+    random.seed(SEED)  # the file holds the states of all generators
+    numpy.random.seed(SEED)
     lorafx.save(model, path, optimizer=optimizer, step=1)
 
 

@@ -1,4 +1,4 @@
-"""A file is a function of what is saved: one adapter gives the same bytes, whatever process saves it."""
+"""A file is a function of what is saved: one adapter gives the same bytes in every process."""
 
 import os
 import subprocess
