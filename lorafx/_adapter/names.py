@@ -109,15 +109,15 @@ def _prefixes(names: Iterable[str]) -> set[str]:
     for name in names:
         prefix = ""
         while True:
-            more = next((wrapper for wrapper in WRAPPERS if name.startswith(prefix + wrapper)), None)
-            if more is None:
+            more = [wrapper for wrapper in WRAPPERS if name.startswith(wrapper, len(prefix))]
+            if not more:
                 break
-            prefix += more
+            prefix += more[0]
             found.add(prefix)
     return found
 
 
-def near(pattern: Any, names: Iterable[str], count: int = 3) -> str:
+def closest_names(pattern: Any, names: Iterable[str], count: int = 3) -> str:
     """Return the names most like a pattern, by their last parts too, or the first ones, quoted."""
     names = list(dict.fromkeys(names))
     found: list[str] = []

@@ -4,7 +4,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 from .._adapter.adapter import Adapter
-from .._adapter.names import Rename, dotted, fitting_renamings, near, split_block
+from .._adapter.names import Rename, closest_names, dotted, fitting_renamings, split_block
 from .._errors import MismatchError
 from .checkpoint import Checkpoint, Ties
 from .layout import WeightedAdapter
@@ -79,8 +79,8 @@ def _missing(
     known = (name.removesuffix(".weight") for name in checkpoint.tensors)
     return MismatchError(
         f"{weighted.label} has '{missing}', but {checkpoint.label} has no such tensor, with or "
-        f"without a wrapper's prefix; near it: {near(missing, known)}. If the model renames or "
-        "joins tensors when it loads them, fold the adapter in memory, by lorafx.merge.")
+        f"without a wrapper's prefix; near it: {closest_names(missing, known)}. If the model "
+        "renames or joins tensors when it loads them, fold the adapter in memory, by lorafx.merge.")
 
 
 def _locations(

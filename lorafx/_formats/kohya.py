@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._adapter.adapter import Adapter, Pair, check_shapes
 from .._adapter.config import LoRAConfig
-from .._adapter.names import near
+from .._adapter.names import closest_names
 from .._errors import FormatError, LorafxError, MismatchError
 from .._graph.modules import LorafxModule
 from .adapter_file import AdapterFile, Decoded
@@ -116,8 +116,9 @@ def _modules_meant(keys: Sequence[str], modules: Sequence[str], path: Path) -> d
     for key in keys:
         means = candidates.get(key, set())
         if len(means) != 1:
-            which = f"may mean {', '.join(map(repr, sorted(means)))}" if means else (
-                f"means no module of this model; near it: {near(key.replace('_', '.'), modules)}")
+            closest = closest_names(key.replace("_", "."), modules)
+            which = (f"may mean {', '.join(map(repr, sorted(means)))}" if means
+                     else f"means no module of this model; near it: {closest}")
             raise MismatchError(f"'{path}' has an adapter at '{key}', which {which}.")
         meant[key], = means
     return meant

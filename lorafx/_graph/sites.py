@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import fx
 
-from .._adapter.names import name_matches, near, split_block
+from .._adapter.names import closest_names, name_matches, split_block
 from .._errors import ConfigError, NoSiteError
 from .rules import linear_call
 
@@ -92,8 +92,8 @@ class Site:
                                    rows=rows, blocks={})
 
 
-# What `targets` and `exclude` take: "square", "linear", a name, a dotted suffix or a glob; a compiled regular
-# expression that matches the whole name; a function of a Site; or several of these.
+# What `targets` and `exclude` take: "square", "linear", a name, a dotted suffix or a glob; a compiled
+# regular expression that matches the whole name; a function of a Site; or several of these.
 Target: TypeAlias = str | re.Pattern[str] | Callable[[Site], object]
 Targets: TypeAlias = Target | Collection[Target]
 
@@ -192,7 +192,7 @@ def _hint(
         return f"{refused[0]!r} cannot be adapted: {left_alone[refused[0]]}."
     if not sites:
         return "This model makes no linear call on a weight of its own."
-    names = near(pattern, [name for site in sites for name in site.names])
+    names = closest_names(pattern, [name for site in sites for name in site.names])
     count = f"{len(sites)} site" + "s" * (len(sites) > 1)
     selectors: list[str] = []
     if isinstance(pattern, str):

@@ -112,7 +112,7 @@ def _check_names(graph: fx.Graph, taken: set[str]) -> None:
 
 
 class _NoTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses to compute with real tensors: it would make constants, and may draw random numbers."""
+    """Refuses to compute with real tensors: that makes constants, and may draw random numbers."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -10,7 +10,9 @@ from torch import nn
 
 from .._adapter.adapter import Adapter, Pair, Stored
 from .._adapter.config import LoRAConfig, pattern_matches
-from .._adapter.names import branch_name, check_name, dotted, name_matches, near, split_block
+from .._adapter.names import (
+    branch_name, check_name, closest_names, dotted, name_matches, split_block
+)
 from .._errors import AdapterError, ConfigError, NoSiteError, UnsupportedModelError
 from .._graph.modules import LorafxModule, Place, submodule
 from .._graph.scan import weights_in_attributes
@@ -61,7 +63,7 @@ def create(program: Program, name: str, config: LoRAConfig) -> Adapter:
     chosen = select(free, config.targets, config.exclude, reasons)
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
         if not any(pattern_matches(pattern, site.name) for site in chosen):
-            names = near(pattern, [site.name for site in chosen])
+            names = closest_names(pattern, [site.name for site in chosen])
             raise NoSiteError(f"The pattern {pattern!r} matches none of the {len(chosen)} sites "
                               f"chosen: {names}.")
     pairs = {site.name: new_pair(config, site, program.weight(site)) for site in chosen}
@@ -83,7 +85,7 @@ def _trained_tensors(
             raise ConfigError(f"trainable takes names and globs of modules, not {pattern!r}.")
         matched = tuple(f"{path}." for path in paths if name_matches(pattern, path))
         if not matched:
-            names = near(pattern, sorted(paths))
+            names = closest_names(pattern, sorted(paths))
             raise NoSiteError(f"No module with parameters matches trainable={pattern!r}; this "
                               f"model has {names}.")
         wanted |= {parameter for name, parameter in base.items() if name.startswith(matched)}

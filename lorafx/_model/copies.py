@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter, Pair
 from .._adapter.config import factor_dtype
-from .._adapter.names import near, renaming, split_block
+from .._adapter.names import closest_names, renaming, split_block
 from .._errors import MismatchError
 from .._graph.sites import Site, blocks_matching
 from .program import Program
@@ -63,7 +63,7 @@ def _check_pair(
     if name not in sites:
         why = program.left_alone.get(name)
         found = (f"that cannot be adapted: {why}" if why
-                 else f"there is no such site; near it: {near(name, sites)}")
+                 else f"there is no such site; near it: {closest_names(name, sites)}")
         raise MismatchError(f"{source} has an adapter at '{name}', but in this model {found}."
                             + _other_base(program, made_for))
     site = sites[name]
@@ -95,7 +95,7 @@ def _fit_trained(
     for name, tensor in tensors.items():
         if name not in base or base[name].shape != tensor.shape:
             has = (f"has it as {tuple(base[name].shape)}" if name in base
-                   else f"has {near(name, base)}")
+                   else f"has {closest_names(name, base)}")
             raise MismatchError(f"{source} has a trained '{name}' {tuple(tensor.shape)}, but this "
                                 f"model {has}.")
         tied = [other for other, parameter in base.items()

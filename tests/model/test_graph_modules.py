@@ -139,8 +139,8 @@ def test_a_summary_shows_what_was_skipped_and_graph_breaks_on_request():
         pass
 
     found = lorafx.summary(lorafx.inject(Net(nn.Linear(3, 3), nn.Conv1d(3, 3, 1))))
-    assert found.breaks[""].startswith("Net: forward loops") and "Conv1d" in found.breaks["1"]
-    assert list(found.skipped) == ["1"]
+    assert list(found.breaks) == [""] and found.breaks[""].startswith("Net: forward loops")
+    assert list(found.skipped) == ["1"] and "Conv1d" in found.skipped["1"]
     text, page = str(found), found._repr_html_()
     assert f"skipped:\n  1: {found.skipped['1']}" in text
     assert f"<th>why</th></tr><tr><td>1</td><td>{html.escape(found.skipped['1'])}</td></tr>" in page
