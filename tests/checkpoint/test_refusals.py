@@ -97,8 +97,9 @@ def test_indices_that_lie(small, place, message, capsys):
 
 
 def test_bases_of_torch_save_that_hold_more(small, capsys):
-    for content, message in (({"model": small}, "holds 'model', a dict"), ([small], "holds a list"),
-                             ({"a": Path("x")}, "holds more than tensors")):
+    for content, message in (({"model": small}, "holds tensors under 'model': save that part by itself"),
+                             ({**small, "model": {"epoch": 3}}, "holds 'model', a dict, where only named tensors"),
+                             ([small], "holds a list"), ({"a": Path("x")}, "holds more than tensors")):
         torch.save(content, "more.pth")
         assert main(["merge", "more.pth", "a.safetensors", "-o", "out.pth"]) == 2
         assert message in error(capsys)
