@@ -1,8 +1,10 @@
-"""Every architecture of the installed transformers, tiny: built from its config with random weights.
+"""Every architecture of the installed transformers, tiny: built from its config with random
+weights.
 
-No architecture is treated by hand: SIZES says what a field of a config is set to by its name, in whatever config it
-stands, and tiny_inputs.py makes an input by the name of forward's argument. OVERRIDES is data: the values that some
-configs need beyond, and those that their defaults leave out.
+No architecture is treated by hand: SIZES says what a field of a config is set to by its name, in
+whatever config it stands, and tiny_inputs.py makes an input by the name of forward's argument.
+OVERRIDES is data: the values that some configs need beyond, and those that their defaults leave
+out.
 """
 
 import contextlib
@@ -12,30 +14,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from tiny_inputs import FIRST_SPECIAL, IMAGE, VOCABULARY, attempts
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from coverage_parts.inputs import FIRST_SPECIAL, IMAGE, VOCABULARY, attempts
+
 LARGEST = 30_000_000  # parameters of a model that is built less small
 
-# (names of fields, the largest value); the first line that matches counts. What is smaller stays as it is.
+# (names of fields, the largest value); the first line that matches counts. What is smaller stays as
+# it is.
 SIZES: tuple[tuple[str, int], ...] = (
     ("num_hidden_layers n_layer n_layers num_layers *_layers depth *_depth layers num_blocks", 2),
-    ("*vocab_size* encoder_hash_byte_group_vocab max_position_embeddings n_positions max_seq_len n_ctx "
-     "max_*_position_embeddings", VOCABULARY),
+    ("*vocab_size* encoder_hash_byte_group_vocab max_position_embeddings n_positions max_seq_len "
+     "n_ctx max_*_position_embeddings", VOCABULARY),
     ("image_size pretrain_image_size spec_size crop_size", IMAGE),
     ("attn_layer_period expert_layer_period", 2),
     ("attn_layer_offset expert_layer_offset first_k_dense_replace topk_group", 1),
-    ("*key_value_heads *kv_heads num_experts_per_tok *topk *top_k n_group n_groups mamba_n_groups moe_k", 2),
+    ("*key_value_heads *kv_heads num_experts_per_tok *topk *top_k n_group n_groups mamba_n_groups "
+     "moe_k", 2),
     ("*attention_heads *num_heads n_head n_heads mamba_n_heads *_n_heads", 4),
     ("*num_experts n_routed_experts *local_experts mm_tokens_per_image", 4),
     ("qk_*_head_dim *head_dim v_head_dim d_kv d_head rotary_dim", 8),
-    ("num_queries num_query_tokens *num_latents *_n_latents sliding_window attention_window index_kpool", 8),
+    ("num_queries num_query_tokens *num_latents *_n_latents sliding_window attention_window "
+     "index_kpool", 8),
     ("*lora_rank", 16),
-    ("*hidden_size d_model n_embd *_embd dim *hidden_dim embedding_size emb_dim *projection_dim *_embed_dim *_width "
-     "output_dim condition_dim hidden_size_global d_latents output_proj_dims upsample_groups base_channels", 32),
-    ("embed_dim *intermediate_size* *ffn_dim d_ff *ffn_hidden_size mlp_dim d_inner *dim_feedforward dff dim_ff", 48),
+    ("*hidden_size d_model n_embd *_embd dim *hidden_dim embedding_size emb_dim *projection_dim "
+     "*_embed_dim *_width output_dim condition_dim hidden_size_global d_latents output_proj_dims "
+     "upsample_groups base_channels", 32),
+    ("embed_dim *intermediate_size* *ffn_dim d_ff *ffn_hidden_size mlp_dim d_inner "
+     "*dim_feedforward dff dim_ff", 48),
     ("max_source_positions", 64),
 )
 LISTS = {"depths": 1, "decoder_in_channels": 32, "num_block_repeats": 1}  # what each item is set to
@@ -44,12 +52,15 @@ _WINDOW = {"window_size": 2}
 _HEAD = {"head_dim": 8}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MROPE = {"rope_parameters": _ROPE | {"mrope_section": [2, 1, 1]}}
-_HALF_MROPE = {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}}
+_HALF_MROPE = {
+    "rope_parameters": _ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}}
 OVERRIDES: dict[str, dict[str, Any]] = {  # by model_type
     "autoformer": _SERIES, "informer": _SERIES, "time_series_transformer": _SERIES,
     "donut-swin": _WINDOW, "swin": _WINDOW,
-    "hunyuan_v1_dense": _HEAD, "hunyuan_v1_moe": _HEAD, "hunyuan_vl_text": _HEAD, "ministral": _HEAD,
-    "qwen2_vl_text": _MROPE, "qwen2_5_vl_text": _MROPE, "qwen2_5_omni_text": _MROPE, "paddleocr_vl_text": _MROPE,
+    "hunyuan_v1_dense": _HEAD, "hunyuan_v1_moe": _HEAD, "hunyuan_vl_text": _HEAD,
+    "ministral": _HEAD,
+    "qwen2_vl_text": _MROPE, "qwen2_5_vl_text": _MROPE, "qwen2_5_omni_text": _MROPE,
+    "paddleocr_vl_text": _MROPE,
     "glm4v_text": _HALF_MROPE, "glm4v_moe_text": _HALF_MROPE, "glm_image_text": _HALF_MROPE,
     "glm_ocr_text": _HALF_MROPE,
     "aria": {"projector_patch_to_query_dict": {4: 2, 16: 4}},
@@ -67,16 +78,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # by model_type
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "llama4_vision_model": {"intermediate_size": 128, "projector_input_dim": 32, "projector_output_dim": 32,
-                            "vision_output_dim": 32},
+    "llama4_vision_model": {"intermediate_size": 128, "projector_input_dim": 32,
+                            "projector_output_dim": 32, "vision_output_dim": 32},
     "mamba2": {"head_dim": 16},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "muse_spark_audio": {"hidden_sizes": [16, 16, 32, 32], "out_hidden_size": 32},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "neomme": {"head_dim": 16},
     "pixtral": {"head_dim": 8},
-    "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1,
-                       "indexer_head_dim": 8},
+    "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 2, "indexer_n_heads": 2,
+                       "indexer_kv_heads": 1, "indexer_head_dim": 8},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "sam2_hiera_det_model": {"hidden_size": 96, "image_size": [64, 64]},
     "shieldgemma2": {"yes_token_index": 6, "no_token_index": 7},
@@ -88,6 +99,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # by model_type
     "voxtral_encoder": {"intermediate_size": 128},
     "xmod": {"default_language": "en_XX"},
 }
+
+
+def sentence(error: BaseException) -> str:
+    """An exception in one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 class NoModel(Exception):
@@ -114,7 +130,8 @@ def architectures() -> list[str]:
 
 
 def tiny(name: str) -> Tiny:
-    """An architecture at the smallest of three sizes that can be built and run, or that can at least be built."""
+    """An architecture at the smallest of three sizes that can be built and run, or that can at
+    least be built."""
     best: Tiny | None = None
     errors: list[Exception] = []
     for size, sizes in (("tiny", SIZES), ("few layers", SIZES[:3]), ("as it is", ())):
@@ -133,7 +150,7 @@ def tiny(name: str) -> Tiny:
                     model(**inputs)
                 return Tiny(model, size, inputs, how)
             except Exception as error:
-                found.reason = found.reason or " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                found.reason = found.reason or sentence(error)
         best = best or found
     if best is None:
         raise errors[0]
@@ -144,7 +161,8 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config in float32, if it has no more than LARGEST parameters."""
     cls = model_class(config)
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in cls._from_config(config, dtype=torch.float32).parameters())
+        empty = cls._from_config(config, dtype=torch.float32)
+        count = sum(parameter.numel() for parameter in empty.parameters())
     if count > LARGEST:
         raise ValueError(f"{count / 1e6:.0f}M parameters even so")
     torch.manual_seed(0)
@@ -153,7 +171,7 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that an Auto class makes of a config: AutoModel's, else the first other one's."""
-    others = [name for name in vars(modeling_auto) if name.startswith("MODEL_FOR_") and name.endswith("_MAPPING")]
+    others = [name for name in vars(modeling_auto) if fnmatch.fnmatch(name, "MODEL_FOR_*_MAPPING")]
     for name in ("MODEL_MAPPING", *others):
         with contextlib.suppress(KeyError):
             found = getattr(modeling_auto, name)[type(config)]
@@ -162,7 +180,8 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 class Shrinker:
-    """Makes small configs; `sizes` is a table like SIZES. A special token gets the same id in all configs of a model.
+    """Makes small configs; `sizes` is a table like SIZES. A special token gets the same id in all
+    configs of a model.
 
     Without sizes it makes the defaults, but for OVERRIDES.
     """
@@ -177,8 +196,9 @@ class Shrinker:
         for key, spec in cls.sub_configs_defaults.items():
             own = spec.config_class
             if not spec.optional:
-                values[key] = self.config(own if issubclass(own, PreTrainedConfig) else CONFIG_MAPPING[spec.model_type],
-                                          spec.init_kwargs)
+                if not issubclass(own, PreTrainedConfig):
+                    own = CONFIG_MAPPING[spec.model_type]
+                values[key] = self.config(own, spec.init_kwargs)
         for field in dataclasses.fields(cls) if self.sizes else ():
             default = given.get(field.name, field.default)
             if field.name not in cls.sub_configs_defaults and default is not dataclasses.MISSING:
@@ -186,7 +206,8 @@ class Shrinker:
         if self.sizes:
             values |= self.layers(cls, given)
         if self.sizes and {"kv_lora_rank", "num_key_value_heads"} <= values.keys():
-            values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention makes keys for every head
+            # latent attention makes keys for every head
+            values["num_key_value_heads"] = values["num_attention_heads"]
         return cls(**(values | OVERRIDES.get(cls.model_type, {})))
 
     def value(self, name: str, default: Any) -> Any:
@@ -198,26 +219,32 @@ class Shrinker:
         if isinstance(default, bool) or not isinstance(default, int):
             return default
         if name.endswith(("_id", "_token_index")) and default >= FIRST_SPECIAL:
-            return self.special.setdefault(name, FIRST_SPECIAL + len(self.special) % (VOCABULARY - FIRST_SPECIAL))
+            place = len(self.special) % (VOCABULARY - FIRST_SPECIAL)
+            return self.special.setdefault(name, FIRST_SPECIAL + place)
         return next((min(default, largest) for names, largest in self.sizes
                      if any(fnmatch.fnmatchcase(name, pattern) for pattern in names)), default)
 
     def layers(self, cls: type[PreTrainedConfig], given: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields that have an item for each layer, cut to a layer of each kind, at least two and at most four.
+        """The fields that have an item for each layer, cut to a layer of each kind, at least two
+        and at most four.
 
-        A backbone keeps as many layers as it hands out, and sections of rotary frequencies fit heads of 8.
+        A backbone keeps as many layers as it hands out, and sections of rotary frequencies fit
+        heads of 8.
         """
         found = dict(_fields(cls(**given)))
         number = cls.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         count = found.get(number)
         rope = found.get("rope_parameters") or {}
-        changed = {"rope_parameters": rope | {"mrope_section": [2, 1, 1]}} if "mrope_section" in rope else {}
+        changed = {}
+        if "mrope_section" in rope:
+            changed = {"rope_parameters": rope | {"mrope_section": [2, 1, 1]}}
         if not isinstance(count, int) or count < 3:
             return changed
         stages = len(given.get("out_indices") or given.get("out_features") or ())
         if stages and "depths" not in found:
             kept = max(2, stages)
-            return {number: kept, "out_features": None, "out_indices": list(range(kept - stages + 1, kept + 1))}
+            return {number: kept, "out_features": None,
+                    "out_indices": list(range(kept - stages + 1, kept + 1))}
         lists = {name: items for name, items in found.items()
                  if isinstance(items, (list, tuple)) and len(items) == count}
         if not lists:

@@ -1,6 +1,7 @@
-"""The contenders of the step benchmark: ways to add s (x A^T) B^T to the same layers of one frozen base.
+"""The contenders of the speed benchmarks: ways to add s (x A^T) B^T to the same layers of one base.
 
-All share the base's tensors, and hold the same values of A and B; a way of adapting is a row of `CONTENDERS`.
+All share the frozen base's tensors and hold the same values of A and B; a method of adapting is a
+row of `CONTENDERS`.
 """
 
 import copy
@@ -23,7 +24,7 @@ LORAFX_NARROW = "lorafx, dtype of the base"
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """What is added to which layers: scale * B A, with `values` {layer: (A (rank, in), B (out, rank))}."""
+    """What is added: scale * B A, with `values` {layer: (A (rank, in), B (out, rank))}."""
 
     rank: int
     scale: float
@@ -31,10 +32,10 @@ class Adapters:
 
 
 def draw(base: nn.Module, names: list[str], rank: int, seed: int = 0) -> Adapters:
-    """Random A and B, no B zero, in the base's dtype, so that it holds them exactly; scale * B A is a third of W.
+    """Random A and B, no B zero, in the base's dtype; scale * B A is a third of W.
 
-    That is a third of the size that nn.Linear draws its weights with: an adapter that is left out, or scaled wrongly,
-    cannot pass for rounding.
+    That is a third of the size that nn.Linear draws its weights with: an adapter that is left out,
+    or scaled wrongly, cannot pass for rounding.
     """
     generator = torch.Generator().manual_seed(seed)
     values = {}
@@ -47,13 +48,16 @@ def draw(base: nn.Module, names: list[str], rank: int, seed: int = 0) -> Adapter
     return Adapters(rank, 2.0, values)
 
 
+Pairs = dict[str, tuple[nn.Parameter, nn.Parameter]]  # {layer: (A, B)}
+
+
 @dataclasses.dataclass
 class Contender:
     """One adapted model, its Parameters A and B by layer, and the seconds that adapting took."""
 
     name: str
     model: nn.Module
-    pairs: dict[str, tuple[nn.Parameter, nn.Parameter]]
+    pairs: Pairs
     seconds: float
 
     @property
@@ -62,22 +66,22 @@ class Contender:
         return [parameter for pair in self.pairs.values() for parameter in pair]
 
 
-Found = tuple[nn.Module, dict[str, tuple[nn.Parameter, nn.Parameter]]]
-
-
-def frozen_base(base: nn.Module, adapters: Adapters) -> Found:
-    """The base as it is: dX still flows through every layer, since the model's input requires a gradient."""
+def frozen_base(base: nn.Module, adapters: Adapters) -> tuple[nn.Module, Pairs]:
+    """The base as it is: dX flows through every layer, since the model's input needs a gradient."""
     return base, {}
 
 
-def peft_model(base: nn.Module, adapters: Adapters, wide: bool = False) -> Found:
+def peft_model(base: nn.Module, adapters: Adapters,
+               wide: bool = False) -> tuple[nn.Module, Pairs]:
     """PEFT, with A and B in the base's dtype, or, if `wide`, as by default in float32."""
     config = peft.LoraConfig(r=adapters.rank, lora_alpha=adapters.scale * adapters.rank,
                              target_modules=list(adapters.values))
     model = peft.get_peft_model(base, config, autocast_adapter_dtype=wide)
-    layers: dict[str, Any] = {name: model.base_model.model.get_submodule(name) for name in adapters.values}
-    return model, {name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-                   for name, layer in layers.items()}
+    pairs = {}
+    for name in adapters.values:
+        layer: Any = model.base_model.model.get_submodule(name)
+        pairs[name] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return model, pairs
 
 
 class LowRank(nn.Module):
@@ -94,14 +98,15 @@ class LowRank(nn.Module):
         return self.B(self.scale * self.A(x))
 
 
-def patched(base: nn.Module, adapters: Adapters) -> Found:
-    """Each layer's forward replaced, on the instance, by one that adds a branch to the original, as MiniMind does."""
+def patched(base: nn.Module, adapters: Adapters) -> tuple[nn.Module, Pairs]:
+    """Each layer's forward replaced, as MiniMind does, by the original plus a branch."""
     pairs = {}
     for name, (A, B) in adapters.values.items():
         layer: Any = base.get_submodule(name)
         layer.lora = LowRank(A, B, adapters.scale)
 
-        def forward(x: Tensor, original: Callable[..., Tensor] = layer.forward, lora: nn.Module = layer.lora) -> Tensor:
+        def forward(x: Tensor, original: Callable[..., Tensor] = layer.forward,
+                    lora: nn.Module = layer.lora) -> Tensor:
             return original(x) + lora(x)
 
         layer.forward = forward
@@ -109,44 +114,59 @@ def patched(base: nn.Module, adapters: Adapters) -> Found:
     return base, pairs
 
 
-def injected(base: nn.Module, adapters: Adapters, **options: Any) -> Found:
+def injected(base: nn.Module, adapters: Adapters, **options: Any) -> tuple[nn.Module, Pairs]:
     """lorafx, with its defaults: A and B are float32 or wider."""
-    model = lorafx.inject(base, adapters.rank, alpha=adapters.scale * adapters.rank, targets=list(adapters.values),
-                          **options)
-    held: dict[str, Any] = dict(lorafx.named_parameters(model))
-    return model, {name: (held[f"{name}.lora.default.A"], held[f"{name}.lora.default.B"]) for name in adapters.values}
+    model = lorafx.inject(base, adapters.rank, alpha=adapters.scale * adapters.rank,
+                          targets=list(adapters.values), **options)
+    factors: dict[str, Any] = dict(lorafx.named_parameters(model))
+    pairs = {}
+    for name in adapters.values:
+        pairs[name] = factors[f"{name}.lora.default.A"], factors[f"{name}.lora.default.B"]
+    return model, pairs
 
 
-Way = Callable[[nn.Module, Adapters], Found]
-CONTENDERS: dict[str, Way] = {
+def peft_wide(base: nn.Module, adapters: Adapters) -> tuple[nn.Module, Pairs]:
+    """PEFT, with A and B in float32."""
+    return peft_model(base, adapters, wide=True)
+
+
+def injected_single(base: nn.Module, adapters: Adapters) -> tuple[nn.Module, Pairs]:
+    """lorafx, without joining the branches that read one value."""
+    return injected(base, adapters, group=False)
+
+
+def injected_narrow(base: nn.Module, adapters: Adapters) -> tuple[nn.Module, Pairs]:
+    """lorafx, with A and B in the base's dtype."""
+    return injected(base, adapters, dtype=next(base.parameters()).dtype)
+
+
+Method = Callable[[nn.Module, Adapters], tuple[nn.Module, Pairs]]
+CONTENDERS: dict[str, Method] = {
     BASE: frozen_base,
     NOISE: frozen_base,
     PEFT: peft_model,
-    PEFT_WIDE: lambda base, adapters: peft_model(base, adapters, wide=True),
+    PEFT_WIDE: peft_wide,
     PATCHED: patched,
-    SINGLE: lambda base, adapters: injected(base, adapters, group=False),
+    SINGLE: injected_single,
     LORAFX: injected,
-    LORAFX_NARROW: lambda base, adapters: injected(base, adapters, dtype=next(base.parameters()).dtype),
+    LORAFX_NARROW: injected_narrow,
 }
-# Who is compared with whom: first what each gives by name, then, under a narrow base, A and B of one dtype.
+# Who is compared with whom: each by its defaults, then, under a narrow base, A and B of one dtype.
 PAIRS = ((LORAFX, PEFT), (LORAFX, PEFT_WIDE), (LORAFX_NARROW, PEFT))
 
 
 def names_for(dtype: torch.dtype) -> list[str]:
-    """The contenders at a base's dtype: float32 adapters differ from the base's only where that is narrower."""
-    return [name for name in CONTENDERS if name not in (PEFT_WIDE, LORAFX_NARROW) or dtype.itemsize < 4]
+    """The contenders at a base's dtype: adapters in float32 differ only where that is narrower."""
+    if dtype.itemsize < 4:
+        return list(CONTENDERS)
+    return [name for name in CONTENDERS if name not in (PEFT_WIDE, LORAFX_NARROW)]
 
 
-def twin(base: nn.Module) -> nn.Module:
-    """A copy of the modules, on the same Parameters."""
-    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
-
-
-def contend(name: str, way: Way, base: nn.Module, adapters: Adapters) -> Contender:
-    """The contender that a way makes of a copy of the frozen base, with the given A and B."""
-    fresh = twin(base)
+def make_contender(name: str, method: Method, base: nn.Module, adapters: Adapters) -> Contender:
+    """What a method makes of a copy of the base, on the same Parameters, with these A and B."""
+    fresh = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
     began = time.perf_counter()
-    model, pairs = way(fresh, adapters)
+    model, pairs = method(fresh, adapters)
     seconds = time.perf_counter() - began
     with torch.no_grad():
         for layer, pair in pairs.items():

@@ -1,21 +1,23 @@
-"""Training and evaluation of a byte-level MiniMind, with what each step costs; knows nothing of lorafx."""
+"""Training and evaluation of a byte-level MiniMind, with what a step costs; no word of lorafx."""
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from minimind import MiniMind
-from texts import Text
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from common.counting import saved
+from common.minimind import MiniMind
+from common.progress import progress
+from finetune_parts.texts import Text
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How to train: AdamW's learning rate rises to `rate` in a tenth of the steps, and then falls to 0 linearly."""
+    """How AdamW trains: its rate rises to `rate` in a tenth of the steps, then falls to 0."""
 
     steps: int
     rate: float
@@ -35,11 +37,11 @@ class Plan:
 
 @dataclasses.dataclass
 class Run:
-    """What a training run gave: the loss of each batch, (step, held-out loss), and the cost of a step.
+    """What a training run gave: the loss of each batch, (step, held-out loss), the cost of a step.
 
-    `seconds` is the median over the steps after the first. `memory` is in bytes, beyond the model itself: on a CPU the
-    tensors saved for the backward pass, the gradients and the optimizer's state, each counted exactly; on a GPU the
-    highest that torch allocated.
+    `seconds` is the median over the steps after the first. `memory` is in bytes, beyond the model
+    itself: on a CPU the tensors saved for the backward pass, the gradients and the optimizer's
+    state, each counted exactly; on a GPU the highest that torch allocated.
     """
 
     training: list[float] = dataclasses.field(default_factory=list)
@@ -68,19 +70,19 @@ class Keeper(Protocol):
     """Where a training run is kept while it lasts, and from where it is continued."""
 
     def load(self, optimizer: torch.optim.Optimizer) -> tuple[int, Run, list[float]]:
-        """Put back what was kept: the steps done, 0 if nothing was, the Run so far and the seconds of each step."""
+        """Put back what was kept: the steps done, the Run so far and the seconds of each step."""
 
-    def save(self, optimizer: torch.optim.Optimizer, step: int, run: Run, seconds: list[float]) -> None:
+    def save(self, optimizer: torch.optim.Optimizer, step: int, run: Run,
+             seconds: list[float]) -> None:
         """Called after each step."""
 
 
 def train(model: MiniMind, parameters: Iterable[nn.Parameter], text: Text, plan: Plan, label: str,
           keeper: Keeper | None = None) -> Run:
-    """Train these parameters of the model on one text, from where the keeper has it; equal seeds give equal batches."""
-    parameters = list(parameters)
+    """Train these parameters on a text, from where the keeper is; equal seeds, equal batches."""
     device = model.embedding.weight.device
     held_out = text.evaluation(plan.length).to(device)  # (count, length + 1)
-    optimizer = torch.optim.AdamW(parameters, plan.rate)
+    optimizer = torch.optim.AdamW(list(parameters), plan.rate)
     done, run, seconds = (0, Run(), list[float]()) if keeper is None else keeper.load(optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.factor, last_epoch=done - 1)
     generator = torch.Generator().manual_seed(plan.seed)
@@ -90,9 +92,9 @@ def train(model: MiniMind, parameters: Iterable[nn.Parameter], text: Text, plan:
         run.held_out = [(0, evaluate(model, held_out))]
     model.train()
     start = gpu_start(device)
-    with tqdm(total=plan.steps, initial=done, desc=label, unit="step") as bar:
+    with progress(total=plan.steps, initial=done, desc=label, unit="step") as bar:
         for step in range(done + 1, plan.steps + 1):
-            windows = text.batch(plan.batch, plan.length, generator).to(device)  # (batch, length + 1)
+            windows = text.batch(plan.batch, plan.length, generator).to(device)
             began = time.perf_counter()
             run.training.append(advance(model, windows, optimizer, run if step == 1 else None))
             seconds.append(time.perf_counter() - began)
@@ -101,7 +103,8 @@ def train(model: MiniMind, parameters: Iterable[nn.Parameter], text: Text, plan:
                 run.held_out.append((step, evaluate(model, held_out)))
             if keeper is not None:
                 keeper.save(optimizer, step, run, seconds)
-            bar.set_postfix(loss=f"{run.training[-1]:.3f}", held_out=f"{run.held_out[-1][1]:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{run.training[-1]:.3f}",
+                            held_out=f"{run.held_out[-1][1]:.3f}", refresh=False)
             bar.update()
     run.seconds = sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]
     if device.type == "cuda":
@@ -111,45 +114,36 @@ def train(model: MiniMind, parameters: Iterable[nn.Parameter], text: Text, plan:
 
 
 def gpu_start(device: torch.device) -> int:
-    """The bytes that torch has allocated on a GPU before training; its peak is counted from here."""
+    """The bytes that torch has allocated on a GPU before training, from which its peak counts."""
     if device.type != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
 
 
-def advance(model: MiniMind, windows: Tensor, optimizer: torch.optim.Optimizer, measured: Run | None) -> float:
-    """One step on windows (batch, length + 1): its loss. Writes what it holds in memory into `measured`."""
+def advance(model: MiniMind, windows: Tensor, optimizer: torch.optim.Optimizer,
+            measured: Run | None) -> float:
+    """One step on windows (batch, length + 1): its loss. `measured` gets the bytes it holds."""
     optimizer.zero_grad()
     if measured is None:
         loss = loss_of(model, windows)
     else:
-        loss, saved = saved_bytes(model, lambda: loss_of(model, windows))
+        with saved(model) as sizes:
+            loss = loss_of(model, windows)
     loss.backward()
     optimizer.step()
     if measured is not None:
-        measured.memory = {"saved for backward": saved, **optimizer_bytes(optimizer)}
+        measured.memory = {"saved for backward": sum(sizes.values()), **optimizer_bytes(optimizer)}
     return loss.item()
-
-
-def saved_bytes(model: nn.Module, compute: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """The result, and the bytes of the distinct storages that autograd saved for it, but for the model's own."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = compute()
-    return result, sum(size for address, size in sizes.items() if address not in own)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """The bytes of the gradients of an optimizer's parameters, and of its state."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: list[Any] = [value for entry in optimizer.state.values() for value in entry.values()]
-    return {"gradients": sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None),
-            "optimizer": sum(value.nbytes for value in state if isinstance(value, Tensor))}
+    gradients = state = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradients += 0 if parameter.grad is None else parameter.grad.nbytes
+    for entry in optimizer.state.values():
+        values: list[Any] = list(entry.values())
+        state += sum(value.nbytes for value in values if isinstance(value, Tensor))
+    return {"gradients": gradients, "optimizer": state}

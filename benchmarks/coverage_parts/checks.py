@@ -1,4 +1,4 @@
-"""Whether adapters do nothing before training, and each of them something after: for lorafx and for PEFT alike."""
+"""Whether adapters do nothing before training and each something after: lorafx and PEFT alike."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ SEED = 0
 
 @dataclasses.dataclass
 class Adapted:
-    """What one library did with a model; `error` says what it raised, and None stands for what was not found out.
+    """What one library did with a model; `error` says what it raised; None is what is not known.
 
     The fields from `sites` to `breaks` are lorafx's own.
     """
@@ -40,11 +40,11 @@ class Adapted:
     error: str = ""
 
     def identical(self) -> bool | None:
-        """Whether the output before training was the original's, in all modes that were compared."""
+        """Whether the output before training was the original's, in all modes compared."""
         return all(self.identity.values()) if self.identity else None
 
     def no_silent(self) -> bool | None:
-        """Whether every adapter at a weight that the model uses changed the output and got a gradient."""
+        """Whether every adapter at a weight in use changed the output and got a gradient."""
         if not self.identity or not self.finished:
             return None
         return not (self.silent or self.without_gradient or self.unnamed)
@@ -62,7 +62,7 @@ class Adapted:
 
 @dataclasses.dataclass
 class Layer:
-    """An adapted layer: its name, A (rank, in), B (out, rank), the original's weight, and which of its rows it is."""
+    """An adapted layer: name, A (rank, in), B (out, rank), the original's weight, and its rows."""
 
     name: str
     A: nn.Parameter
@@ -95,7 +95,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from (tensor for item in value for tensor in tensors(item))
 
 
-def outputs(model: nn.Module, inputs: Mapping[str, Any], mode: str = "eval", grad: bool = False) -> list[Tensor]:
+def outputs(model: nn.Module, inputs: Mapping[str, Any], mode: str = "eval",
+            grad: bool = False) -> list[Tensor]:
     """What the model computes, from the same seed every time."""
     transformers.set_seed(SEED)
     model.train(mode == "train")
@@ -105,18 +106,19 @@ def outputs(model: nn.Module, inputs: Mapping[str, Any], mode: str = "eval", gra
 
 def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     """Whether two outputs are equal bit for bit; NaN equals NaN."""
-    return len(one) == len(other) and all(
-        a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(one, other))
+    if [tensor.shape for tensor in one] != [tensor.shape for tensor in other]:
+        return False
+    return all(bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(one, other))
 
 
 def differ(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    """Whether two outputs differ by more than rounding: by 1e-6 of the largest value of the tensor."""
+    """Whether two outputs differ by more than rounding: by 1e-6 of a tensor's largest value."""
     return any(a.shape != b.shape or bool(((a - b).abs() > 1e-6 * a.abs().max()).any())
                for a, b in zip(one, other) if a.numel())
 
 
-def check_layers(base: nn.Module, model: nn.Module, layers: Sequence[Layer], fold: Callable[[], nn.Module],
-                 inputs: Any, found: Adapted) -> None:
+def check_layers(base: nn.Module, model: nn.Module, layers: Sequence[Layer],
+                 fold: Callable[[], nn.Module], inputs: Any, found: Adapted) -> None:
     """Which adapters are silent, which get no gradient, and which weights the model does not use.
 
     `fold` makes a plain model whose weights hold W + s B A.
@@ -141,8 +143,9 @@ def check_layers(base: nn.Module, model: nn.Module, layers: Sequence[Layer], fol
             found.without_gradient.append(layer.name)
 
 
-def gradients_of(model: nn.Module, inputs: Any, wanted: Sequence[tuple[nn.Parameter, slice]]) -> list[bool]:
-    """Whether these rows of parameters get a gradient that is not zero, of a random linear function of all outputs."""
+def gradients_of(model: nn.Module, inputs: Any,
+                 wanted: Sequence[tuple[nn.Parameter, slice]]) -> list[bool]:
+    """Whether these rows get a gradient that is not zero, of a random function of the outputs."""
     parameters = [parameter for parameter, _ in wanted]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -150,7 +153,9 @@ def gradients_of(model: nn.Module, inputs: Any, wanted: Sequence[tuple[nn.Parame
         generator = torch.Generator().manual_seed(SEED)
         found = [tensor for tensor in outputs(model, inputs, grad=True)
                  if tensor.requires_grad and not tensor.is_complex()]
-        loss = sum((tensor * torch.randn(tensor.shape, generator=generator)).sum() for tensor in found)
+        loss: Any = 0
+        for tensor in found:
+            loss = loss + (tensor * torch.randn(tensor.shape, generator=generator)).sum()
         gradients: Sequence[Tensor | None] = [None] * len(parameters)
         if isinstance(loss, Tensor):
             gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
@@ -161,12 +166,13 @@ def gradients_of(model: nn.Module, inputs: Any, wanted: Sequence[tuple[nn.Parame
             for gradient, (_, rows) in zip(gradients, wanted)]
 
 
-def check(base: nn.Module, model: nn.Module, layers: Sequence[Layer], fold: Callable[[], nn.Module], inputs: Any,
-          modes: Sequence[str], found: Adapted) -> None:
-    """All checks of one library's model against the frozen original; `inputs` are None if it does not run.
+def check(base: nn.Module, model: nn.Module, layers: Sequence[Layer], fold: Callable[[], nn.Module],
+          inputs: Any, modes: Sequence[str], found: Adapted) -> None:
+    """All checks of a library's model against the frozen original; `inputs` None: it does not run.
 
-    `modes` are those of eval and train in which the original gives the same output twice. With gradients the original
-    may be frozen or train the adapted weights: ATen picks kernels by what requires a gradient.
+    `modes` are those of eval and train in which the original gives the same output twice. With
+    gradients the original may be frozen or train the adapted weights: ATen picks kernels by what
+    requires a gradient.
     """
     found.layers = len(layers)
     trained = copy.deepcopy(base)
@@ -184,7 +190,8 @@ def check(base: nn.Module, model: nn.Module, layers: Sequence[Layer], fold: Call
             trained.get_parameter(names[id(layer.weight)]).requires_grad_(True)
         result = outputs(model, inputs, "train", grad=True)
         found.identity["train with gradients"] = any(
-            same(result, outputs(original, inputs, "train", grad=True)) for original in (base, trained))
+            same(result, outputs(original, inputs, "train", grad=True))
+            for original in (base, trained))
 
 
 def check_lorafx(base: nn.Module, inputs: Any, modes: Sequence[str], found: Adapted) -> None:
@@ -205,13 +212,12 @@ def check_lorafx(base: nn.Module, inputs: Any, modes: Sequence[str], found: Adap
     factors = dict(lorafx.named_parameters(model))
     layers = []
     for site in sites:
-        name, bracket, block = site.name.partition("[")  # a block of rows: "attention.in_proj_weight[q]"
-        owner, _, attribute = name.rpartition(".")
-        branch = next(path for path in (f"{name}.lora{bracket}{block}", f"{owner}.lora_{attribute}{bracket}{block}",
-                                        f"lora_{attribute}{bracket}{block}", "lora") if f"{path}.default.A" in factors)
+        name = site.name.partition("[")[0]
         weight = weights[name] if name in weights else weights[f"{name}.weight".lstrip(".")]
         rows = slice(None) if site.rows is None else slice(site.rows[0], sum(site.rows))
-        layers.append(Layer(site.name, factors[f"{branch}.default.A"], factors[f"{branch}.default.B"], weight, rows))
+        branch = branch_of(site.name, factors)
+        A, B = factors[f"{branch}.default.A"], factors[f"{branch}.default.B"]
+        layers.append(Layer(site.name, A, B, weight, rows))
     check(base, model, layers, lambda: lorafx.merge(model, untie=True), inputs, modes, found)
     found.layers = len(summary.sites)
     if found.identity:
@@ -219,6 +225,17 @@ def check_lorafx(base: nn.Module, inputs: Any, modes: Sequence[str], found: Adap
         found.unnamed = [path for path, module in base.named_modules()
                          if isinstance(module, (nn.Linear, Conv1D)) and path not in named
                          and uses(base, module.weight, inputs)]
+
+
+def branch_of(site: str, factors: Mapping[str, Tensor]) -> str:
+    """The path of the branch at a site, such as "layers.0.lora" or "attention.lora_in_proj[q]"."""
+    name, bracket, block = site.partition("[")
+    owner, _, attribute = name.rpartition(".")
+    for path in (f"{name}.lora{bracket}{block}", f"{owner}.lora_{attribute}{bracket}{block}",
+                 f"lora_{attribute}{bracket}{block}", "lora"):
+        if f"{path}.default.A" in factors:
+            return path
+    raise KeyError(f"no branch at {site}")
 
 
 def uses(model: nn.Module, weight: nn.Parameter, inputs: Any) -> bool:
@@ -241,15 +258,20 @@ def check_peft(base: nn.Module, inputs: Any, modes: Sequence[str], found: Adapte
     layers = []
     for path, module in model.base_model.model.named_modules():
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
-            path, name = path.replace(".base_layer", ""), getattr(module, "parameter_name", "weight")
+            path = path.replace(".base_layer", "")
+            name = getattr(module, "parameter_name", "weight")
             weight = base.get_submodule(path).get_parameter(name)
-            layers.append(Layer(path if name == "weight" else f"{path}.{name}", module.lora_A["default"].weight,
-                                module.lora_B["default"].weight, weight))
-    check(base, model, layers, lambda: copy.deepcopy(model).merge_and_unload(), inputs, modes, found)
+            A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+            layers.append(Layer(path if name == "weight" else f"{path}.{name}", A, B, weight))
+
+    def fold() -> nn.Module:
+        return copy.deepcopy(model).merge_and_unload()
+
+    check(base, model, layers, fold, inputs, modes, found)
 
 
 def randomise(model: nn.Module) -> None:
-    """Draw matrices from N(0, 1 / inputs), small vectors from N(0, 0.1^2), lest a zero hides an adapter; freeze all."""
+    """Freeze all; matrices N(0, 1 / in), small vectors N(0, 0.1^2): no zero hides an adapter."""
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.numel():

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +19,17 @@ FORMS = 4
 OPTIONAL = ("attention_mask", "image_sizes", "pixel_attention_mask", "input_features_mask")
 # Arguments that are another way of giving the main input, or a second one beside it.
 SECOND = ("inputs_embeds", "pixel_values_videos")
-# (the argument that holds features, the method that makes them, the name of the token that stands for one in the text)
-FEATURES = (("pixel_values", "get_image_features", "image"), ("input_features", "get_audio_features", "audio"))
+# (the argument that holds features, the method that makes them, the name of the token that stands
+# for one in the text)
+FEATURES = (("pixel_values", "get_image_features", "image"),
+            ("input_features", "get_audio_features", "audio"))
 
 
 def attempts(model: PreTrainedModel) -> Iterator[tuple[str, Callable[[], dict[str, Tensor]]]]:
     """(what they are, a function that makes them) for inputs to try, the most complete first.
 
-    Arguments are taken all, or without masks and sizes, or only the main ones; images and sounds have several forms.
+    Arguments are taken all, or without masks and sizes, or only the main ones; images and sounds
+    have several forms.
     """
     arguments = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
@@ -34,14 +38,16 @@ def attempts(model: PreTrainedModel) -> Iterator[tuple[str, Callable[[], dict[st
     least += [name for name in ("decoder_input_ids",) if name in arguments]
     known = [name for name in arguments if name in MAKERS and (name not in SECOND or name in least)]
     patches_first = any("grid" in name or name == "spatial_shapes" for name in arguments)
-    for how, names in (("all", known), ("without masks", [name for name in known if name not in OPTIONAL]),
-                       ("main", least), ("main and mask", [*least, "attention_mask"])):
+    unmasked = [name for name in known if name not in OPTIONAL]
+    for how, names in (("all", known), ("without masks", unmasked), ("main", least),
+                       ("main and mask", [*least, "attention_mask"])):
         for form in (1, 0, 2, 3) if patches_first else range(FORMS):
-            yield f"{how}, form {form}", lambda names=names, form=form: Inputs(model, form).make(names)
+            yield f"{how}, form {form}", partial(Inputs(model, form).make, names)
 
 
 class Inputs:
-    """Makes the inputs of a model. `form`, from 0 to 3, says in which shape images and sounds are given."""
+    """Makes the inputs of a model. `form`, from 0 to 3, says in which shape images and sounds are
+    given."""
 
     def __init__(self, model: PreTrainedModel, form: int) -> None:
         self.model, self.form = model, form
@@ -49,7 +55,8 @@ class Inputs:
         self.generator = torch.Generator().manual_seed(0)
 
     def values(self, *names: str, default: int) -> list[int]:
-        """The first of these fields that the config, or one below it, has as a number or numbers; breadth first."""
+        """The first of these fields that the config, or one below it, has as a number or numbers;
+        breadth first."""
         waiting = [self.model.config]
         for config in waiting:
             for name in names:
@@ -80,10 +87,13 @@ class Inputs:
         return self.value("num_channels", "in_channels", "in_chans", default=3)
 
     def images(self) -> Tensor:
-        """Images (batch, channels, height, width), patches, or videos with the frames before or after the channels."""
+        """Images (batch, channels, height, width), patches, or videos with the frames before or
+        after the channels."""
         if self.form == 1:
             rows = self.patches()
-            return rows if any("grid" in name for name in self.arguments) else rows.view(BATCH, SIDE * SIDE, -1)
+            if any("grid" in name for name in self.arguments):
+                return rows
+            return rows.view(BATCH, SIDE * SIDE, -1)
         sides = (2 * self.values("image_size", "img_size", default=IMAGE))[:2]
         frames = self.value("num_frames", "frames_per_clip", default=2)
         return self.normal(BATCH, *((self.channels(),), (), (frames, self.channels()),
@@ -92,7 +102,8 @@ class Inputs:
     def patches(self) -> Tensor:
         """Images as rows of patches (patches, channels x frames x side x side)."""
         frames = self.value("temporal_patch_size", "patch_temporal", default=1)
-        return self.normal(BATCH * SIDE * SIDE, self.channels() * frames * self.value("patch_size", default=16) ** 2)
+        side = self.value("patch_size", default=16)
+        return self.normal(BATCH * SIDE * SIDE, self.channels() * frames * side ** 2)
 
     def frames(self) -> int:
         """The number of a spectrogram's frames."""
@@ -100,34 +111,41 @@ class Inputs:
 
     def spectrograms(self) -> Tensor:
         """Sounds (batch, mel bins, frames), or with the last two exchanged."""
-        bins = self.value("input_feat_per_channel", "num_mel_bins", "input_feat_size", "feature_size", "n_mels",
-                          "feature_projection_input_dim", default=128)
-        return self.normal(BATCH, *((bins, self.frames()) if self.form % 2 == 0 else (self.frames(), bins)))
+        bins = self.value("input_feat_per_channel", "num_mel_bins", "input_feat_size",
+                          "feature_size", "n_mels", "feature_projection_input_dim", default=128)
+        shape = (bins, self.frames())
+        return self.normal(BATCH, *(shape if self.form % 2 == 0 else reversed(shape)))
 
     def waves(self) -> Tensor:
-        """Sounds (batch, samples), (batch, channels, samples), or spectrograms (batch, frames, mel bins)."""
-        if self.form < 2:
-            return self.normal(BATCH, *(() if self.form == 0 else (self.value("audio_channels", default=1),)), SAMPLES)
-        return self.normal(BATCH, self.value("max_length", default=100), self.value("num_mel_bins", default=80))
+        """Sounds (batch, samples), (batch, channels, samples), or spectrograms (batch, frames, mel
+        bins)."""
+        if self.form == 0:
+            return self.normal(BATCH, SAMPLES)
+        if self.form == 1:
+            return self.normal(BATCH, self.value("audio_channels", default=1), SAMPLES)
+        return self.normal(BATCH, self.value("max_length", default=100),
+                           self.value("num_mel_bins", default=80))
 
     def series(self) -> Tensor:
-        """Series (batch, steps) with the lags that the first prediction looks back, or (batch, steps, channels)."""
+        """Series (batch, steps) with the lags that the first prediction looks back, or (batch,
+        steps, channels)."""
         steps = self.value("context_length", default=STEPS)
-        return self.normal(BATCH, *((steps + 7,), (steps, self.value("num_input_channels", default=1)), (STEPS,),
-                                    (STEPS,))[self.form])
+        channels = self.value("num_input_channels", default=1)
+        return self.normal(BATCH, *((steps + 7,), (steps, channels), (STEPS,), (STEPS,))[self.form])
 
     def make(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The inputs for these arguments, as far as MAKERS knows them."""
         made = {name: MAKERS[name](self) for name in names if name in MAKERS}
         for feature, method, token in FEATURES:
             special = self.value(f"{token}_token_id", f"{token}_token_index", default=-1)
-            owner = next((module for module in self.model.modules() if hasattr(module, method)), None)
-            if {"input_ids", feature} <= made.keys() and special >= 0 and owner is not None:
-                self.place(made, getattr(owner, method), special)
+            owners = [module for module in self.model.modules() if hasattr(module, method)]
+            if {"input_ids", feature} <= made.keys() and special >= 0 and owners:
+                self.place(made, getattr(owners[0], method), special)
         return made
 
     def place(self, made: dict[str, Tensor], function: Callable[..., Any], special: int) -> None:
-        """Put as many tokens that stand for features into the text as this method of the model makes features."""
+        """Put as many tokens that stand for features into the text as this method of the model
+        makes features."""
         arguments = inspect.signature(function).parameters
         given = {name: MAKERS[name](self) for name, argument in arguments.items()
                  if argument.default is argument.empty and name in MAKERS}
@@ -138,7 +156,8 @@ class Inputs:
         parts = found if isinstance(found, (list, tuple)) else [found]
         count = sum(part.numel() // part.shape[-1] for part in parts) // BATCH
         text = made["input_ids"].where(made["input_ids"] != special, special + 1)
-        made["input_ids"] = torch.cat([text[:, :2], torch.full((BATCH, count), special), text[:, 2:]], 1)
+        middle = torch.full((BATCH, count), special)
+        made["input_ids"] = torch.cat([text[:, :2], middle, text[:, 2:]], 1)
         if "attention_mask" in made:
             made["attention_mask"] = torch.ones_like(made["input_ids"])
         if "mm_token_type_ids" in made:
@@ -154,9 +173,17 @@ def ones(*shape: int) -> Maker:
 
 
 def normal(*shape: int | tuple[str, int]) -> Maker:
-    """A maker of random numbers (batch, *shape); a pair is a field of the config and what to take where it is not."""
-    return lambda inputs: inputs.normal(BATCH, *(
-        size if isinstance(size, int) else inputs.value(size[0], default=size[1]) for size in shape))
+    """A maker of random numbers (batch, *shape); a pair is a field of the config and what to take
+    where it is not."""
+    def make(inputs: Inputs) -> Tensor:
+        sizes = []
+        for size in shape:
+            if not isinstance(size, int):
+                size = inputs.value(size[0], default=size[1])
+            sizes.append(size)
+        return inputs.normal(BATCH, *sizes)
+
+    return make
 
 
 def grid(*sizes: int) -> Maker:
@@ -164,11 +191,32 @@ def grid(*sizes: int) -> Maker:
     return lambda inputs: torch.tensor([sizes] * BATCH)
 
 
+def context(inputs: Inputs) -> int:
+    """The steps of a series that a model looks at, with the lags before them."""
+    return inputs.value("context_length", default=STEPS) + 7
+
+
+def pixel_positions(inputs: Inputs) -> Tensor:
+    """The place of each patch in the image (batch, patches, 2)."""
+    return torch.cartesian_prod(*[torch.arange(SIDE)] * 2).expand(BATCH, PATCHES, 2)
+
+
+def task_inputs(inputs: Inputs) -> Tensor:
+    """The tokens of a task's name (batch, length)."""
+    return torch.ones(BATCH, inputs.value("task_seq_len", default=LENGTH), dtype=torch.long)
+
+
+def boxes(inputs: Inputs) -> Tensor:
+    """Where each token stands on the page (batch, length, 4)."""
+    return torch.tensor([1, 2, 8, 9]).expand(BATCH, LENGTH, 4) + torch.arange(LENGTH)[:, None]
+
+
 HIDDEN = ("hidden_size", 32)
 PATCHES = SIDE * SIDE
 MAKERS: dict[str, Maker] = {
     **dict.fromkeys(("input_ids", "decoder_input_ids", "qformer_input_ids"), Inputs.tokens),
-    **dict.fromkeys(("pixel_values", "pixel_values_videos", "prompt_pixel_values", "prompt_masks"), Inputs.images),
+    **dict.fromkeys(("pixel_values", "pixel_values_videos", "prompt_pixel_values", "prompt_masks"),
+                    Inputs.images),
     **dict.fromkeys(("input_features", "audio_mel"), Inputs.spectrograms),
     **dict.fromkeys(("inputs_embeds", "noise_embeds", "context_hidden_states", "action_embeds"),
                     normal(LENGTH, HIDDEN)),
@@ -182,7 +230,7 @@ MAKERS: dict[str, Maker] = {
     "mm_token_type_ids": lambda inputs: torch.zeros(BATCH, LENGTH, dtype=torch.long),
     "image_sizes": grid(IMAGE, IMAGE),
     "pixel_attention_mask": ones(PATCHES),
-    "pixel_position_ids": lambda inputs: torch.cartesian_prod(*[torch.arange(SIDE)] * 2).expand(BATCH, PATCHES, 2),
+    "pixel_position_ids": pixel_positions,
     "hidden_states": Inputs.patches,
     "audio_mel_mask": lambda inputs: torch.zeros(BATCH, inputs.frames(), dtype=torch.bool),
     "input_values": Inputs.waves,
@@ -190,8 +238,8 @@ MAKERS: dict[str, Maker] = {
     "latents": normal(HIDDEN, LENGTH),
     "inputs": normal(LENGTH, ("d_model", 32)),
     "past_values": Inputs.series,
-    "past_observed_mask": lambda inputs: torch.ones(BATCH, inputs.value("context_length", default=STEPS) + 7),
-    "past_time_features": lambda inputs: torch.zeros(BATCH, inputs.value("context_length", default=STEPS) + 7, 0),
+    "past_observed_mask": lambda inputs: torch.ones(BATCH, context(inputs)),
+    "past_time_features": lambda inputs: torch.zeros(BATCH, context(inputs), 0),
     "past_values_padding": lambda inputs: torch.zeros(BATCH, STEPS),
     "freq": lambda inputs: torch.zeros(BATCH, 1, dtype=torch.long),
     "states": normal(5, ("state_dim", 17)),
@@ -199,6 +247,6 @@ MAKERS: dict[str, Maker] = {
     "timesteps": lambda inputs: torch.arange(5).expand(BATCH, 5),
     "visual_feats": normal(3, ("visual_feat_dim", 2048)),
     "visual_pos": normal(3, 4),
-    "task_inputs": lambda inputs: torch.ones(BATCH, inputs.value("task_seq_len", default=LENGTH), dtype=torch.long),
-    "bbox": lambda inputs: torch.tensor([1, 2, 8, 9]).expand(BATCH, LENGTH, 4) + torch.arange(LENGTH)[:, None],
+    "task_inputs": task_inputs,
+    "bbox": boxes,
 }

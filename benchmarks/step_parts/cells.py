@@ -4,17 +4,20 @@ import dataclasses
 import itertools
 
 import torch
-from step_contenders import Adapters, draw
-from step_gate import Result, reference
-from step_models import MODELS, targets
 from torch import Tensor, nn
+
+from common.contenders import Adapters, draw
+from common.models import MODELS, targets
+from step_parts.gate import Result, reference
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One comparison. `layers=0` means as many as the model has; `forward_rounds=0` that forward alone is not timed.
+    """One comparison.
 
-    `sample` is the least time, in seconds, of what is timed as one: several steps where one is shorter.
+    `layers=0` means as many as the model has, `forward_rounds=0` that forward alone is not timed.
+    `sample` is the least time, in seconds, of what is timed as one: several steps where one is
+    shorter.
     """
 
     model: str
@@ -33,13 +36,16 @@ class Cell:
     def label(self) -> str:
         """All that distinguishes the cell."""
         family = MODELS[self.model]
-        part = f" ({self.layers} of {family.layers} layers)" if self.layers not in (0, family.layers) else ""
+        cut = self.layers not in (0, family.layers)
+        part = f" ({self.layers} of {family.layers} layers)" if cut else ""
+        dtype = str(self.dtype).removeprefix("torch.")
         return (f"{self.model}{part}, {self.batch * self.length:,} tokens, rank {self.rank}, "
-                f"{self.targets}, {str(self.dtype).removeprefix('torch.')}, {'compiled' if self.compiled else 'eager'}")
+                f"{self.targets}, {dtype}, {'compiled' if self.compiled else 'eager'}")
 
 
 MINIMIND = "MiniMind 26M"
-# The first is the one that the headline is about. Widths are whole; some have fewer layers, and few tokens, for time.
+# The first is the one that the headline is about. Widths are whole; some have fewer layers, and few
+# tokens, for time.
 DEFAULT = (
     Cell(MINIMIND, rounds=7, forward_rounds=3),
     Cell(MINIMIND, 1, 128, 4, "square", layers=2, sample=0.05),
@@ -53,22 +59,26 @@ TINY = (
     Cell("tiny encoder", 2, 8, 2, "square", torch.bfloat16, rounds=3, forward_rounds=2, sample=0),
     Cell("tiny encoder", 2, 8, 2, compiled=True, rounds=3, forward_rounds=0, sample=0),
 )
+TOKENS, RANKS, KINDS = (128, 512, 2048, 4096), (4, 16, 64), ("square", "linear")
+BEYOND_EAGER = ((torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True))
 
 
 def grid() -> tuple[Cell, ...]:
-    """Every model by tokens, ranks and targets; the middle of it compiled and in bfloat16 as well."""
+    """Every model by tokens, ranks and targets; the middle of it compiled and in bfloat16 too."""
     cells = []
-    for model in (name for name in MODELS if not name.startswith("tiny")):
-        cells += [Cell(model, -(-tokens // 512), min(tokens, 512), rank, kind) for tokens, rank, kind
-                  in itertools.product((128, 512, 2048, 4096), (4, 16, 64), ("square", "linear"))]
-        cells += [Cell(model, dtype=dtype, compiled=graph) for dtype, graph
-                  in ((torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True))]
+    for model in MODELS:
+        if model.startswith("tiny"):
+            continue
+        for tokens, rank, kind in itertools.product(TOKENS, RANKS, KINDS):
+            cells.append(Cell(model, -(-tokens // 512), min(tokens, 512), rank, kind))
+        for dtype, compiled in BEYOND_EAGER:
+            cells.append(Cell(model, dtype=dtype, compiled=compiled))
     return tuple(cells)
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What all contenders of a cell are given, and what they must compute: `truths` without and with adapters."""
+    """What all contenders of a cell are given, and the right results: without, with adapters."""
 
     cell: Cell
     base: nn.Module
@@ -82,7 +92,8 @@ def task(cell: Cell, device: torch.device) -> Task:
     """The cell's model, data, and adapters: random, and always the same."""
     torch.manual_seed(0)
     family = MODELS[cell.model]
-    base = family.build(family.width, cell.layers or family.layers).to(device, cell.dtype).requires_grad_(False)
+    base = family.build(family.width, cell.layers or family.layers)
+    base = base.to(device, cell.dtype).requires_grad_(False)
     x = torch.randn(cell.batch, cell.length, family.width).to(device, cell.dtype).requires_grad_()
     with torch.no_grad():
         classes = base(x[:1, :1]).shape[-1]

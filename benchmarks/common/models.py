@@ -1,8 +1,9 @@
-"""The models of the step benchmark: functions from embedded tokens x (batch, length, width) to logits for each token.
+"""The models that are timed: embedded tokens x (batch, length, width) -> logits for each token.
 
-None has an embedding, so that x can be a leaf and the gradient dX, which every contender must compute, is x.grad. All
-know nothing of lorafx. The encoder and the Llama-like layer are straight-line code, which a tracer can follow; MiniMind
-is not (its forward branches), as most published models are not.
+None has an embedding, so that x can be a leaf and the gradient dX, which every contender must
+compute, is x.grad. All know nothing of lorafx. The encoder and the Llama-like layer are
+straight-line code, which a tracer can follow; MiniMind is not (its forward branches), as most
+published models are not.
 """
 
 import dataclasses
@@ -10,15 +11,17 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from minimind import Config, FeedForward, MiniMind, RMSNorm, rotary_tables, rotate
 from torch import Tensor, nn
+
+from common.minimind import MiniMind
+from common.minimind_layers import Config, FeedForward, RMSNorm, rotary_tables, rotate
 
 # The layer that gives the logits; no contender adapts it.
 HEAD = "head"
 
 
 class Decoder(MiniMind):
-    """MiniMind from its first block on: x (batch, length, hidden) -> logits (batch, length, vocabulary)."""
+    """MiniMind from its first block on: x (batch, length, hidden) -> its logits."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -29,7 +32,7 @@ class Decoder(MiniMind):
 
 
 class EncoderLayer(nn.Module):
-    """BERT's: y = norm(x + attention(x)), then norm(y + feed_forward(y)) (Devlin et al. 2018, arXiv:1810.04805)."""
+    """BERT's: y = norm(x + attention(x)), then norm(y + feed_forward(y)) (arXiv:1810.04805)."""
 
     def __init__(self, width: int, heads: int, inner: int) -> None:
         super().__init__()
@@ -40,21 +43,23 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, length, width) -> the same shape."""
-        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, head)
+        # q, k, v: (batch, heads, length, head)
+        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = self.key(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (batch, length, width)
-        y = self.attention_norm(x + self.out(mixed))
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        y = self.attention_norm(x + self.out(mixed.transpose(1, 2).flatten(2)))
         return self.feed_forward_norm(y + self.down(F.gelu(self.up(y))))
 
 
 class LlamaLayer(nn.Module):
-    """y = x + attention(norm(x)), then y + feed_forward(norm(y)): rotary, causal, with as many key as query heads."""
+    """y = x + attention(norm(x)), then y + feed_forward(norm(y)): rotary, causal."""
 
     def __init__(self, width: int, inner: int, length: int = 4096) -> None:
         super().__init__()
         self.heads = width // 64
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        projections = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = projections
         self.attention_norm, self.feed_forward_norm = RMSNorm(width, 1e-5), RMSNorm(width, 1e-5)
         self.feed_forward = FeedForward(Config(hidden=width, feed_forward=inner))
         cos, sin = rotary_tables(64, length, 1e4)  # (length, 32)
@@ -65,10 +70,12 @@ class LlamaLayer(nn.Module):
         """x (batch, length, width) -> the same shape."""
         rotation = self.cos[:x.shape[1]], self.sin[:x.shape[1]]
         normal = self.attention_norm(x)
-        q = self.q_proj(normal).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, 64)
+        # q, k, v: (batch, heads, length, 64)
+        q = self.q_proj(normal).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = self.k_proj(normal).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v = self.v_proj(normal).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v, is_causal=True)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = x + self.o_proj(mixed.transpose(1, 2).flatten(2))
         return y + self.feed_forward(self.feed_forward_norm(y))
 
@@ -85,22 +92,24 @@ class Stack(nn.Sequential):
 
 def minimind(hidden: int, layers: int) -> nn.Module:
     """MiniMind with its own vocabulary of 6,400 and two key and value heads."""
-    return Decoder(Config(hidden=hidden, layers=layers, heads=8, kv_heads=2, vocabulary=6400, max_length=4096))
+    return Decoder(Config(hidden=hidden, layers=layers, heads=8, kv_heads=2, vocabulary=6400,
+                          max_length=4096))
 
 
 def encoder(width: int, layers: int) -> nn.Module:
     """A BERT-base-like encoder that labels each token with one of 32 classes."""
-    return Stack([EncoderLayer(width, width // 64, 4 * width) for _ in range(layers)], nn.Linear(width, 32))
+    stacked = [EncoderLayer(width, width // 64, 4 * width) for _ in range(layers)]
+    return Stack(stacked, nn.Linear(width, 32))
 
 
 def llama(width: int, layers: int) -> nn.Module:
-    """Llama-like layers with a feed-forward of 11/4 of the width, and no head: a class for each feature."""
+    """Llama-like layers, feed-forward 11/4 of the width, no head: a class for each feature."""
     return Stack([LlamaLayer(width, 11 * width // 4) for _ in range(layers)], nn.Identity())
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One architecture at one width, with as many layers as the model that it is named after has."""
+    """One architecture at one width, with as many layers as its namesake has."""
 
     build: Callable[[int, int], nn.Module]
     width: int
@@ -119,12 +128,16 @@ MODELS = {
 
 
 def targets(model: nn.Module, kind: str) -> list[str]:
-    """The names of the layers to adapt: "linear" means all nn.Linear but the head, "square" those with in == out."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != HEAD}
-    return [name for name, layer in layers.items() if kind == "linear" or layer.in_features == layer.out_features]
+    """The layers to adapt: "linear", all nn.Linear but the head; "square", those with in == out."""
+    found = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name != HEAD:
+            if kind == "linear" or layer.in_features == layer.out_features:
+                found.append(name)
+    return found
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy, in float32 at least, of logits (batch, length, classes) and labels (batch, length)."""
+    """Mean cross-entropy in float32 or wider of logits (..., classes), labels (...)."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide.flatten(0, 1), labels.flatten())
