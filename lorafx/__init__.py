@@ -15,13 +15,13 @@ from ._inject import InjectLoRA as InjectLoRA
 from ._inject import MergeLoRA as MergeLoRA
 from ._inject import add as add
 from ._inject import inject as inject
-from ._inject import load as load
-from ._inject import save as save
 from ._inject import sites as sites
 from ._merge import eject as eject
 from ._merge import merge as merge
-from ._report import summary as summary
+from ._summary import summary as summary
 from ._resume import resume as resume
+from ._save import load as load
+from ._save import save as save
 from ._switch import activate as activate
 from ._switch import adapters as adapters
 from ._switch import compose as compose

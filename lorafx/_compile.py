@@ -15,5 +15,5 @@ def compile_options() -> dict[str, Any]:
         >>> model = lorafx.inject(torch.nn.Linear(4, 4))
         >>> compiled = torch.compile(model, options=lorafx.compile_options())
     """
-    from ._inductor import JoinBranches  # imports the compiler, which takes a second
+    from ._model.inductor import JoinBranches  # imports the compiler, which takes a second
     return {"pre_grad_custom_pass": JoinBranches()}

@@ -1,7 +1,6 @@
 """The pass and its two ways in and out: `inject` and `add` make an adapter, `load` and `save` read and write one."""
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -9,19 +8,18 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from . import _formats
-from ._adapter import LoRAConfig, check_name
-from ._attach import attach, check_free, create, start
-from ._branch import branches
-from ._fit import fingerprint, fit
-from ._guard import check_model
+from ._adapter.config import LoRAConfig
+from ._adapter.names import check_name
+from ._graph.sites import Site, as_list, select
 from ._merge import merge
-from ._program import read
-from ._record import find_injection
-from ._region import share
-from ._resume import capture, only_active
-from ._sites import Site, as_list, select
-from ._switch import activate, extract
+from ._model.attach import attach, check_new_name, create, start
+from ._model.branches import branches
+from ._model.copies import share
+from ._model.guard import check_model
+from ._model.program import read_program
+from ._model.record import find_injection
+from ._switch import activate
+
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -81,7 +79,7 @@ def inject(
     check_name(adapter)
     check_model(model)
     twin = share(model)
-    program = read(twin)
+    program = read_program(twin)
     made = create(twin, program, adapter, config)
     start(twin, program, group)
     attach(twin, program, made)
@@ -103,7 +101,7 @@ def sites(model: nn.Module, targets: Any = "linear") -> list[Site]:
     """
     if find_injection(model) is None:
         check_model(model)
-    program = read(model)
+    program = read_program(model)
     return select(program.sites, targets, (), program.left_alone)
 
 
@@ -126,91 +124,15 @@ def add(model: nn.Module, adapter: str, rank: int = 8, *, targets: Any = None, *
         >>> lorafx.adapters(model)
         ['default', 'other']
     """
-    check_free(model, adapter)
+    check_new_name(model, adapter)
     unknown = config.keys() - {field.name for field in dataclasses.fields(LoRAConfig)}
     if unknown:
         raise TypeError(f"lorafx.add takes no argument '{min(unknown)}'; it takes those of lorafx.inject.")
     here = branches(model)
     settings = LoRAConfig(rank, targets=(lambda site: site.name in here) if targets is None else targets,
                           **{**config, "trainable": tuple(as_list(config.get("trainable")))})
-    program = read(model)
+    program = read_program(model)
     attach(model, program, create(model, program, adapter, settings))
-
-
-@torch.inference_mode(False)
-def load(
-    model: M, path: str | os.PathLike[str], adapter: str | None = None, *, allow_nonfinite: bool = False
-) -> M:
-    """The model with the adapter in a file; the format is known by the path's ending.
-
-    A model without branches is left as it is and a new, injected one is returned, with the adapter active. An injected
-    model gets the adapter added, inactive until `activate`, and is itself returned. Nothing changes on failure.
-
-    Args:
-        model: a base model, or an injected one.
-        path: a file written by `lorafx.save`, MiniMind (.pth), kohya-ss or diffusers (.safetensors), or a folder
-            written by PEFT.
-        adapter: the name to give it, by default the one in the file; of a folder's several adapters, which one.
-        allow_nonfinite: whether A, B and trained weights may hold NaN and infinity, which are otherwise an error.
-
-    Raises:
-        FormatError: the file is missing or damaged. MismatchError: it was made for another model.
-        AdapterError: the model holds an adapter of that name.
-
-    Example:
-        >>> import tempfile, torch, lorafx
-        >>> base = torch.nn.Linear(4, 4)
-        >>> path = tempfile.mkdtemp() + "/adapter.safetensors"
-        >>> lorafx.save(lorafx.inject(base), path)
-        >>> lorafx.adapters(lorafx.load(base, path))
-        ['default']
-    """
-    found, made_for = _formats.read(path, adapter, model, allow_nonfinite)
-    found = dataclasses.replace(found, name=found.name if adapter is None else adapter)
-    check_name(found.name)
-    fresh = find_injection(model) is None
-    if fresh:
-        check_model(model)
-    else:
-        check_free(model, found.name)
-    twin = share(model) if fresh else model
-    program = read(twin)
-    fitted = fit(twin, program, found, f"'{os.fspath(path)}'", made_for)
-    if fresh:
-        start(twin, program)
-    attach(twin, program, fitted)
-    if fresh:
-        activate(twin, found.name)
-    return twin
-
-
-def save(
-    model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None, *,
-    optimizer: torch.optim.Optimizer | None = None, step: int | None = None,
-) -> None:
-    """Write one adapter, and nothing of the base, to a file; all of it or nothing, whatever happens on the way.
-
-    Args:
-        model: an injected model.
-        path: its ending says the format: `.safetensors` (lorafx's own, all of the adapter), `.pth` / `.pt`
-            (MiniMind's: float16, the scale folded into B), or none: PEFT's folder. Missing folders are made.
-        adapter: which one; by default the only active one.
-        optimizer, step: of a training run that `lorafx.resume` shall continue, kept with the states of the random
-            generators beside the adapter; only lorafx's own format has a place for them.
-
-    Raises:
-        FormatError: no such format, or the format cannot hold this. AdapterError: unknown, or not the only one.
-        ConfigError: the optimizer has other parameters than this adapter's. OSError: the disk failed.
-
-    Example:
-        >>> import tempfile, torch, lorafx
-        >>> lorafx.save(lorafx.inject(torch.nn.Linear(4, 4)), tempfile.mkdtemp() + "/out/lora/demo_4.pth")
-    """
-    adapter = only_active(model, adapter, "save writes one adapter")
-    found = extract(model, adapter)
-    if optimizer is not None or step is not None:
-        found = dataclasses.replace(found, training=capture(model, adapter, optimizer, step))
-    _formats.write(found, path, model, fingerprint(read(model)))
 
 
 class InjectLoRA(PassBase):

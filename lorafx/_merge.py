@@ -1,23 +1,25 @@
 """Folds adapters into weights, W + s B A, and takes them out again; both give a new model of the original class."""
 
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from ._adapter import join
-from ._branch import Branch, Own, branch_name, branches, factors_at, submodule, thawed
+from ._adapter.names import branch_name, dotted, split_block
 from ._errors import TiedWeightError, UnsupportedModelError
-from ._program import Place, places_of_sites
-from ._record import RECORD, injection, trained, weights_of
-from ._region import is_plain_graph, same_kind, share
-from ._scratch import Scratch
-from ._sites import split_block
-from ._weight import Part, rows_of, whole, wide_dtype
+from ._graph.modules import LorafxModule, submodule
+from ._kernels.scratch import Scratch
+from ._kernels.weights import Part, folded
+from ._model.branches import Branch, branches, factors_at
+from ._model.copies import same_kind, share
+from ._model.program import Place, places_of_sites
+from ._model.reading import original_name
+from ._model.record import RECORD, injection, trained_modules, weights_of
+from ._model.regions import is_plain_graph
+
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -43,7 +45,7 @@ def eject(model: M) -> M:
         if is_plain_graph(module):
             _erase_branches(submodule(twin, path), module)
     for module in list(twin.modules()):
-        for name in [name for name, child in module._modules.items() if isinstance(child, Own)]:
+        for name in [name for name, child in module._modules.items() if isinstance(child, LorafxModule)]:
             del module._modules[name]
     del twin.__dict__[RECORD]
     for name, parameter in twin.named_parameters():
@@ -55,7 +57,7 @@ def _erase_branches(module: Any, injected: fx.GraphModule) -> None:
     """Write the graph of an injected GraphModule's copy without branches."""
     for node in module.graph.find_nodes(op="get_attr"):
         owner, _, attribute = str(node.target).rpartition(".")
-        node.target = join(owner, thawed(submodule(injected, owner), attribute))
+        node.target = dotted(owner, original_name(submodule(injected, owner), attribute))
     for node in module.graph.find_nodes(op="call_module"):
         if isinstance(submodule(injected, node.target), Branch):
             node.replace_all_uses_with(node.args[1])
@@ -97,7 +99,7 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
                 f"that too. lorafx.merge(model, untie=True) gives '{name}' a tensor of its own.")
     twin = eject(model)
     clones: dict[nn.Parameter, nn.Parameter] = {}
-    for path, _, whole_set in trained(model):
+    for path, _, whole_set in trained_modules(model):
         for name, parameter in whole_set.sets().get(whole_set.choose(chosen) or "", {}).items():
             base = submodule(twin, path)._parameters[name]
             assert base is not None
@@ -153,40 +155,6 @@ def _fold(places: list[Place], parts: list[Part], scratch: Scratch) -> None:
     for owner, attribute in places:
         table: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers
         table[attribute] = new
-
-
-_BLOCK = 1 << 21  # elements of W that are summed at a time, while they are in a cache
-
-
-def rows_at_a_time(shape: Sequence[int]) -> int:
-    """How many rows of each matrix of a stack (..., m, n) are summed at a time."""
-    return max(_BLOCK // max(math.prod(shape) // max(shape[-2], 1), 1), 1)
-
-
-def folded(matrix: Tensor, parts: Sequence[Part], scratch: Scratch, total: Tensor | None = None) -> Tensor:
-    """W + sum s L R, (..., m, n), summed in float32 or wider and rounded once, as a new tensor or in `total`.
-
-    That happens some rows at a time, in the result itself or, if that is narrow, in a wide buffer.
-    """
-    if type(matrix) is not Tensor:  # rows of a sharded one are no views of it
-        return whole(matrix, parts)
-    total = torch.empty_like(matrix) if total is None else total
-    wide = wide_dtype(matrix, parts)
-    parts = [part._replace(left=part.left.to(wide), right=part.right.to(wide)) for part in parts]
-    *stack, height, width = matrix.shape
-    length = rows_at_a_time(matrix.shape)
-    buffer = None if wide == total.dtype else scratch.empty("wide", (*stack, min(length, height), width), wide,
-                                                            matrix.device)
-    for start in range(0, height, length):
-        source, target = (tensor[..., start:start + length, :] for tensor in (matrix, total))
-        rows = (target if buffer is None else buffer[..., :source.shape[-2], :]).copy_(source)
-        for part in rows_of(parts, start, source.shape[-2]):
-            block = rows.narrow(part.axis, part.start, part.size)
-            add = block.addmm_ if block.ndim == 2 else block.baddbmm_
-            add(part.left, part.right, alpha=part.scale)
-        if buffer is not None:
-            target.copy_(rows)
-    return total
 
 
 def _bake(owner: nn.Module, attribute: str) -> None:

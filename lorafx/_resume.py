@@ -7,15 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _formats, _generators
-from ._adapter import Adapter, Training, join, shown
-from ._branch import branches, factors_at
-from ._errors import AdapterError, ConfigError, FormatError, MismatchError
-from ._fit import fit
-from ._program import read
-from ._record import check_adapter, injection
-from ._switch import extract, trained_whole
-from ._training import fits
+from ._adapter.adapter import Adapter, Training
+from ._adapter.config import shown
+from ._adapter.names import dotted
+from ._errors import ConfigError, FormatError, MismatchError
+from ._formats.table import read_adapter
+from ._formats.training import fits
+from ._model import generators
+from ._model.attach import extract, trained_whole
+from ._model.branches import branches, factors_at
+from ._model.fit import fit
+from ._model.program import read_program
+from ._switch import only_active
+
 
 NOT_OPTIONS = ("params", "param_names")  # of a parameter group: they are this process's own
 
@@ -63,11 +67,11 @@ def resume(
         3
     """
     adapter, source = only_active(model, adapter, "resume continues one adapter"), f"'{os.fspath(path)}'"
-    found, made_for = _formats.read(path, model=model)
+    found, made_for = read_adapter(path, model=model)
     training = found.training
     if training is None:
         raise FormatError(f"{source} has no training state: it was saved without optimizer=... and step=....")
-    fitted, live = fit(model, read(model), found, source, made_for), _live(model, adapter)
+    fitted, live = fit(model, read_program(model), found, source, made_for), _live(model, adapter)
     _check_adapter(extract(model, adapter), fitted, source)
     names = _names(found, fitted, source)
     state = _state_dict(optimizer, training, {name: live[names[name]] for name in names}, source)
@@ -77,7 +81,7 @@ def resume(
     with torch.no_grad():
         for name, tensor in fitted.tensors():
             live[name].copy_(tensor)
-    _generators.set_states(training.random)
+    generators.set_states(training.random)
     return training.step
 
 
@@ -99,19 +103,7 @@ def capture(model: nn.Module, adapter: str, optimizer: torch.optim.Optimizer | N
     groups = [({key: value for key, value in group.items() if key not in NOT_OPTIONS},
                [names[id(parameter)] for parameter in group["params"]]) for group in optimizer.param_groups]
     state = {names[id(parameter)]: dict(entries) for parameter, entries in optimizer.state.items()}
-    return Training(step, _kind(optimizer), groups, state, _generators.states(model))
-
-
-def only_active(model: nn.Module, adapter: str | None, doing: str) -> str:
-    """The adapter that was named, or the only active one."""
-    if adapter is not None:
-        check_adapter(model, adapter)
-        return adapter
-    active = list(injection(model).active)
-    if len(active) != 1:
-        raise AdapterError(f"{doing}, but {len(active)} are active: name one with adapter=..., of "
-                           f"{', '.join(map(repr, injection(model).configs)) or 'none'}.")
-    return active[0]
+    return Training(step, _kind(optimizer), groups, state, generators.states(model))
 
 
 def _live(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
@@ -120,7 +112,7 @@ def _live(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     for site, branch in branches(model).items():
         factors = factors_at(branch, adapter)
         if factors is not None:
-            found |= {join(site, "lora.A"): factors.A, join(site, "lora.B"): factors.B}
+            found |= {dotted(site, "lora.A"): factors.A, dotted(site, "lora.B"): factors.B}
     return found | trained_whole(model, adapter)
 
 
@@ -218,12 +210,12 @@ def _keep_dtypes(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> 
 
 
 def _check_generators(model: nn.Module, states: Mapping[str, Tensor], source: str) -> None:
-    drawn, kept = _generators.places(model), states.keys() - {"python", "numpy"}
+    drawn, kept = generators.places(model), states.keys() - {"python", "numpy"}
     if drawn != kept or "python" not in states:
         raise MismatchError(f"{source} has random numbers of {shown(sorted(kept))}, and this model is on "
                             f"{', '.join(sorted(drawn))}: put it where it was trained.")
     try:
-        _generators.check(states)
+        generators.check(states)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
         raise FormatError(f"{source} is damaged: a random generator does not take the state in it: "
                           f"{str(error)[:200]!r}.") from error

@@ -7,13 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from ._adapter import Adapter, LoRAConfig, Pair, Stored, join
-from ._attach import attach, check_free
-from ._branch import branches, factors_at
+from ._adapter.adapter import Adapter, Pair
+from ._adapter.config import LoRAConfig
+from ._adapter.names import dotted
 from ._errors import AdapterError
-from ._program import places_of_sites, read, tensor_at
-from ._record import check_adapter, holders, injection, refresh, set_trainable, trained, weights_of
-from ._sites import split_block
+from ._model.attach import attach, check_new_name, extract
+from ._model.branches import branches
+from ._model.program import read_program
+from ._model.record import (
+    check_adapter, holders, injection, refresh, set_trainable, trained_modules, weights_of
+)
 
 
 def adapters(model: nn.Module) -> list[str]:
@@ -88,7 +91,7 @@ def named_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[t
             for key, parameter in module._modules[name].named_parameters() if name in module._modules else ():
                 if parameter not in seen:
                     seen.add(parameter)
-                    yield join(path, f"{name}.{key}"), parameter
+                    yield dotted(path, f"{name}.{key}"), parameter
 
 
 def parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
@@ -119,7 +122,7 @@ def remove(model: nn.Module, adapter: str) -> None:
     for holder in holders(model):
         holder._modules.pop(adapter, None)
     refresh(model)
-    for _, owner, held in list(trained(model)):
+    for _, owner, held in list(trained_modules(model)):
         if not held._modules:
             del owner._modules["trained"]
 
@@ -142,7 +145,7 @@ def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> Non
         >>> model.lora.c
         Factors(rank=5, scale=1)
     """
-    check_free(model, adapter)
+    check_new_name(model, adapter)
     chosen = weights_of(model, weights)
     if not chosen:
         raise AdapterError("There is nothing to compose: name at least one adapter.")
@@ -158,31 +161,16 @@ def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> Non
             pairs[site] = Pair(A, B, 1.0)
     whole = {name: tensor.clone() for part, _ in parts for name, tensor in part.trained.items()}
     config = LoRAConfig(rank=max(pair.A.shape[-2] for pair in pairs.values()))
-    attach(model, read(model), Adapter(adapter, config, pairs, whole))
+    attach(model, read_program(model), Adapter(adapter, config, pairs, whole))
 
 
-def extract(model: nn.Module, adapter: str) -> Adapter:
-    """An adapter apart from its model; its tensors share storage with the model's."""
-    check_adapter(model, adapter)
-    pairs, stored, places = {}, {}, places_of_sites(model)
-    for site, branch in branches(model).items():
-        factors, place = factors_at(branch, adapter), places.get(split_block(site)[0])
-        if factors is not None and place is not None:
-            pairs[site] = Pair(factors.A.detach(), factors.B.detach(), factors.scale)
-            weight = tensor_at(*place)
-            stored[site] = Stored(tuple(weight.shape), branch.transposed, branch.rows[0] if branch.rows else 0)
-    lost = [site for site in injection(model).configs[adapter].targets if site not in pairs]
-    if lost:
-        raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module or weight was replaced "
-                           "after injection, as by resize_token_embeddings with a head: do that before lorafx.inject.")
-    whole = {name: parameter.detach() for name, parameter in trained_whole(model, adapter).items()}
-    return Adapter(adapter, injection(model).configs[adapter], pairs, whole, stored)
-
-
-def trained_whole(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """{first name: Parameter} of all that an adapter trains in the place of the base's."""
-    found: dict[nn.Parameter, str] = {}
-    for path, _, held in trained(model):
-        for name, parameter in held.sets().get(adapter, {}).items():
-            found.setdefault(parameter, join(path, name))
-    return {name: parameter for parameter, name in found.items()}
+def only_active(model: nn.Module, adapter: str | None, doing: str) -> str:
+    """The adapter that was named, or the only active one."""
+    if adapter is not None:
+        check_adapter(model, adapter)
+        return adapter
+    active = list(injection(model).active)
+    if len(active) != 1:
+        raise AdapterError(f"{doing}, but {len(active)} are active: name one with adapter=..., of "
+                           f"{', '.join(map(repr, injection(model).configs)) or 'none'}.")
+    return active[0]

@@ -1,12 +1,22 @@
-"""Hypothesis repeats the same examples in every run; `--hypothesis-profile=search` looks for new ones, and longer."""
+"""What every test has: the same random numbers, one thread, and examples that repeat.
+
+Hypothesis repeats the same examples in every run; `--hypothesis-profile=search` looks for new ones,
+and longer.
+"""
+
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
-from models import Block
 from torch import nn
 
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40, database=None)
+from tests.support.checkpoints import small_files
+from tests.support.models import Block
+
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, max_examples=40, database=None
+)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=1000, database=None)
 hypothesis.settings.load_profile("default")
 
@@ -22,3 +32,15 @@ def _seed() -> None:
 def block() -> nn.Module:
     """A small model in float64, in eval."""
     return Block().double().eval()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs in its own folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def small(here: None, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """A small checkpoint in the current folder, in three forms, and adapters for it."""
+    return small_files(tmp_path)

@@ -20,7 +20,7 @@ from common.contenders import draw, injected
 from common.progress import progress
 from common.tables import aligned, interval
 from common.timing import Interval, interleaved, ratio, seconds
-from lorafx import _kernels
+from lorafx._kernels import linears
 
 SHAPES = ((512, 512), (512, 1408), (1408, 512), (1024, 1024))
 RANKS, MULTIPLES, SIZES = (4, 16, 64), (0.5, 1.0, 2.0, 4.0, 8.0), (16, 17, 18, 19, 20, 21)
@@ -59,14 +59,14 @@ IN_PLACE = {"MERGE_FROM": math.inf, "SMALL_BELOW": math.inf}
 
 def forced(step: Callable[[], Any], constants: Mapping[str, float]) -> Any:
     """A step with other constants in the place of lorafx's."""
-    original = {name: getattr(_kernels, name) for name in constants}
+    original = {name: getattr(linears, name) for name in constants}
     for name, value in constants.items():
-        setattr(_kernels, name, value)
+        setattr(linears, name, value)
     try:
         return step()
     finally:
         for name, value in original.items():
-            setattr(_kernels, name, value)
+            setattr(linears, name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +126,9 @@ def table(timing: Timing = Timing(), shapes: Sequence[tuple[int, int]] = SHAPES)
     second = lines(in_place, (1,), timing, shapes)
     return "\n".join([
         aligned(["in factors / formed, by N (in + out) / (2 in out)", *multiples], first),
-        f"lorafx forms it from {_kernels.MERGE_FROM:g} on.", "",
+        f"lorafx forms it from {linears.MERGE_FROM:g} on.", "",
         aligned(["Function / torch's derivative, by N (in + out)", *sizes], second),
-        f"lorafx leaves it to torch below 2^{math.log2(_kernels.SMALL_BELOW):g}."])
+        f"lorafx leaves it to torch below 2^{math.log2(linears.SMALL_BELOW):g}."])
 
 
 def lines(ratios: Callable[..., list[Interval]], calls: Sequence[int], timing: Timing,

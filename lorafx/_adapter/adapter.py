@@ -1,0 +1,118 @@
+"""An adapter is data: a config, and at each site a pair A (rank, in), B (out, rank) with its scale s."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._errors import ConfigError
+from .config import FLOATS, LoRAConfig, is_number
+from .names import check_name, dotted
+
+
+class Pair(NamedTuple):
+    """One site of an adapter: A (rank, in), B (out, rank), and the scale of B A; or stacks of both, for experts."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+class Stored(NamedTuple):
+    """How the weight of a site is stored: its whole shape, whether as (in, out), and the first row that is the site."""
+
+    shape: tuple[int, ...]
+    transposed: bool = False
+    start: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Where a training run stands: after `step` steps of an optimizer, and with which random numbers to come.
+
+    `kind` is the optimizer's class. `groups` has for each parameter group its options and the names of its tensors,
+    `state` for each of these names what the optimizer keeps for it. Names are those of `Adapter.tensors`, which no
+    order and no adapter's name changes. `random` has the generators' states, uint8, by where they are.
+    """
+
+    step: int
+    kind: str
+    groups: list[tuple[dict[str, Any], list[str]]]
+    state: dict[str, dict[str, Any]]
+    random: dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A named adapter apart from any model: its config, {site: Pair}, and base tensors trained beside it.
+
+    `stored` says how the weights of its sites are stored, where that is known; `training` where its training stands.
+    `untied` says that what it is for goes by no other name: where a model has a site or a trained tensor under several,
+    it means something else. `says_transposed` is whether its file says that the weights are stored as (in, out), which
+    shapes may contradict.
+    """
+
+    name: str
+    config: LoRAConfig
+    pairs: Mapping[str, Pair]
+    trained: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    stored: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
+    training: Training | None = None
+    untied: bool = False
+    says_transposed: bool = False
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """Every tensor under the name it has in a file of lorafx: `<site>.lora.A`, `<site>.lora.B`, or the base's."""
+        for site, pair in self.pairs.items():
+            yield dotted(site, "lora.A"), pair.A
+            yield dotted(site, "lora.B"), pair.B
+        yield from self.trained.items()
+
+
+def validate(adapter: Adapter) -> None:
+    """Raise ConfigError unless every pair fits together and all values are floating-point numbers."""
+    check_name(adapter.name)
+    for name, tensor in adapter.tensors():
+        check_plain(name, tensor)
+    for site, (A, B, scale) in adapter.pairs.items():
+        check_shapes(site, A, B)
+        if not is_number(scale):
+            raise ConfigError(f"at '{site}', the scale is {scale!r}.")
+    for name, tensor in adapter.tensors():
+        if tensor.dtype not in FLOATS:
+            raise ConfigError(f"'{name}' has dtype {tensor.dtype}.")
+
+
+def check_finite(adapter: Adapter, otherwise: str = "") -> None:
+    """Raise ConfigError if a value is NaN or infinite."""
+    for name, tensor in adapter.tensors():
+        if not all_finite(tensor):
+            raise ConfigError(f"'{name}' has NaN or infinite values{otherwise}.")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite: the least and the greatest tell, in a tenth of the time of asking each."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Raise ConfigError unless a tensor is of torch's own class, and has values, each with memory of its own."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise ConfigError(f"'{name}' is a {type(tensor).__name__}, of which a file keeps no more than a plain tensor.")
+    if tensor.is_nested:
+        raise ConfigError(f"'{name}' is a nested tensor.")
+    if tensor.is_meta:
+        raise ConfigError(f"'{name}' is on the meta device and has no values.")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ConfigError(f"'{name}' has dtype {tensor.dtype} and layout {tensor.layout}.")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ConfigError(f"'{name}' {tuple(tensor.shape)} is expanded: its elements share memory.")
+
+
+def check_shapes(site: str, A: Tensor, B: Tensor) -> None:
+    """Raise ConfigError unless A and B fit together."""
+    if not (2 <= A.ndim == B.ndim <= 3 and A.shape[:-2] == B.shape[:-2] and A.shape[-2] == B.shape[-1] > 0):
+        shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
+        raise ConfigError(f"at '{site}', {shapes} are not (rank, in) and (out, rank), nor stacks of such.")

@@ -1,0 +1,1 @@
+"""A base checkpoint on a disk: found, planned, folded and written."""

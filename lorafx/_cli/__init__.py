@@ -1,0 +1,1 @@
+"""The command line, `lorafx merge`, `show`, `convert` and `diff`."""

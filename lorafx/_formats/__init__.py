@@ -1,0 +1,1 @@
+"""Adapter <-> file, a row a format."""

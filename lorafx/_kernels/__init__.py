@@ -1,0 +1,1 @@
+"""The branch's mathematics on tensors: forward, backward and merged."""

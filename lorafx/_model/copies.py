@@ -1,0 +1,113 @@
+"""The copy of a model's structure on the same weights."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from .._errors import UnsupportedModelError
+from .._graph.modules import LorafxModule
+from .regions import EJECTING, is_plain_graph
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def keep_attributes(module: fx.GraphModule) -> None:
+    """Let copies and pickles of a caller's GraphModule keep the attributes that its graph does not read.
+
+    Its class is its own, made by fx for this one instance.
+    """
+    cls: Any = type(module)
+    cls.__deepcopy__ = _deepcopy_graph_module
+    cls.__reduce__ = _reduce_graph_module
+
+
+def _deepcopy_graph_module(module: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
+    twin = type(module).__new__(type(module))
+    memo[id(module)] = twin
+    _copy_attributes(module, twin, memo)
+    twin.recompile()
+    keep_attributes(twin)
+    return twin
+
+
+def _reduce_graph_module(module: fx.GraphModule) -> tuple[Any, ...]:
+    return _rebuilt, fx.GraphModule.__reduce__(module)
+
+
+def _rebuilt(rebuild: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) -> fx.GraphModule:
+    module = rebuild(*arguments)
+    keep_attributes(module)
+    return module
+
+
+def share(model: M, ejecting: bool = False) -> M:
+    """A copy of the model's structure on the same weights: new Parameters on the old storage, other tensors cloned.
+
+    `ejecting` undoes `convert` and `adapt` in the copy, and leaves out what lorafx added to these modules.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = same_kind(parameter, parameter.detach())
+    storages = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    for buffer in model.buffers():  # a view of a parameter stays one
+        if buffer.untyped_storage()._cdata in storages:
+            memo[id(buffer)] = buffer.detach()
+    graphs = [m for m in model.modules() if is_plain_graph(m)]
+    for module in graphs:  # their own deepcopy drops hooks and plain attributes
+        memo[id(module)] = type(module).__new__(type(module))
+    token = EJECTING.set(ejecting)
+    try:
+        with _CopyNonLeaves():
+            for module in graphs:
+                _copy_attributes(module, memo[id(module)], memo)
+            twin = copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} cannot be copied: {error}. Remove the attribute that holds it, or give its "
+            "class a __deepcopy__.") from error
+    finally:
+        EJECTING.reset(token)
+    for module in graphs:
+        memo[id(module)].recompile()
+    _check_shared(model, twin)
+    return twin
+
+
+def same_kind(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
+    """A Parameter of the same class, flags and attributes, on other data."""
+    twin = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
+    twin.__dict__.update(parameter.__dict__)
+    return twin
+
+
+def _copy_attributes(module: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
+    twin.__dict__.update(copy.deepcopy(module.__dict__, memo))
+    twin.__dict__["_graph"].owning_module = twin
+
+
+def _check_shared(model: nn.Module, twin: nn.Module) -> None:
+    """A class with a __deepcopy__ of its own may have made new weights; training those would waste memory unseen."""
+    twins = dict(twin.named_parameters(remove_duplicate=False))
+    ours = {parameter for module in model.modules() if isinstance(module, LorafxModule) for parameter in module.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in ours:
+            continue
+        if name not in twins or twins[name].untyped_storage()._cdata != parameter.untyped_storage()._cdata:
+            raise UnsupportedModelError(
+                f"Copying this {type(model).__name__} did not keep the weight '{name}': some class on the way has a "
+                "__deepcopy__ that makes new weights. Let it pass `memo` on to copy.deepcopy.")
+
+
+class _CopyNonLeaves(TorchFunctionMode):
+    """Lets deepcopy pass over tensors that an autograd graph made (caches, old-style weight_norm), by their values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,110 @@
+"""The house: a package imports only lower floors, `import lorafx` stays light, and a file fits a screen or two."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import lorafx
+
+# Packages, and the files beside them, on their floors: each imports only lower ones, and itself.
+FLOORS = (
+    {"_errors", "_kernels"},
+    {"_adapter"},
+    {"_graph", "_storage"},
+    {"_model", "_checkpoint"},
+    {"_formats", "_switch", "_merge", "_summary", "_compile"},
+    {"_inject", "_resume", "_cli"},
+    {"_save", "__main__"},
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}
+FOLDER = Path(lorafx.__file__).parent
+
+
+def room_of(path: Path) -> str:
+    """The package that a file is in, or the file by itself."""
+    return path.relative_to(FOLDER).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The rooms that a file of lorafx names in its import statements."""
+    depth = len(path.relative_to(FOLDER).parts)  # dots that lead to lorafx itself
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from (name.partition(".")[0] for name in names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level or node.module.partition(".")[0] != "lorafx", f"{path}: import relatively"
+            assert node.level <= depth, path
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                assert alias.name.partition(".")[0] != "lorafx", f"{path}: import relatively"
+
+
+def test_every_room_imports_only_lower_floors():
+    rooms = {room_of(path) for path in FOLDER.rglob("*.py")}
+    assert rooms == FLOOR.keys() | {"__init__"}
+    for path in FOLDER.rglob("*.py"):
+        room = room_of(path)
+        for other in imported(path) if room != "__init__" else ():
+            here = f"{path.relative_to(FOLDER)} (floor {FLOOR[room]})"
+            assert other == "__version__" or FLOOR[other] < FLOOR[room], f"{here} imports {other}"
+
+
+def test_no_package_imports_in_a_circle():
+    for package in sorted(path for path in FOLDER.iterdir() if (path / "__init__.py").is_file()):
+        imports: dict[str, set[str]] = {}
+        for path in package.glob("*.py"):
+            names = imports.setdefault(path.stem, set())
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level == 1:
+                    names |= {node.module} if node.module else {alias.name for alias in node.names}
+        while imports:
+            ground = {name for name, others in imports.items() if not others & imports.keys()}
+            assert ground, f"{package.name}: {', '.join(sorted(imports))} import each other"
+            for name in ground:
+                del imports[name]
+
+
+def test_a_wing_knows_nothing_of_the_other():
+    """Graphs and models know no files; bytes and checkpoints know no live model."""
+    left, right = {"_graph", "_model"}, {"_storage", "_checkpoint"}
+    for path in FOLDER.rglob("*.py"):
+        here = room_of(path)
+        for mine, others in ((left, right), (right, left)):
+            assert here not in mine or others.isdisjoint(imported(path)), path
+
+
+def test_an_import_brings_in_no_heavy_package():
+    heavy = "('transformers', 'peft', 'matplotlib')"
+    code = f"import sys, lorafx; print([name for name in {heavy} if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"
+
+
+def test_the_public_surface():
+    assert sorted(name for name in vars(lorafx) if not name.startswith("_")) == [
+        "AdaptedWeightError", "AdapterError", "ConfigError", "FormatError", "InjectLoRA",
+        "LorafxError", "MergeLoRA", "MismatchError", "NoSiteError", "NotInjectedError",
+        "TiedWeightError", "UnsupportedModelError", "activate", "adapters", "add",
+        "compile_options", "compose", "disabled", "eject", "inject", "load", "merge",
+        "named_parameters", "parameters", "remove", "resume", "save", "sites", "summary"]
+
+
+def test_every_public_name_has_an_example():
+    for name, value in vars(lorafx).items():
+        public = not name.startswith("_")
+        if public and not (isinstance(value, type) and issubclass(value, Exception)):
+            assert ">>>" in (value.__doc__ or ""), name
+
+
+def test_functions_fit_a_screen():
+    root = FOLDER.parent
+    paths = [*FOLDER.rglob("*.py"), *root.glob("benchmarks/**/*.py"), *root.glob("tests/**/*.py")]
+    for path in paths:
+        text = path.read_text()
+        assert text.count("\n") <= 450, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 61, f"{path}: {node.name}"
