@@ -63,8 +63,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def cells(options: argparse.Namespace) -> list[Cell]:
     """What to measure."""
+    known = grid() if options.full else TINY if options.tiny else DEFAULT
     found = []
-    for cell in grid() if options.full else TINY if options.tiny else DEFAULT:
+    for cell in known:
         if all(word in cell.label for word in options.only):
             if options.rounds:
                 cell = dataclasses.replace(cell, rounds=options.rounds)

@@ -38,16 +38,16 @@ def attempts(model: PreTrainedModel) -> Iterator[tuple[str, Callable[[], dict[st
     least += [name for name in ("decoder_input_ids",) if name in arguments]
     known = [name for name in arguments if name in MAKERS and (name not in SECOND or name in least)]
     patches_first = any("grid" in name or name == "spatial_shapes" for name in arguments)
+    forms = (1, 0, 2, 3) if patches_first else range(FORMS)
     unmasked = [name for name in known if name not in OPTIONAL]
     for how, names in (("all", known), ("without masks", unmasked), ("main", least),
                        ("main and mask", [*least, "attention_mask"])):
-        for form in (1, 0, 2, 3) if patches_first else range(FORMS):
+        for form in forms:
             yield f"{how}, form {form}", partial(Inputs(model, form).make, names)
 
 
 class Inputs:
-    """Makes the inputs of a model. `form`, from 0 to 3, says in which shape images and sounds are
-    given."""
+    """Makes the inputs of a model; `form`, from 0 to 3, is the shape of its images and sounds."""
 
     def __init__(self, model: PreTrainedModel, form: int) -> None:
         self.model, self.form = model, form

@@ -199,16 +199,21 @@ class Shrinker:
                 if not issubclass(own, PreTrainedConfig):
                     own = CONFIG_MAPPING[spec.model_type]
                 values[key] = self.config(own, spec.init_kwargs)
-        for field in dataclasses.fields(cls) if self.sizes else ():
+        if self.sizes:
+            self.shrink(values, cls, given)
+        return cls(**(values | OVERRIDES.get(cls.model_type, {})))
+
+    def shrink(self, values: dict[str, Any], cls: type[PreTrainedConfig],
+               given: Mapping[str, Any]) -> None:
+        """Set the fields of one config to small values."""
+        for field in dataclasses.fields(cls):
             default = given.get(field.name, field.default)
             if field.name not in cls.sub_configs_defaults and default is not dataclasses.MISSING:
                 values[field.name] = self.value(field.name, default)
-        if self.sizes:
-            values |= self.layers(cls, given)
-        if self.sizes and {"kv_lora_rank", "num_key_value_heads"} <= values.keys():
+        values |= self.layers(cls, given)
+        if {"kv_lora_rank", "num_key_value_heads"} <= values.keys():
             # latent attention makes keys for every head
             values["num_key_value_heads"] = values["num_attention_heads"]
-        return cls(**(values | OVERRIDES.get(cls.model_type, {})))
 
     def value(self, name: str, default: Any) -> Any:
         """What a field is set to."""
