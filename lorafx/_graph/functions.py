@@ -16,7 +16,7 @@ def package(function: Any) -> str:
 
 
 def closure_values(function: types.FunctionType) -> Iterator[Any]:
-    """What a function closes over, but for cells that are empty yet."""
+    """Yield what a function closes over, but for cells that are empty yet."""
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):
             yield cell.cell_contents

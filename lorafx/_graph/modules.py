@@ -20,7 +20,9 @@ class Place(NamedTuple):
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
     """The module registered at a path, even where a property has the same name."""
-    for name in path.split(".") if path else ():
+    if not path:
+        return model
+    for name in path.split("."):
         child = model._modules[name]
         assert child is not None
         model = child

@@ -92,8 +92,8 @@ class Site:
                                    rows=rows, blocks={})
 
 
-# What `targets` and `exclude` take: "square", "linear", a name, a dotted suffix or a glob; a compiled
-# regular expression that matches the whole name; a function of a Site; or several of these.
+# What `targets` and `exclude` take: "square", "linear", a name, a dotted suffix or a glob; a
+# compiled regular expression that matches the whole name; a function of a Site; or several.
 Target: TypeAlias = str | re.Pattern[str] | Callable[[Site], object]
 Targets: TypeAlias = Target | Collection[Target]
 

@@ -36,7 +36,7 @@ class MethodAnalysis(NamedTuple):
 
 
 def analysis_of(module: nn.Module, method: str) -> MethodAnalysis:
-    """What a method of a module does, and all code that it reaches."""
+    """Return what a method of a module does, with all code that it reaches."""
     cls: Any = type(module)
     return _analysis_of(cls, method)
 

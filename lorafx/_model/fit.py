@@ -1,6 +1,7 @@
 """Fits an adapter from a file to a model: names, shapes, devices, dtypes, and layouts."""
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 
@@ -22,7 +23,9 @@ def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -
     was made for, if known.
     """
     base = program.base_parameters
-    sites = {name: site for site in program.sites for name in site.names}
+    sites: dict[str, Site] = {}
+    for site in program.sites:
+        sites.update(dict.fromkeys(site.names, site))
     for name in adapter.pairs:
         for block in blocks_matching(program.sites, name):
             sites[name] = block
@@ -44,9 +47,9 @@ def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -
                                 f"that of '{other}' too: untie them first.")
         weight = program.weight(site)
         dtype = factor_dtype(adapter.config, weight)
-        A, B = (factor.to(weight.device, dtype, copy=True,
-                          memory_format=torch.contiguous_format) for factor in (pair.A, pair.B))
-        pairs[site.name] = Pair(A, B, pair.scale)
+        copied = functools.partial(torch.Tensor.to, device=weight.device, dtype=dtype, copy=True,
+                                   memory_format=torch.contiguous_format)
+        pairs[site.name] = Pair(copied(pair.A), copied(pair.B), pair.scale)
     adapted = {id(program.weight(sites[name])): name for name in pairs}
     trained = {rename(name): tensor for name, tensor in adapter.trained.items()}
     if len(trained) != len(adapter.trained):

@@ -93,7 +93,7 @@ def _check_mersenne_twister(words: Any, position: Any, gauss: Any) -> None:
     """Raise ValueError unless this is a state of MT19937: numpy reads past a short one's end."""
     whole = type(words) is list and len(words) == 624
     inside = type(position) is int and 0 <= position <= 624
-    if not whole or not inside or not all(type(word) is int and 0 <= word < 2**32 for word in words):
+    if not whole or not inside or any(type(w) is not int or not 0 <= w < 2**32 for w in words):
         raise ValueError("the state of a Mersenne twister is damaged")
     if type(gauss) is not float or not math.isfinite(gauss):
         raise ValueError("the number that waits in a random generator is damaged")

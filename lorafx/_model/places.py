@@ -33,7 +33,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def tensor_at(place: Place) -> Any:
-    """What a module has under this name; None for a property.
+    """Return what a module has under this name; None for a property.
 
     A parametrized tensor is computed on a copy of its module, which leaves the module as it is.
     """

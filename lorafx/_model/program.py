@@ -74,7 +74,9 @@ class Program:
             layer = other_layer(module)
             if layer is not None and path not in sites:
                 reasons.setdefault(path, layer)
-        reasons.update({path: why for path, why in self.breaks.items() if path not in self.skipped})
+        for path, reason in self.breaks.items():
+            if path not in self.skipped:
+                reasons[path] = reason
         return reasons
 
     @property
@@ -167,8 +169,10 @@ def _fold(
 def _sites(weight: Weight, usage: Usage) -> list[Site]:
     """The site of a weight, or one for each block of its rows that is a weight by itself."""
     places = {use.place for use in usage.linear}
-    linear = [name for name, place in weight.places.items() if place in places]
-    others = [name for name, place in weight.places.items() if place not in places]
+    linear: list[str] = []
+    others: list[str] = []
+    for name, place in weight.places.items():
+        (linear if place in places else others).append(name)
     transposed = all(use.transposed for use in usage.linear)
     *experts, out_features, in_features = weight.shape
     if transposed:
