@@ -6,11 +6,13 @@ The rule is that of the merge on disk, for files of all formats.
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 import lorafx
+from tests.support.command_line import main
 from tests.support.oracle import randomise
 
 IDS = torch.tensor([[1, 2, 3, 4]])
@@ -43,6 +45,22 @@ def test_a_model_and_the_model_around_it(
     inner = model.get_submodule(new.rstrip("."))
     wanted = source.get_submodule(old.rstrip("."))
     torch.testing.assert_close(inner(IDS).last_hidden_state, wanted(IDS).last_hidden_state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("made_for, merged_into", [(GPT2Model, GPT2LMHeadModel), (GPT2LMHeadModel, GPT2Model)])
+def test_the_merge_of_a_file_on_disk_follows_the_same_rule(
+    tmp_path: Path, made_for: type[nn.Module], merged_into: type[nn.Module],
+) -> None:
+    adapter, base, out = (str(tmp_path / f"{name}.safetensors") for name in ("adapter", "base", "out"))
+    lorafx.save(trained(gpt2(made_for)), adapter)
+    model = gpt2(merged_into)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(tensors, base)
+    assert main(["merge", base, adapter, "-o", out]) == 0
+    merged, wanted = safetensors.torch.load_file(out), lorafx.merge(lorafx.load(model, adapter)).state_dict()
+    assert merged.keys() == wanted.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=0)
 
 
 class Around(nn.Module):
