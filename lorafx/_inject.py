@@ -1,16 +1,18 @@
-"""The pass and its two ways in and out: `inject` and `add` make an adapter, `load` and `save` read and write one."""
+"""The pass: rewrites a model so that chosen linear calls y = x W^T + b add s (x A^T) B^T, with B = 0 at first."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from ._adapter.arguments import check_arguments, explain_unknown_arguments
 from ._adapter.config import LoRAConfig
 from ._adapter.names import check_name
-from ._graph.sites import Site, as_list, select
+from ._graph.sites import Site, Targets, as_list, select
 from ._merge import merge
 from ._model.attach import attach, check_new_name, create, start
 from ._model.branches import branches
@@ -24,71 +26,73 @@ from ._switch import activate
 M = TypeVar("M", bound=nn.Module)
 
 
+@explain_unknown_arguments
 @torch.inference_mode(False)
 def inject(
-    model: M, rank: int = 8, *, alpha: float | None = None, targets: Any = "square", exclude: Any = (),
-    dropout: float = 0.0, rslora: bool = False, rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None, trainable: Any = (), init: str = "gaussian",
-    dtype: torch.dtype | None = None, rounding: bool = False, share_dropout: bool = False,
-    adapter: str = "default", group: bool = True,
+    model: M, rank: int = 8, *, alpha: float | None = None, targets: Targets = "square",
+    exclude: Targets = (), dropout: float = 0.0, rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None, alpha_pattern: Mapping[str, float] | None = None,
+    trainable: str | Collection[str] = (), init: str = "gaussian", dtype: torch.dtype | None = None,
+    rounding: bool = False, share_dropout: bool = False, adapter: str = "default",
+    group: bool = True,
 ) -> M:
-    """A new model in which each chosen linear call y = x W^T + b also adds s (x A^T) B^T; all but A and B is frozen.
+    """Return a new model whose chosen linear calls y = x W^T + b also add s (x A^T) B^T.
 
-    A (rank, in) is drawn from N(0, 0.02^2) with torch's default generator and B (out, rank) is zero, so the new model
-    computes exactly what the old one does until it is trained (Hu et al. 2021, arXiv:2106.09685, section 4.1). The
-    given model is not touched; base weights share storage with it, buffers are copied.
+    A (rank, in) is drawn from N(0, 0.02^2) with torch's default generator and B (out, rank) is 0,
+    so the new model computes exactly what the old one does until it is trained (Hu et al. 2021,
+    arXiv:2106.09685, section 4.1). All but A and B is frozen. The given model is not touched; base
+    weights share storage with it, buffers are copied.
 
     Args:
         model: any nn.Module. A `torch.fx.GraphModule` gets the branches as nodes of its own graph.
         rank: r, at least 1.
         alpha: the scale is s = alpha / rank, or 1 without it.
-        targets: "square" (in == out), "linear" (all), a name, dotted suffix or glob, a compiled regular expression that
-            matches the whole name, a function of a Site, or a list of these. `lorafx.sites(model)` lists the names. (A
-            layer that is itself called `linear` is "*linear".) A name may end in a block of a weight's rows: "qkv[q]",
-            as forward names it, or "qkv[0:64]".
+        targets: "square" (in == out), "linear" (all; a layer of that name is "*linear"), a name,
+            suffix, glob or block of rows ("qkv[q]", "qkv[0:64]"), a compiled regular expression
+            that matches the whole name, a function of a Site, or a list of these.
         exclude: sites to leave out, in the same forms.
-        dropout: of the branch's input alone, in training: the probability with which an element is zeroed.
+        dropout: in training, the probability that an element of the branch's input is zeroed.
         rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
-        rank_pattern: {regular expression: rank} for single sites; the first that matches the end of a name wins.
+        rank_pattern: {regular expression: rank}; the first that matches a name's end wins.
         alpha_pattern: the same for alpha.
-        trainable: names of base modules to copy, train whole and save with the adapter, such as a classifier head.
-        init: how A is drawn: "gaussian", or "kaiming" (uniform, a = sqrt(5), PEFT's way).
-        dtype: of A and B; by default float32 for a float16 or bfloat16 weight, and the weight's own otherwise.
-        rounding: whether Python that needs an adapted float16 or bfloat16 weight as a whole, and not in a product, may
-            get W + s B A rounded to it, which loses most of a small adapter; by default that is an error.
-        share_dropout: let branches that are computed together drop out the same elements, which costs less.
+        trainable: names of base modules to copy, train whole and save, such as a classifier head.
+        init: how A is drawn: "gaussian", or "kaiming" (uniform, a = sqrt(5), as in PEFT).
+        dtype: of A and B; float32 for narrower weights, else the weight's own, by default.
+        rounding: let Python that reads a float16 or bfloat16 weight outside of a product get
+            W + s B A rounded to it, which loses most of a small adapter, instead of an error.
+        share_dropout: let branches computed together drop out the same elements, which is faster.
         adapter: the name of this adapter.
-        group: compute linear calls that share an input (query, key, value; gate, up) together, which is faster.
+        group: compute linear calls that share an input (query, key, value) together, for speed.
 
     Raises:
         NoSiteError: a pattern matches nothing. ConfigError: a setting is out of its range.
-        UnsupportedModelError: the model is wrapped, compiled, patched, lazy, or adapted by another library.
+        UnsupportedModelError: the model is wrapped, compiled, patched, lazy, or adapted already.
 
     Example:
         >>> import torch, lorafx
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
         >>> adapted = lorafx.inject(model, rank=2)
         >>> [name for name, _ in lorafx.named_parameters(adapted)]
         ['0.lora.default.A', '0.lora.default.B']
-        >>> x = torch.randn(3, 4)
-        >>> torch.equal(adapted(x), model(x))
+        >>> torch.equal(adapted(torch.ones(3, 4)), model(torch.ones(3, 4)))
         True
     """
-    config = LoRAConfig(rank, alpha, targets, exclude, dropout, rslora, rank_pattern or {}, alpha_pattern or {},
-                        tuple(as_list(trainable)), init, dtype, rounding, share_dropout)
+    config = LoRAConfig(
+        rank, alpha, targets, exclude, dropout, rslora, rank_pattern or {}, alpha_pattern or {},
+        tuple(as_list(trainable)), init, dtype, rounding, share_dropout)
     check_name(adapter)
     check_model(model)
     twin = share(model)
     program = read_program(twin)
-    made = create(twin, program, adapter, config)
-    start(twin, program, group)
-    attach(twin, program, made)
+    made = create(program, adapter, config)
+    start(program, group)
+    attach(program, made)
     activate(twin, adapter)
     return twin
 
 
-def sites(model: nn.Module, targets: Any = "linear") -> list[Site]:
-    """The sites that `inject` would adapt for these targets: a dry run that changes nothing.
+def sites(model: nn.Module, targets: Targets = "linear") -> list[Site]:
+    """Return the sites that `inject` would adapt for these targets: a dry run, changing nothing.
 
     Raises:
         NoSiteError: a pattern matches nothing.
@@ -106,16 +110,20 @@ def sites(model: nn.Module, targets: Any = "linear") -> list[Site]:
 
 
 @torch.inference_mode(False)
-def add(model: nn.Module, adapter: str, rank: int = 8, *, targets: Any = None, **config: Any) -> None:
-    """Give an injected model another adapter, inactive until `activate`: on the sites it has, or on its own targets.
+def add(
+    model: nn.Module, adapter: str, rank: int = 8, *, targets: Targets | None = None, **config: Any
+) -> None:
+    """Give an injected model another adapter, inactive until `activate`.
 
     Args:
         model: an injected model; changed in place.
         adapter: the new adapter's name.
-        rank, targets, config: as for `lorafx.inject`; `targets=None` means the sites that have a branch already.
+        rank, targets, config: as for `lorafx.inject`; `targets=None` means the sites that have a
+            branch already.
 
     Raises:
-        AdapterError: the name is taken. NoSiteError, ConfigError: as for `inject`.
+        AdapterError: the name is taken.
+        NoSiteError, ConfigError, TypeError: as for `inject`.
 
     Example:
         >>> import torch, lorafx
@@ -125,14 +133,16 @@ def add(model: nn.Module, adapter: str, rank: int = 8, *, targets: Any = None, *
         ['default', 'other']
     """
     check_new_name(model, adapter)
-    unknown = config.keys() - {field.name for field in dataclasses.fields(LoRAConfig)}
-    if unknown:
-        raise TypeError(f"lorafx.add takes no argument '{min(unknown)}'; it takes those of lorafx.inject.")
-    here = branches(model)
-    settings = LoRAConfig(rank, targets=(lambda site: site.name in here) if targets is None else targets,
-                          **{**config, "trainable": tuple(as_list(config.get("trainable")))})
+    check_arguments("lorafx.add", config, [field.name for field in dataclasses.fields(LoRAConfig)])
+    adapted = branches(model)
+
+    def is_adapted(site: Site) -> bool:
+        return site.name in adapted
+
+    config["trainable"] = tuple(as_list(config.get("trainable")))
+    settings = LoRAConfig(rank, targets=is_adapted if targets is None else targets, **config)
     program = read_program(model)
-    attach(model, program, create(model, program, adapter, settings))
+    attach(program, create(program, adapter, settings))
 
 
 class InjectLoRA(PassBase):
@@ -147,10 +157,11 @@ class InjectLoRA(PassBase):
     """
 
     def __init__(self, **config: Any) -> None:
+        check_arguments("lorafx.InjectLoRA", config, [*inspect.signature(inject).parameters][1:])
         self.config = config
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """The injected module; the given one is not touched."""
+        """Return the injected module; the given one is not touched."""
         return PassResult(inject(graph_module, **self.config), True)
 
 
@@ -164,11 +175,14 @@ class MergeLoRA(PassBase):
     """
 
     def __init__(
-        self, adapters: str | Iterable[str] | Mapping[str, float] | None = None, *, untie: bool = False
+        self,
+        adapters: str | Iterable[str] | Mapping[str, float] | None = None,
+        *,
+        untie: bool = False,
     ) -> None:
         self.adapters = adapters
         self.untie = untie
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """The merged module; the given one is not touched."""
+        """Return the merged module; the given one is not touched."""
         return PassResult(merge(graph_module, self.adapters, untie=self.untie), True)

@@ -10,12 +10,13 @@ from torch.nn.utils import parametrize
 
 from ._adapter.names import branch_name, dotted, split_block
 from ._errors import TiedWeightError, UnsupportedModelError
-from ._graph.modules import LorafxModule, submodule
+from ._graph.modules import LorafxModule, Place, submodule
+from ._kernels.addend import Addend
 from ._kernels.scratch import Scratch
-from ._kernels.weights import Part, folded
+from ._kernels.weights import folded
 from ._model.branches import Branch, branches, factors_at
 from ._model.copies import same_kind, share
-from ._model.program import Place, places_of_sites
+from ._model.places import places_of
 from ._model.reading import original_name
 from ._model.record import RECORD, injection, trained_modules, weights_of
 from ._model.regions import is_plain_graph
@@ -105,20 +106,20 @@ def merge(model: M, adapters: str | Iterable[str] | Mapping[str, float] | None =
             assert base is not None
             clones.setdefault(parameter, same_kind(base, parameter.detach().clone()))
             submodule(twin, path)._parameters[name] = clones[parameter]
-    places = places_of_sites(twin)
-    by_weight: dict[tuple[str, ...], list[Part]] = defaultdict(list)
+    places = places_of(twin)
+    by_weight: dict[tuple[str, ...], list[Addend]] = defaultdict(list)
     for name, (names, _) in sites.items():
-        by_weight[tuple(names)] += held[name].parts(chosen)
+        by_weight[tuple(names)] += held[name].addends(chosen, stored=True)
     scratch = Scratch()
-    for aliases, parts in by_weight.items():
-        _fold([places[name] for name in aliases], parts, scratch)
+    for aliases, addends in by_weight.items():
+        _fold([places[name] for name in aliases], addends, scratch)
     return twin
 
 
 def _owners(model: nn.Module, held: Mapping[str, Branch]) -> dict[str, tuple[list[str], list[str]]]:
     """{site: (names of its weight where the branch is, names of the same weight where it is not)}."""
-    places = places_of_sites(model)
-    tensors = {name: _key(*place) for name, place in places.items()}
+    places = places_of(model)
+    tensors = {name: _key(place) for name, place in places.items()}
     same: dict[Any, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         same[tensor].append(name)
@@ -127,19 +128,19 @@ def _owners(model: nn.Module, held: Mapping[str, Branch]) -> dict[str, tuple[lis
         base, block = split_block(site)
         if base not in places:
             raise UnsupportedModelError(f"The adapters at '{site}' cannot be folded: its weight is not there any more.")
-        beside = {name: places[name][0]._modules.get(branch_name(places[name][1], block)) is branch
+        beside = {name: places[name].module._modules.get(branch_name(places[name].attribute, block)) is branch
                   for name in same[tensors[base]]}
         found[site] = [n for n, here in beside.items() if here], [n for n, here in beside.items() if not here]
     return found
 
 
-def _key(module: nn.Module, attribute: str) -> Any:
+def _key(place: Place) -> Any:
     """What is the same for all names of one tensor."""
-    parameter = module._parameters.get(attribute)
-    return (module, attribute) if parameter is None else parameter
+    parameter = place.module._parameters.get(place.attribute)
+    return place if parameter is None else parameter
 
 
-def _fold(places: list[Place], parts: list[Part], scratch: Scratch) -> None:
+def _fold(places: list[Place], addends: list[Addend], scratch: Scratch) -> None:
     """Put W + sum s B A, in W's dtype and rounded once, in the place of W, under all of its names."""
     for owner, attribute in places:
         if parametrize.is_parametrized(owner, attribute):
@@ -150,7 +151,7 @@ def _fold(places: list[Place], parts: list[Part], scratch: Scratch) -> None:
         raise UnsupportedModelError(
             f"The {attribute} of a {type(owner).__name__} is computed before every call, by a hook such as the old "
             "weight_norm's: remove that from the model (torch.nn.utils.remove_weight_norm) before lorafx.inject.")
-    total = folded(weight.detach(), [part.detached for part in parts], scratch)
+    total = folded(weight.detach(), [addend.detached for addend in addends], scratch)
     new = same_kind(weight, total) if isinstance(weight, nn.Parameter) else total
     for owner, attribute in places:
         table: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers

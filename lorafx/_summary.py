@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from ._model.branches import branches, factors_at
+from ._model.branches import Branch, branches, factors_at
 from ._model.program import read_program
 from ._model.record import injection
 from ._model.regions import Region
 
 
+_HEADER = ("site", "out x in", "rank", "scale")
+
+
 @dataclasses.dataclass(frozen=True)
 class SiteRow:
-    """One adapted site: its weight is (out, in); `ranks` and `scales` have an entry for each adapter at the site."""
+    """One adapted site: its weight is (out, in); `ranks` and `scales` are those of each adapter there."""
 
     name: str
     in_features: int
@@ -26,10 +29,21 @@ class SiteRow:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `lorafx.summary` returns; str() is a table, and notebooks show it as one.
+    """What `lorafx.summary` returns; print() and notebooks show a table, and what was skipped.
 
-    `trainable` and `total` count parameters, `skipped` says of each matrix that is not adapted why, `breaks` of each
-    module that stays Python why, and `code` is the generated forward of each distinct region, once.
+    `trainable` and `total` count parameters, `skipped` says of each matrix that is not adapted why,
+    `breaks` of each module that stays Python why (its layers are adapted all the same), and `code`
+    is the generated forward of each distinct region, once.
+
+    Example:
+        >>> import torch, lorafx
+        >>> model = lorafx.inject(torch.nn.Sequential(torch.nn.Linear(4, 4)), rank=2)
+        >>> found = lorafx.summary(model)
+        >>> isinstance(found, lorafx.Summary), found.trainable, found.total
+        (True, 16, 36)
+        >>> for module, why in found.breaks.items():
+        ...     print(module or "(the model)", why, sep=": ")
+        (the model): Sequential: forward loops ...
     """
 
     sites: Sequence[SiteRow]
@@ -41,45 +55,57 @@ class Summary:
     code: str
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """The table's cells: site, out x in, ranks, scales."""
-        return [(site.name or "(the model)", f"{site.out_features} x {site.in_features}",
-                 ", ".join(f"{name} {rank}" for name, rank in site.ranks.items()),
-                 ", ".join(f"{scale:g}" for scale in site.scales.values())) for site in self.sites]
+        """Return the table's cells: site, out x in, ranks, scales."""
+        rows = []
+        for site in self.sites:
+            ranks = ", ".join(f"{adapter} {rank}" for adapter, rank in site.ranks.items())
+            scales = ", ".join(f"{scale:g}" for scale in site.scales.values())
+            size = f"{site.out_features} x {site.in_features}"
+            rows.append((site.name or "(the model)", size, ranks, scales))
+        return rows
 
     def headline(self) -> str:
-        """One line of totals."""
-        active = ", ".join(f"{name} x {weight:g}" for name, weight in self.active.items()) or "none"
-        share = 100 * self.trainable / max(self.total, 1)
+        """Return one line of totals."""
+        active = ", ".join(f"{name} x {weight:g}" for name, weight in self.active.items())
         count = f"{len(self.sites)} site" + "s" * (len(self.sites) != 1)
-        return (f"{count} adapted, active: {active}; {self.trainable:,} of {self.total:,} parameters train "
-                f"({share:.2f} %)")
+        share = 100 * self.trainable / max(self.total, 1)
+        return (f"{count} adapted, active: {active or 'none'}; {self.trainable:,} of "
+                f"{self.total:,} parameters train ({share:.2f} %)")
 
     def __str__(self) -> str:
         table = [_HEADER, *self.rows()]
-        widths = [max(len(row[column]) for row in table) for column in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
-        for title, reasons in (("skipped", self.skipped), ("graph breaks", self.breaks)):
-            if reasons:
-                lines += ["", f"{title}:", *(f"  {name or '(the model)'}: {why}" for name, why in reasons.items())]
-        return "\n".join([self.headline(), "", *lines])
+        widths = [max(map(len, column)) for column in zip(*table)]
+        lines = [self.headline(), ""]
+        for row in table:
+            lines.append("  ".join(map(str.ljust, row, widths)).rstrip())
+        if self.skipped:
+            lines += ["", "skipped:"]
+            for name, reason in self.skipped.items():
+                lines.append(f"  {name or '(the model)'}: {reason}")
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        def cells(row: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        parts = [f"<p>{html.escape(self.headline())}</p>", _html_table(_HEADER, self.rows())]
+        if self.skipped:
+            rows = [(name or "(the model)", reason) for name, reason in self.skipped.items()]
+            parts.append(_html_table(("skipped", "why"), rows))
+        return "".join(parts)
 
-        body = "".join(cells(row, "td") for row in self.rows())
-        return f"<p>{html.escape(self.headline())}</p><table>{cells(_HEADER, 'th')}{body}</table>"
 
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-_HEADER = ("site", "out x in", "rank", "scale")
+    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
 def summary(model: nn.Module) -> Summary:
-    """What an injected model is: its sites, its parameters, what was left alone and why.
+    """Return what an injected model is: its sites, its parameters, what was left alone and why.
 
     Example:
         >>> import torch, lorafx
-        >>> model = lorafx.inject(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Conv1d(4, 4, 1)), rank=2)
+        >>> nn = torch.nn
+        >>> model = lorafx.inject(nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1)), rank=2)
         >>> print(lorafx.summary(model))
         1 site adapted, active: default x 1; 16 of 56 parameters train (28.57 %)
         <BLANKLINE>
@@ -87,27 +113,34 @@ def summary(model: nn.Module) -> Summary:
         0     4 x 4     default 2  1
         <BLANKLINE>
         skipped:
-          1: no linear call on it was found, and its module is a graph break: Conv1d: it calls ...
-        <BLANKLINE>
-        graph breaks:
-          (the model): Sequential: forward loops ...
-          1: Conv1d: it calls `Conv1d._conv_forward`: _conv_forward branches or loops ...
+          1: a convolution (Conv1d), which lorafx does not adapt yet
     """
     record = injection(model)
     program = read_program(model)
     rows = []
     for name, branch in branches(model).items():
-        present = {adapter: factors_at(branch, adapter) for adapter in record.configs}
-        factors = {adapter: f for adapter, f in present.items() if f is not None}
-        if factors:
-            first = next(iter(factors.values()))
-            ranks = {adapter: f.A.shape[-2] for adapter, f in factors.items()}
-            scales = {adapter: f.scale for adapter, f in factors.items()}
-            site = program.site(name)
-            calls = len(site.calls) if site is not None else 0
-            rows.append(SiteRow(name, first.A.shape[-1], first.B.shape[-2], calls, ranks, scales))
-    regions = [module for module in model.modules() if isinstance(module, Region)]
-    code = {type(module): f"# {type(module).__name__}\n{module.code}" for module in regions}
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    return Summary(rows, dict(record.active), trainable, total, record.skipped, record.breaks, "\n".join(code.values()))
+        site = program.site(name)
+        row = _row(name, branch, list(record.configs), 0 if site is None else len(site.calls))
+        if row is not None:
+            rows.append(row)
+    code: dict[type, str] = {}
+    for module in model.modules():
+        if isinstance(module, Region) and type(module) not in code:
+            code[type(module)] = f"# {type(module).__name__}\n{module.code}"
+    trainable = total = 0
+    for parameter in model.parameters():
+        total += parameter.numel()
+        trainable += parameter.numel() if parameter.requires_grad else 0
+    return Summary(rows, dict(record.active), trainable, total, record.skipped, record.breaks,
+                   "\n".join(code.values()))
+
+
+def _row(name: str, branch: Branch, adapters: Sequence[str], calls: int) -> SiteRow | None:
+    """The row of a site, or None if no adapter is there (they were removed)."""
+    ranks, scales, shape = {}, {}, None
+    for adapter in adapters:
+        factors = factors_at(branch, adapter)
+        if factors is not None:
+            ranks[adapter], scales[adapter] = factors.A.shape[-2], factors.scale
+            shape = shape or (factors.A.shape[-1], factors.B.shape[-2])
+    return None if shape is None else SiteRow(name, *shape, calls, ranks, scales)

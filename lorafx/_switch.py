@@ -161,7 +161,7 @@ def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> Non
             pairs[site] = Pair(A, B, 1.0)
     whole = {name: tensor.clone() for part, _ in parts for name, tensor in part.trained.items()}
     config = LoRAConfig(rank=max(pair.A.shape[-2] for pair in pairs.values()))
-    attach(model, read_program(model), Adapter(adapter, config, pairs, whole))
+    attach(read_program(model), Adapter(adapter, config, pairs, whole))
 
 
 def only_active(model: nn.Module, adapter: str | None, doing: str) -> str:

@@ -6,11 +6,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import lorafx
 
 # Packages, and the files beside them, on their floors: each imports only lower ones, and itself.
 FLOORS = (
-    {"_errors", "_kernels"},
+    {"_errors", "_version", "_kernels"},
     {"_adapter"},
     {"_graph", "_storage"},
     {"_model", "_checkpoint"},
@@ -49,7 +51,7 @@ def test_every_room_imports_only_lower_floors():
         room = room_of(path)
         for other in imported(path) if room != "__init__" else ():
             here = f"{path.relative_to(FOLDER)} (floor {FLOOR[room]})"
-            assert other == "__version__" or FLOOR[other] < FLOOR[room], f"{here} imports {other}"
+            assert FLOOR[other] < FLOOR[room], f"{here} imports {other}"
 
 
 def test_no_package_imports_in_a_circle():
@@ -76,26 +78,65 @@ def test_a_wing_knows_nothing_of_the_other():
             assert here not in mine or others.isdisjoint(imported(path)), path
 
 
+def ran(code: str) -> str:
+    """What a new process prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
 def test_an_import_brings_in_no_heavy_package():
     heavy = "('transformers', 'peft', 'matplotlib')"
-    code = f"import sys, lorafx; print([name for name in {heavy} if name in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout == "[]\n"
+    code = f"import sys, lorafx; lorafx.save; print([name for name in {heavy} if name in sys.modules])"
+    assert ran(code) == "[]\n"
+
+
+PUBLIC = [
+    "AdaptedWeightError", "AdapterError", "ConfigError", "FormatError", "InjectLoRA", "LorafxError",
+    "MergeLoRA", "MismatchError", "NoSiteError", "NotInjectedError", "Site", "Summary", "Targets",
+    "TiedWeightError", "UnsupportedModelError", "activate", "adapters", "add", "compile_options",
+    "compose", "disabled", "eject", "inject", "load", "merge", "named_parameters", "parameters",
+    "remove", "resume", "save", "sites", "summary"]
 
 
 def test_the_public_surface():
-    assert sorted(name for name in vars(lorafx) if not name.startswith("_")) == [
-        "AdaptedWeightError", "AdapterError", "ConfigError", "FormatError", "InjectLoRA",
-        "LorafxError", "MergeLoRA", "MismatchError", "NoSiteError", "NotInjectedError",
-        "TiedWeightError", "UnsupportedModelError", "activate", "adapters", "add",
-        "compile_options", "compose", "disabled", "eject", "inject", "load", "merge",
-        "named_parameters", "parameters", "remove", "resume", "save", "sites", "summary"]
+    assert [name for name in dir(lorafx) if not name.startswith("_")] == PUBLIC == lorafx.__all__
+
+
+def test_names_are_imported_when_they_are_used():
+    assert ran("import sys, lorafx; print('torch' in sys.modules, dir(lorafx)[-1])") == "False summary\n"
+    assert ran("from lorafx import *; print(inject.__name__, Site.__name__)") == "inject Site\n"
+    with pytest.raises(AttributeError, match="module 'lorafx' has no attribute 'injct'"):
+        lorafx.injct
+
+
+def test_checkers_of_types_see_the_names_that_are_imported():
+    """The imports of lorafx/__init__.py that only they run are those that its table says."""
+    static = {}
+    for node in ast.walk(ast.parse(Path(lorafx.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module != "_version":
+            [alias] = node.names
+            assert alias.name == alias.asname
+            static[alias.name] = node.module
+    assert static == lorafx._MODULE_OF
+
+
+def test_many_threads_import_the_names_at_once():
+    code = """if True:
+        import lorafx, threading
+        found, start = [], threading.Barrier(len(lorafx.__all__))
+        def use(name):
+            start.wait()
+            found.append(getattr(lorafx, name))
+        threads = [threading.Thread(target=use, args=(name,)) for name in lorafx.__all__]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        print(len(found) == len(lorafx.__all__))"""
+    assert ran(code) == "True\n"
 
 
 def test_every_public_name_has_an_example():
-    for name, value in vars(lorafx).items():
-        public = not name.startswith("_")
-        if public and not (isinstance(value, type) and issubclass(value, Exception)):
+    for name in set(PUBLIC) - {"Targets"}:
+        value = getattr(lorafx, name)
+        if not (isinstance(value, type) and issubclass(value, Exception)):
             assert ">>>" in (value.__doc__ or ""), name
 
 

@@ -1,26 +1,27 @@
-"""What a new checkpoint is made of: files to write, each with its path in the folder, its bytes, and how."""
+"""What a new checkpoint is made of: files, each with its path in the folder, its bytes, and how."""
 
-import dataclasses
 import io
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from .._errors import FormatError
-from .._storage.streams import Moved, copy_bytes, write_all
+from .._storage.streams import Advance, copy_bytes, write_all
+from .plan import MergePlan
 
 
 class Writer(Protocol):
-    """Writes the content of a file, and tells `moved` of its bytes."""
+    """Writes the content of a file, and calls `advance` with its bytes."""
 
-    def __call__(self, file: io.BufferedWriter, moved: Moved) -> None: ...
+    def __call__(self, file: io.BufferedWriter, advance: Advance) -> None: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Job:
-    """One file to write: its path in the folder, its bytes, how, and the file that it is made from."""
+    """A file to write: its path in the folder, its bytes, how, and what it is made from."""
 
     name: str
     size: int
@@ -28,30 +29,44 @@ class Job:
     source: Path
 
 
+@dataclass(frozen=True)
+class PreparedMerge:
+    """What is known before a byte is written: files, what changes, and the number of tensors."""
+
+    jobs: list[Job]
+    plan: MergePlan
+    tensors: int
+
+
 def copy_job(path: Path, name: str) -> Job:
-    """A file that is copied as it is; it is opened now, so that one that may not be read is known before any work."""
+    """Return a job that copies a file, opened now so that one that may not be read fails early."""
     with open(path, "rb") as opened:
         size = os.fstat(opened.fileno()).st_size
 
-    def write(file: io.BufferedWriter, moved: Moved) -> None:
+    def write(file: io.BufferedWriter, advance: Advance) -> None:
         with open(path, "rb") as source:
-            copy_bytes(source, file, 0, size, moved)
+            copy_bytes(source, file, 0, size, advance)
 
     return Job(name, size, write, path)
 
 
 def json_job(path: Path, name: str, content: dict[str, Any]) -> Job:
-    """A JSON file with new content."""
+    """Return a job that writes a JSON file with new content."""
     text = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
-    def write(file: io.BufferedWriter, moved: Moved) -> None:
-        write_all(file, memoryview(text), moved)
+    def write(file: io.BufferedWriter, advance: Advance) -> None:
+        write_all(file, memoryview(text), advance)
 
     return Job(name, len(text), write, path)
 
 
-def files_in(folder: Path, within: str = "", above: frozenset[Path] = frozenset()) -> Iterator[tuple[str, Path]]:
-    """Every file below a folder, through links too: its path from there, and where it is. An empty folder is none."""
+def files_in(
+    folder: Path, within: str = "", above: frozenset[Path] = frozenset()
+) -> Iterator[tuple[str, Path]]:
+    """Yield every file below a folder, through links too: its path from there, and where it is.
+
+    An empty folder is none.
+    """
     real = folder.resolve()
     if real in above:
         raise FormatError(f"'{folder}' is a link to a folder that it is in.")
@@ -61,4 +76,5 @@ def files_in(folder: Path, within: str = "", above: frozenset[Path] = frozenset(
         elif path.is_file():
             yield within + path.name, path
         else:
-            raise FormatError(f"'{path}' is no file that can be carried along: it is a link to nothing, or a device.")
+            raise FormatError(f"'{path}' is not a file that can be carried along: it is a link to "
+                              "nothing, or a device.")

@@ -1,1 +1,1 @@
-"""The command line, `lorafx merge`, `show`, `convert` and `diff`."""
+"""The command line, `lorafx merge`, `show`, `convert` and `diff`; torch is imported when one of them runs."""

@@ -1,1 +1,1 @@
-"""Adapter <-> file, a row a format."""
+"""Adapter <-> file, a row a format; `table.py` has the rows, the others the formats."""

@@ -1,4 +1,7 @@
-"""lorafx's own format, `.safetensors`: all of an adapter, its config and what model it was made for."""
+"""lorafx's own format, `.safetensors`: all of an adapter, its config and its model's fingerprint.
+
+Tensors are named as by `Adapter.tensors`; the header's metadata holds the rest as JSON.
+"""
 
 import dataclasses
 import json
@@ -7,104 +10,139 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from .._adapter.adapter import Adapter, Stored
+from .._adapter.adapter import Adapter, Pair, Stored, Training
 from .._adapter.config import FLOATS, LoRAConfig, shown
 from .._errors import ConfigError, FormatError, LorafxError
-from .._storage.header import parse_json
+from .._storage.json_files import parse_json
+from .._storage.safetensors_files import safetensors_bytes
+from .adapter_file import AdapterFile, Decoded, Destination
 from .pairs import pairs_of
-from .training import PREFIX, pack, texts, unpack
+from .training import PREFIX, list_of_names, pack, unpack
 
 
 VERSION = "1"
 # {in a file: field of an Adapter}, kept where they are true
 _FLAGS = {"alone": "untied", "turned": "says_transposed"}
+# what reading a damaged header raises
+_DAMAGE = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
+_KNOWN = {"name", "config", "base", "scales", "trained", "stored", "training", *_FLAGS}
 
 
-def encode(adapter: Adapter, base: str | None) -> bytes:
-    """The content of a file."""
-    about = {"name": adapter.name, "config": _config_to_json(adapter.config), "base": base,
-             "scales": {site: pair.scale for site, pair in adapter.pairs.items()}, "trained": list(adapter.trained),
-             "stored": adapter.stored, **{key: True for key, field in _FLAGS.items() if getattr(adapter, field)}}
-    tensors = {name: _by_itself(tensor) for name, tensor in adapter.tensors()}
+def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
+    """Return {file name: content}, the same bytes for the same adapter."""
+    about: dict[str, Any] = {
+        "name": adapter.name, "config": _config_to_json(adapter.config), "base": destination.base,
+        "scales": {site: pair.scale for site, pair in adapter.pairs.items()},
+        "trained": list(adapter.trained), "stored": adapter.stored}
+    for key, field in _FLAGS.items():
+        if getattr(adapter, field):
+            about[key] = True
+    tensors = dict(adapter.tensors())
     for name in tensors:
         if name.startswith(PREFIX):
-            raise ConfigError(f"the name '{name}' begins with '{PREFIX}', as only what lorafx keeps of training does.")
+            raise ConfigError(f"the name '{name}' begins with '{PREFIX}', as only what lorafx "
+                              "keeps of training does.")
     if adapter.training is not None:
         about["training"], state = pack(adapter.training)
-        tensors |= {name: _by_itself(tensor) for name, tensor in state.items()}
-    return safetensors.torch.save(tensors, {"format": "lorafx", "version": VERSION, "adapter": json.dumps(about)})
+        tensors |= state
+    metadata = {"format": "lorafx", "version": VERSION, "adapter": json.dumps(about)}
+    return {destination.path.name: safetensors_bytes(tensors, metadata)}
 
 
-def decode(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str]) -> tuple[Adapter, str | None]:
-    """The adapter in a file of these, and the fingerprint of its base if the file has one."""
+def decode(file: AdapterFile) -> Decoded:
+    """Return the adapter in a file and the fingerprint of its base, or raise FormatError."""
+    path, header = file.path, file.metadata
     if header.get("format") != "lorafx":
         kind = shown(header.get("format"))
-        raise FormatError(f"'{path}' was not written by lorafx.save: its header's format is {kind}.")
+        raise FormatError(
+            f"'{path}' was not written by lorafx.save: its header's format is {kind}.")
     if header.get("version") != VERSION:
         version = shown(header.get("version"))
         raise FormatError(f"'{path}' has format version {version}, not {VERSION}: update lorafx.")
     try:
         about = parse_json(header["adapter"])
-        unknown = about.keys() - {"name", "config", "base", "scales", "trained", "stored", "training", *_FLAGS}
+        unknown = about.keys() - _KNOWN
         if unknown:
-            raise FormatError(f"The header of '{path}' holds {shown(min(unknown))}, which this lorafx does not know: "
-                              "update it.")
-        config = _config_from_json(about["config"])
-        scales, names, base = dict(about["scales"].items()), set(texts(about["trained"])), _base(about["base"])
-        training = None
-        if "training" in about:
-            state = {name: tensors.pop(name) for name in list(tensors) if name.startswith(PREFIX)}
-            training = unpack(about["training"], state, set(tensors))
-        pairs = pairs_of({n: t for n, t in tensors.items() if n not in names}, "lora.A", "lora.B", path, scales)
-        trained = {name: tensors[name] for name in about["trained"]}  # in the order of the model, as are the scales
-        for listed in (scales.keys(), set(config.targets)):
-            if listed != pairs.keys():
-                site = min(listed ^ pairs.keys())
-                raise FormatError(f"'{path}' has {shown(site)} in only one of its header and its tensors.")
-        pairs = {site: pairs[site] for site in scales}
-        stored = {site: _stored(*fields) for site, fields in about.get("stored", {}).items()}
-        flags = {field: _flag(about[key]) for key, field in _FLAGS.items() if key in about}
-        return Adapter(about["name"], config, pairs, trained, stored, training, **flags), base
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-        if isinstance(error, LorafxError):
-            raise
-        raise FormatError(f"The header of '{path}' is damaged: {type(error).__name__}: {str(error)[:200]}.") from error
+            raise FormatError(f"The header of '{path}' holds {shown(min(unknown))}, which this "
+                              "lorafx does not know: update it.")
+        return Decoded(_adapter(about, dict(file.tensors), path), _base(about["base"]))
+    except LorafxError:
+        raise
+    except _DAMAGE as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise FormatError(f"The header of '{path}' is damaged: {reason}.") from error
 
 
-def _by_itself(tensor: Tensor) -> Tensor:
-    """A contiguous tensor that shares its memory with no other, as safetensors wants it."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
+def _adapter(about: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> Adapter:
+    """The adapter that a header describes; all sorts of errors where the header is damaged."""
+    config = _config_from_json(about["config"])
+    scales = dict(about["scales"].items())
+    names = list_of_names(about["trained"])
+    training = _take_training(about["training"], tensors) if "training" in about else None
+    whole = set(names)
+    factors = {name: tensor for name, tensor in tensors.items() if name not in whole}
+    pairs = _ordered(pairs_of(factors, "lora.A", "lora.B", path, scales), scales, config, path)
+    trained = {name: tensors[name] for name in names}
+    stored = {site: _stored(*fields) for site, fields in about.get("stored", {}).items()}
+    flags = {field: _flag(about[key]) for key, field in _FLAGS.items() if key in about}
+    return Adapter(about["name"], config, pairs, trained, stored, training, **flags)
+
+
+def _take_training(about: Any, tensors: dict[str, Tensor]) -> Training:
+    """The training state, whose tensors are taken out of those of the file."""
+    state = {}
+    for name in list(tensors):
+        if name.startswith(PREFIX):
+            state[name] = tensors.pop(name)
+    return unpack(about, state, set(tensors))
+
+
+def _ordered(
+    pairs: Mapping[str, Pair], scales: Mapping[str, float], config: LoRAConfig, path: Path
+) -> dict[str, Pair]:
+    """The pairs in the order of the header, which is the model's, once both have the same sites."""
+    for listed in (scales.keys(), set(config.targets)):
+        if listed != pairs.keys():
+            site = min(listed ^ pairs.keys())
+            raise FormatError(f"'{path}' has {shown(site)} in only one of its header and its "
+                              "tensors.")
+    return {site: pairs[site] for site in scales}
 
 
 def _config_to_json(config: LoRAConfig) -> dict[str, Any]:
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return {**fields, "dtype": None if config.dtype is None else str(config.dtype)}
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    fields["dtype"] = None if config.dtype is None else str(config.dtype)
+    return fields
 
 
 def _config_from_json(fields: dict[str, Any]) -> LoRAConfig:
-    dtypes: dict[str | None, torch.dtype | None] = {None: None, **{str(dtype): dtype for dtype in FLOATS}}
-    unknown = fields.keys() - {f.name for f in dataclasses.fields(LoRAConfig)}
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(LoRAConfig)}
     if unknown:
-        raise FormatError(f"The config holds {shown(min(unknown))}, which this lorafx does not know: update it.")
+        raise FormatError(f"The config holds {shown(min(unknown))}, which this lorafx does not "
+                          "know: update it.")
     for field in ("targets", "exclude", "trainable"):
-        texts(fields.get(field, []))
+        list_of_names(fields.get(field, []))
+    dtypes: dict[str | None, torch.dtype | None] = {None: None}
+    for dtype in FLOATS:
+        dtypes[str(dtype)] = dtype
     return LoRAConfig(**{**fields, "dtype": dtypes[fields["dtype"]]})
 
 
 def _stored(shape: Any, transposed: Any, start: Any) -> Stored:
-    if not all(type(number) is int and number >= 0 for number in (*shape, start)) or type(transposed) is not bool:
+    if type(transposed) is not bool:
         raise ValueError("how a weight is stored is not a shape, a flag and a row")
+    for number in (*shape, start):
+        if type(number) is not int or number < 0:
+            raise ValueError("how a weight is stored is not a shape, a flag and a row")
     return Stored(tuple(shape), transposed, start)
 
 
 def _flag(value: Any) -> bool:
     if value is not True:
-        raise ValueError(f"{shown(value)} is no flag that is set")
+        raise ValueError(f"{shown(value)} is not a flag that is set")
     return value
 
 
@@ -112,5 +150,5 @@ def _base(value: Any) -> str | None:
     if value is None:  # it was converted from a format that does not say
         return None
     if type(value) is not str or not re.fullmatch("[0-9a-f]{16}", value):
-        raise ValueError(f"{shown(value)} is no fingerprint of a model")
+        raise ValueError(f"{shown(value)} is not the fingerprint of a model")
     return value

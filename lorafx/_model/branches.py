@@ -1,4 +1,4 @@
-"""The modules that hold adapters inside a model, and what its Python reads of a weight beside which they stand."""
+"""The modules that hold adapters inside a model: branches beside linear calls, trained modules."""
 
 from collections.abc import Iterable, Mapping
 
@@ -10,14 +10,13 @@ from .._adapter.config import INITS, LoRAConfig, factor_dtype
 from .._adapter.names import site_name, split_block
 from .._graph.modules import LorafxModule, submodule
 from .._graph.sites import Site
-from .._kernels.linears import Addend, add_branch
-from .._kernels.weights import Part
+from .._kernels.addend import Addend
 
 
 class Factors(LorafxModule):
-    """One adapter at one site: A (rank, in), B (out, rank), scale s; or stacks of A and B, one for each expert.
+    """One adapter at one site: A (rank, in), B (out, rank) and the scale s; or stacks of A and B.
 
-    `rounding`, `dropout` and `share_dropout` are as in its config.
+    A stack has one for each expert. `rounding`, `dropout` and `share_dropout` are as in its config.
     """
 
     def __init__(self, A: Tensor, B: Tensor, scale: float, config: LoRAConfig) -> None:
@@ -39,51 +38,47 @@ class Factors(LorafxModule):
 
 
 class Branch(LorafxModule):
-    """All adapters at one site. Called with the linear call's input and output: y + sum w s (x A^T) B^T.
+    """All adapters at one site: given a linear call's x and y, it is y + sum w s (x A^T) B^T.
 
-    The sum runs over the active adapters, w being the weight that `activate` gave each; with none it returns y itself.
-    A call of the transposed weight, as a decoder makes that shares its encoder's, is `reverse`: y + sum w s (x B) A.
-    At a site that is some rows of a weight, the sum goes to (or, in reverse, x comes from) those features alone.
+    The sum runs over the active adapters, w being the weight that `activate` gave each; with none
+    it returns y itself. A call of the transposed weight, as a decoder makes that shares its
+    encoder's, is `reverse`: y + sum w s (x B) A. At a site that is some rows of a weight, the sum
+    goes to (or, in reverse, x comes from) those features alone.
     """
 
     def __init__(self, transposed: bool = False, rows: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.transposed, self.rows = transposed, rows  # as in the Site
-        self._live: tuple[tuple[str, float], ...] = ()
+        self._active: tuple[tuple[str, float], ...] = ()
 
     def forward(self, x: Tensor, y: Tensor, reverse: bool = False) -> Tensor:
         """x (..., in), y (..., out) -> (..., out); in and out the other way round for `reverse`."""
-        if reverse and self.rows is not None:
-            x = x.narrow(-1, *self.rows)
         for addend in self.addends():
             if reverse:
-                addend = addend._replace(A=addend.B.mT, B=addend.A.mT, start=0)
-            y = add_branch(y, x, addend)
+                addend = addend.transposed
+            y = addend.add_to_output(y, x)
         return y
 
-    def addends(self) -> list[Addend]:
-        """What the active adapters add to a linear call."""
-        start, found = self.rows[0] if self.rows else 0, []
-        for name, weight in self._live:
-            held: Factors = self._modules[name]  # type: ignore[assignment]
-            found.append(Addend(held.A, held.B, weight * held.scale, start, held.dropping, held.share_dropout))
-        return found
+    def addends(
+        self, weights: Mapping[str, float] | None = None, stored: bool = False
+    ) -> list[Addend]:
+        """What adapters add to W (out, in): the active, or those of {adapter: weight} here.
 
-    def parts(self, live: Mapping[str, float] | None = None) -> list[Part]:
-        """What the adapters, the active ones by default, add to the weight as it is stored."""
-        found = []
-        for name, weight in self._live if live is None else live.items():
-            factors = factors_at(self, name)
-            if factors is None:
+        `stored` means W as the model stores it, which is (in, out) at a transposed site.
+        """
+        start, found = self.rows[0] if self.rows else 0, []
+        for name, weight in self._active if weights is None else weights.items():
+            if name not in self._modules:
                 continue
-            start = self.rows[0] if self.rows else 0
-            part = Part(factors.B, factors.A, weight * factors.scale, -2, start, factors.rounding, factors.dropping)
-            found.append(part.transposed if self.transposed else part)
+            factors: Factors = self._modules[name]  # type: ignore[assignment]
+            addend = Addend(factors.B, factors.A, weight * factors.scale, -2, start,
+                            factors.dropping, factors.share_dropout, factors.rounding)
+            found.append(addend.transposed if stored and self.transposed else addend)
         return found
 
 
 class Trained(LorafxModule):
-    """The parameters of one base module that adapters train whole, a set for each of these adapters.
+    """The parameters of one base module that adapters train whole, a set for each adapter.
 
     `used` names the set that stands in the place of the base's own.
     """
@@ -94,44 +89,48 @@ class Trained(LorafxModule):
 
     def sets(self) -> dict[str, dict[str, nn.Parameter]]:
         """{adapter: {name: Parameter}}."""
-        return {name: module._parameters for name, module in self._modules.items()}  # type: ignore[union-attr, misc]
+        return {name: module._parameters  # type: ignore[misc]
+                for name, module in self._modules.items() if module is not None}
 
-    def choose(self, live: Iterable[str]) -> str | None:
+    def choose(self, adapters: Iterable[str]) -> str | None:
         """The adapter among these that has a set."""
-        return next((name for name in live if name in self._modules), None)
+        return next((name for name in adapters if name in self._modules), None)
 
 
 def factors_at(branch: Branch, adapter: str) -> Factors | None:
-    """One adapter's factors at a site, or None if it is not there."""
+    """Return one adapter's factors at a site, or None if it is not there."""
     found = branch._modules.get(adapter)
     return found if isinstance(found, Factors) else None
 
 
 def branches_after(region: nn.Module, node: fx.Node) -> list[fx.Node]:
-    """The branches that follow a linear call, one after the other."""
-    following = [user for user in node.users if user.op == "call_module" and user.args[1:2] == (node,)
-                 and isinstance(submodule(region, str(user.target)), Branch)]
-    return [following[0], *branches_after(region, following[0])] if following else []
+    """Return the branches that follow a linear call, one after the other."""
+    for user in node.users:
+        if user.op == "call_module" and user.args[1:2] == (node,):
+            if isinstance(submodule(region, str(user.target)), Branch):
+                return [user, *branches_after(region, user)]
+    return []
 
 
-def through_branches(region: nn.Module, node: fx.Node) -> fx.Node:
-    """The node itself, or the last of the branches that follow it."""
+def after_branches(region: nn.Module, node: fx.Node) -> fx.Node:
+    """Return the node itself, or the last of the branches that follow it."""
     return [node, *branches_after(region, node)][-1]
 
 
 def branches(model: nn.Module) -> dict[str, Branch]:
-    """{site: Branch}, each branch once, under its site's first name."""
+    """Return {site: Branch}, each branch once, under its site's first name."""
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, Branch):
             owner, _, name = path.rpartition(".")
             base, block = split_block(name)
-            found[site_name(owner, "weight" if base == "lora" else base.removeprefix("lora_")) + block] = module
+            attribute = "weight" if base == "lora" else base.removeprefix("lora_")
+            found[site_name(owner, attribute) + block] = module
     return found
 
 
 def new_pair(config: LoRAConfig, site: Site, weight: Tensor) -> Pair:
-    """Fresh A (rank, in), drawn from torch's default generator, and B (out, rank), zero, for one site's weight.
+    """Return a fresh A (rank, in), drawn from torch's default generator, and B (out, rank), zero.
 
     A stack of experts has stacks of both, (experts, rank, in) and (experts, out, rank).
     """

@@ -1,7 +1,6 @@
-"""Reads what torch.save wrote, tensors only, once the archive is known to hold what it claims.
+"""Dicts of named tensors that torch.save wrote, read once their archive holds what it claims.
 
-torch.load does it, which with weights_only looks up and calls nothing but what makes tensors. Damage is a ValueError,
-or whatever that raises; the caller, who knows the path, gives it a name.
+torch.load reads it, which with weights_only looks up and calls nothing but what makes tensors.
 """
 
 import os
@@ -15,80 +14,126 @@ import torch
 from torch import Tensor, nn
 
 from .._adapter.adapter import check_plain
-from .._errors import ConfigError, FormatError
+from .._adapter.config import shown
+from .._errors import FormatError
+from .._kernels.private import storage_key
+from .reading import check_tensor_name, reading
 
 
-def read_tensors(file: BinaryIO) -> Any:
-    """What the file holds, on the CPU; no tensor of a dict is larger than the file."""
+def load_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
+    """Return the named tensors of a file, on the CPU: plain ones, none of them expanded.
+
+    All of an adapter's file is read and held against its checksums; no tensor may be larger than
+    the file or stand there twice. A checkpoint's is `mapped`: its tensors are read from the disk
+    where they are needed, if its format allows that, and checksums are not, as that would read all
+    of it; they may share memory, and have any names.
+
+    Raises:
+        FormatError: the file holds anything else. OSError: as the system says.
+    """
+    with reading(path, "holds more than tensors") as file:
+        archive = _open_archive(file)
+        if mapped:
+            content = _load(path, mmap=archive is not None)
+        elif archive is None:
+            raise ValueError("it is not an archive, as torch.save has written them since torch "
+                             "1.6; load it by torch.load, and save it again")
+        else:
+            _check_checksums(archive)
+            file.seek(0)
+            content = _load(file)
+        _check_flat(path, content)
+        if archive is not None and not mapped:
+            _check_sizes(content, archive, os.fstat(file.fileno()).st_size)
+        for name, value in content.items():
+            plain = isinstance(value, Tensor) and not (mapped and isinstance(value, nn.Parameter))
+            if not isinstance(name, str) or not plain:
+                kind = type(value).__name__
+                raise FormatError(f"'{path}' holds {shown(name)}, a {kind}, where only named "
+                                  "tensors are read: save the state_dict by itself.")
+            if not mapped:
+                check_tensor_name(name)
+            check_plain(name, value)
+    # a state_dict has the versions of its modules too
+    return content if mapped else dict(content)
+
+
+def _open_archive(file: BinaryIO) -> zipfile.ZipFile | None:
+    """The archive in a file, None if it does not begin as one.
+
+    ValueError unless each member is stored as it is, once, in one folder, within the file.
+    """
     size = os.fstat(file.fileno()).st_size
     if file.read(4) != b"PK\x03\x04":
-        raise ValueError("it is no archive, as torch.save has written them since torch 1.6; load it by torch.load, and "
-                         "save it again")
-    archive = check_archive(file)
+        return None
+    archive = zipfile.ZipFile(file)
+    members = archive.infolist()
+    names = {member.filename for member in members}
+    if len(names) != len(members) or len({name.partition("/")[0] for name in names}) != 1:
+        raise ValueError("its archive has two members of one name, or not one folder")
+    claimed = 0
+    for member in members:
+        claimed += member.file_size
+        stored = member.compress_type == zipfile.ZIP_STORED
+        if not stored or member.file_size != member.compress_size or claimed > size:
+            raise ValueError("its archive is compressed or claims more than the file holds")
+    return archive
+
+
+def _check_checksums(archive: zipfile.ZipFile) -> None:
+    """Raise ValueError if a byte of an archive's members has changed."""
     damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"the checksum of its member {damaged[:80]!r} is wrong")
-    file.seek(0)
-    content = load_tensors(file)
-    if not isinstance(content, dict):
-        return content
-    storages = {value.untyped_storage()._cdata for value in content.values() if isinstance(value, Tensor)}
-    if len(storages) < sum(name.partition("/")[2].startswith("data/") for name in archive.namelist()):
-        raise ValueError("it names a tensor twice, or holds more data than its tensors have")
+
+
+def _check_sizes(content: dict[Any, Any], archive: zipfile.ZipFile, size: int) -> None:
+    """Raise ValueError if tensors are not what the archive of this size holds, each once."""
+    storages = set()
     for name, value in content.items():
-        if isinstance(value, Tensor) and value.numel() * value.element_size() > size:
-            raise ValueError(f"{str(name)[:80]!r} claims {value.numel()} elements, and the file has {size} bytes")
-    return content
+        if isinstance(value, Tensor):
+            storages.add(storage_key(value.untyped_storage()))
+            if value.nbytes > size:
+                raise ValueError(f"{str(name)[:80]!r} claims {value.numel()} elements, and the "
+                                 f"file has {size} bytes")
+    data = [name for name in archive.namelist() if name.partition("/")[2].startswith("data/")]
+    if len(storages) < len(data):
+        raise ValueError("it names a tensor twice, or holds more data than its tensors have")
 
 
-def load_tensors(file: BinaryIO | Path, mmap: bool = False) -> Any:
+def _check_flat(path: Path, content: Any) -> None:
+    """Raise FormatError unless it is a dict, with no tensors in a part: {"model": {...}}."""
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise FormatError(f"'{path}' holds a {kind}, not a dict of named tensors.")
+    parts = _parts_with_tensors(content)
+    if parts:
+        names = ", ".join(repr(".".join(keys)[:80]) for keys in parts[:3])
+        first = "".join(f"[{shown(key)}]" for key in parts[0])
+        which = "that part" if len(parts) == 1 else "the part that is meant"
+        raise FormatError(f"'{path}' holds tensors under {names}: save {which} by itself, "
+                          f"torch.save(content{first}, ...).")
+
+
+def _parts_with_tensors(content: dict[Any, Any], depth: int = 3) -> list[list[str]]:
+    """Where a checkpoint of a training run has dicts of named tensors: their keys."""
+    parts: list[list[str]] = []
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, dict):
+            continue
+        named = [inner for name, inner in value.items() if isinstance(name, str)]
+        if any(isinstance(inner, Tensor) for inner in named):
+            parts.append([key])
+        elif depth > 1:
+            parts += [[key, *keys] for keys in _parts_with_tensors(value, depth - 1)]
+    return parts
+
+
+def _load(file: BinaryIO | Path, mmap: bool = False) -> Any:
     """torch.load, on the CPU, with a reason of its own for what it does not let in."""
     try:
-        with warnings.catch_warnings():  # torch's, of kinds of tensors that callers refuse, or only carry along
+        with warnings.catch_warnings():  # torch's, of kinds of tensors that are refused here
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:  # its advice is to let everything in
         raise ValueError("torch.load with weights_only=True does not let it in") from error
-
-
-def check_archive(file: BinaryIO) -> zipfile.ZipFile:
-    """The archive in a file; ValueError unless each member is stored as it is, once, in one folder, within the file."""
-    size = os.fstat(file.fileno()).st_size
-    archive = zipfile.ZipFile(file)
-    members = archive.infolist()
-    names = {info.filename for info in members}
-    if len(names) != len(members) or len({name.partition("/")[0] for name in names}) != 1:
-        raise ValueError("its archive has two members of one name, or not one folder")
-    if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in members) or sum(
-            info.file_size for info in members) > size:
-        raise ValueError("its archive is compressed or claims more than the file holds")
-    return archive
-
-
-def open_pickle(path: Path) -> dict[str, Tensor]:
-    """The plain tensors of a file that torch.save wrote, mapped from the disk where its format allows that.
-
-    Its archive is held against its size, but not against its checksums, as that would read all of it.
-    """
-    try:
-        with open(path, "rb") as file:
-            mapped = zipfile.is_zipfile(file)
-            if mapped:
-                check_archive(file)
-        held = load_tensors(path, mmap=mapped)
-    except OSError:
-        raise
-    except Exception as error:  # damaged bytes make torch's unpickler raise anything
-        reason = str(error).partition("\n")[0]
-        raise FormatError(f"'{path}' is damaged or holds more than tensors: {reason}.") from error
-    if not isinstance(held, dict):
-        raise FormatError(f"'{path}' holds a {type(held).__name__}, not a dict of named tensors.")
-    for name, value in held.items():
-        if not (isinstance(name, str) and isinstance(value, Tensor) and not isinstance(value, nn.Parameter)):
-            raise FormatError(f"'{path}' holds {name!r}, a {type(value).__name__}, where only named tensors are read: "
-                              "save the state_dict by itself.")
-        try:
-            check_plain(name, value)
-        except ConfigError as error:
-            raise FormatError(f"'{path}' cannot be merged: {error}") from error
-    return held

@@ -15,23 +15,26 @@ from .._errors import FormatError
 
 
 CHUNK = 1 << 18  # bytes that are copied at a time
-Moved = Callable[[int], object]  # told how many bytes have been written
+Advance = Callable[[int], object]  # is called with the number of bytes that have been written
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU; the view keeps the tensor."""
+    """Return the bytes of a contiguous tensor on the CPU; the view keeps the tensor."""
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
     size = tensor.numel() * tensor.element_size()
     if not size:
         return memoryview(bytearray())
-    held: Any = (ctypes.c_ubyte * size).from_address(tensor.data_ptr())
-    held.tensor = tensor
-    return memoryview(held).cast("B")
+    memory: Any = (ctypes.c_ubyte * size).from_address(tensor.data_ptr())
+    memory.tensor = tensor
+    return memoryview(memory).cast("B")
 
 
 @contextlib.contextmanager
 def one_behind() -> Iterator[Callable[..., None]]:
-    """A function that lets another thread make a call, once the one before is done: one is written, one computed."""
+    """Yield a function by which another thread makes a call, once the one before is done.
+
+    So one tensor is written while the next is computed.
+    """
     with ThreadPoolExecutor(1) as pool:
         under_way: list[Future[Any]] = [pool.submit(int)]
 
@@ -43,14 +46,16 @@ def one_behind() -> Iterator[Callable[..., None]]:
         under_way.pop().result()
 
 
-def write_all(file: io.BufferedWriter, content: memoryview, moved: Moved) -> None:
-    """Write bytes, and say how many."""
+def write_all(file: io.BufferedWriter, content: memoryview, advance: Advance) -> None:
+    """Write bytes, and call `advance` with their number."""
     for start in range(0, len(content), CHUNK):
         file.write(content[start:start + CHUNK])
-    moved(len(content))
+    advance(len(content))
 
 
-def copy_bytes(source: io.BufferedReader, target: io.BufferedWriter, begin: int, count: int, moved: Moved) -> None:
+def copy_bytes(
+    source: io.BufferedReader, target: io.BufferedWriter, begin: int, count: int, advance: Advance
+) -> None:
     """Append bytes of one file, from `begin` on, to another."""
     source.seek(begin)
     buffer = memoryview(bytearray(min(CHUNK, count)))
@@ -59,10 +64,10 @@ def copy_bytes(source: io.BufferedReader, target: io.BufferedWriter, begin: int,
         if not read:
             raise FormatError(f"'{source.name}' became shorter while it was read.")
         target.write(buffer[:read])
-        moved(read)
+        advance(read)
         count -= read
 
 
 def nbytes(shape: Iterable[int], dtype: torch.dtype) -> int:
-    """The bytes of a tensor."""
+    """Return the number of bytes of a tensor."""
     return math.prod(shape) * dtype.itemsize

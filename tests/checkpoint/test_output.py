@@ -141,9 +141,9 @@ def test_files_of_odd_kinds(small, monkeypatch, capsys):
         replace_internal(patch, "open", forbidden)
         assert "Permission denied: 'base/again.json'" in refused(capsys, *MERGE)
     for name in ("t.safetensors/out", "t.safetensors/new/out"):
-        assert "t.safetensors', which is no folder" in refused(capsys, *MERGE[:-1], name)
+        assert "t.safetensors', which is not a folder" in refused(capsys, *MERGE[:-1], name)
     os.mkfifo("base/pipe")
-    assert "'base/pipe' is no file that can be carried along" in refused(capsys, *MERGE)
+    assert "'base/pipe' is not a file that can be carried along" in refused(capsys, *MERGE)
 
 
 def test_permissions_are_those_of_the_base(small):

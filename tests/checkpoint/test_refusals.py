@@ -16,8 +16,8 @@ from tests.support.internals import INDEX
 BAD_PATHS = {
     "base a.safetensors -o base": "'base' is 'base' itself or in it",
     "base a.safetensors -o base/new": "'base/new' is 'base' itself or in it",
-    "base a.safetensors -o . --force": "'.' is there already and is no folder with a checkpoint",
-    "base a.safetensors -o a.safetensors --force": "is there already and is no folder with a checkpoint",
+    "base a.safetensors -o . --force": "'.' is there already and is not a folder with a checkpoint",
+    "base a.safetensors -o a.safetensors --force": "is there already and is not a folder with a checkpoint",
     "base.safetensors a.safetensors -o base.safetensors --force": "itself or in it",
     "base.safetensors a.safetensors -o a.safetensors --force": "'a.safetensors' is 'a.safetensors' or in it",
     "base.safetensors a.safetensors -o t.safetensors": "'t.safetensors' is there already",
@@ -31,7 +31,7 @@ BAD_PATHS = {
     "base --adapter h.safetensors=0.5 -o out": "which cannot be weighed by 0.5",
     "base h.safetensors --adapter i.safetensors -o out": "both train '1.weight' whole",
     "base/sub a.safetensors -o out": "holds neither model.safetensors.index.json nor model.safetensors",
-    "base/config.json a.safetensors -o out": "is no checkpoint by its ending",
+    "base/config.json a.safetensors -o out": "is not a checkpoint by its ending",
 }
 
 
@@ -81,11 +81,11 @@ def test_damaged_bases(small, case, capsys):
     os.remove("base/model.safetensors.index.json")
     BAD_FILES[case](Path("base/model.safetensors"))
     assert main(["merge", "base", "a.safetensors", "-o", "out"]) == 2
-    assert "is damaged or no safetensors file" in error(capsys) and not os.path.exists("out")
+    assert "is damaged or not a safetensors file" in error(capsys) and not os.path.exists("out")
 
 
 @pytest.mark.parametrize("place, message", [
-    ("../base.safetensors", "which is no file in its folder"), ("/etc/passwd", "which is no file in its folder"),
+    ("../base.safetensors", "which is not a file in its folder"), ("/etc/passwd", "which is not a file in its folder"),
     ("none.safetensors", "none.safetensors"), ("model-00001-of-00002.safetensors", "the index is of other shards")])
 def test_indices_that_lie(small, place, message, capsys):
     index = Path("base", INDEX)
@@ -97,8 +97,9 @@ def test_indices_that_lie(small, place, message, capsys):
 
 
 def test_bases_of_torch_save_that_hold_more(small, capsys):
-    for content, message in (({"model": small}, "holds 'model', a dict"), ([small], "holds a list"),
-                             ({"a": Path("x")}, "holds more than tensors")):
+    for content, message in (({"model": small}, "holds tensors under 'model': save that part by itself"),
+                             ({**small, "model": {"epoch": 3}}, "holds 'model', a dict, where only named tensors"),
+                             ([small], "holds a list"), ({"a": Path("x")}, "holds more than tensors")):
         torch.save(content, "more.pth")
         assert main(["merge", "more.pth", "a.safetensors", "-o", "out.pth"]) == 2
         assert message in error(capsys)

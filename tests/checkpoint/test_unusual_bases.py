@@ -87,7 +87,7 @@ def test_empty_tensors_are_cast(small, shape):
         assert (load("out" + name)["empty"].shape, load("out" + name)["empty"].dtype) == (shape, torch.bfloat16)
 
 
-@pytest.mark.parametrize("depth, message", [(100_000, "is no JSON"), (900, "nested more than 100 deep"),
+@pytest.mark.parametrize("depth, message", [(100_000, "is not JSON"), (900, "nested more than 100 deep"),
                                             (101, "nested more than 100 deep"), (100, None)])
 @pytest.mark.parametrize("file", ["config.json", INDEX])
 def test_json_that_is_nested_deep(small, depth, message, file, capsys):
@@ -98,7 +98,7 @@ def test_json_that_is_nested_deep(small, depth, message, file, capsys):
     assert main(["merge", "base", "a.safetensors", "-o", "out", "--dtype", "bfloat16"]) == (2 if message else 0)
     if message:
         line = error(capsys)
-        assert f"'{path}' is no JSON" in line and message in line and not os.path.exists("out")
+        assert f"'{path}' is not JSON" in line and message in line and not os.path.exists("out")
 
 
 @pytest.mark.parametrize("file", ["config.json", INDEX])
@@ -106,7 +106,7 @@ def test_json_that_cannot_be_written_again(small, file, capsys):
     path = Path("base", file)
     path.write_text(path.read_text().rstrip()[:-1] + r', "name": "\ud800"}')
     assert main(["merge", "base", "a.safetensors", "-o", "out", "--dtype", "bfloat16"]) == 2
-    assert f"'{path}' is no JSON that can be read: 'utf-8' codec can't encode" in error(capsys)
+    assert f"'{path}' is not JSON that can be read: 'utf-8' codec can't encode" in error(capsys)
 
 
 @pytest.mark.parametrize("config", [
@@ -126,4 +126,11 @@ def test_a_shard_that_is_a_pipe(small, capsys):
     os.remove("base/model-00001-of-00002.safetensors")
     os.mkfifo("base/model-00001-of-00002.safetensors")
     assert main(["merge", "base", "a.safetensors", "-o", "out"]) == 2
-    assert "'base/model-00001-of-00002.safetensors' is no file" in error(capsys)
+    assert "'base/model-00001-of-00002.safetensors' is not a file" in error(capsys)
+
+
+def test_a_base_in_a_checkpoint_of_a_training_run(small, capsys):
+    torch.save({"epoch": 3, "model": small}, "run.pth")
+    assert main(["merge", "run.pth", "a.safetensors", "-o", "out.pth"]) == 2
+    message = "'run.pth' holds tensors under 'model': save that part by itself, torch.save(content['model'], ...)."
+    assert message in error(capsys) and not os.path.exists("out.pth")

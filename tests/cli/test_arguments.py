@@ -8,7 +8,7 @@ import pytest
 from tests.support.checkpoints import files
 from tests.support.command_line import error, main
 
-THREADS = "is no whole number from 1 to 1024"
+THREADS = "is not a whole number from 1 to 1024"
 WRONG_ARGUMENTS = {
     "": "lorafx: the following arguments are required: COMMAND; 'lorafx --help' has examples.",
     "fold a": "lorafx: argument COMMAND: invalid choice: 'fold' (choose from ",
@@ -19,10 +19,10 @@ WRONG_ARGUMENTS = {
     "merge base a.safetensors -o out --threads 0": THREADS,
     "merge base a.safetensors -o out --threads 1000000": THREADS,
     "merge base a.safetensors -o out --threads 100000000000000000000": THREADS,
-    "merge base --adapter =1 -o out": "argument --adapter: '' is no path",
-    "diff a.safetensors a.safetensors --tolerance nan": "argument --tolerance: 'nan' is no finite number of at least 0",
-    "diff a.safetensors a.safetensors --tolerance -1": "argument --tolerance: '-1' is no finite number of at least 0",
-    "diff a.safetensors a.safetensors --tolerance inf": "argument --tolerance: 'inf' is no finite number of at least 0",
+    "merge base --adapter =1 -o out": "argument --adapter: '' is not a path",
+    "diff a.safetensors a.safetensors --tolerance nan": "argument --tolerance: 'nan' is not a finite number of at least 0",
+    "diff a.safetensors a.safetensors --tolerance -1": "argument --tolerance: '-1' is not a finite number of at least 0",
+    "diff a.safetensors a.safetensors --tolerance inf": "argument --tolerance: 'inf' is not a finite number of at least 0",
     "show a.safetensors b": "lorafx show: unrecognized arguments: b",
 }
 
@@ -41,7 +41,7 @@ PATHS = {
     "a\0b.safetensors": "'a\\x00b.safetensors' cannot be reached: embedded null byte",
     "\ud800.safetensors": "'\\ud800.safetensors' cannot be reached: 'utf-8' codec",
     "a" * 300 + ".safetensors": "cannot be reached: File name too long",
-    "": "'' is no path",
+    "": "'' is not a path",
 }
 USES = ("show {}", "convert {} new.safetensors", "convert a.safetensors {} --force", "diff a.safetensors {}",
         "merge {} a.safetensors -o out", "merge base {} -o out", "merge base --adapter {}=0.5 -o out",

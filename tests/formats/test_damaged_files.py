@@ -74,8 +74,10 @@ class TestDamaged:
 
     def test_minimind_contents(self, tmp_path: Path) -> None:
         path = tmp_path / "a.pth"
-        for content, message in [(torch.zeros(3), "does not hold a dict"), ({1: torch.zeros(3)}, "not hold a dict"),
-                                 ({"up.lora.A.weight": 3}, "does not hold a dict"), ({}, "holds no adapter"),
+        for content, message in [(torch.zeros(3), "holds a Tensor, not a dict of named tensors"),
+                                 ({1: torch.zeros(3)}, "holds 1, a Tensor, where only named tensors are read"),
+                                 ({"up.lora.A.weight": 3}, "holds 'up.lora.A.weight', a int, where only named"),
+                                 ({}, "holds no adapter"),
                                  ({"up.weight": torch.zeros(5, 5)}, "has a tensor 'up.weight', which is neither"),
                                  (Model(), "damaged or holds more than tensors")]:
             torch.save(content, path)

@@ -68,7 +68,7 @@ FALSE_CLAIMS = {
     "overflow": (lambda: native(x=entry([2**32, 2**32], 0, 0)), "claims more than the file's"),
     "negative": (lambda: native(x=entry([-1, -4], 0, 0)), "a shape is not made of sizes"),
     "float": (lambda: native(x=entry([1.0], 0, 4)), "is not within the file"),
-    "dtype": (lambda: native(x=entry([1], 0, 0, "C64")), "'x' has dtype 'C64', which is none of F64"),
+    "dtype": (lambda: native(x=entry([1], 0, 0, "C64")), "'x' has dtype 'C64', which is none of I64, F64"),
     "overlap": (lambda: native(x=entry([1], 0, 4), y=entry([1], 0, 4)) + bytes(4), "'y' does not begin where the"),
     "hole": (lambda: native(x=entry([1], 4, 8)) + bytes(8), "'x' does not begin where the tensor before it ends"),
     "more": (lambda: native(x=entry([1], 0, 4)) + bytes(8), "its tensors end at byte"),
@@ -88,7 +88,7 @@ FALSE_CLAIMS = {
     "member": (lambda: directory(b"\x14\x00\x00\x00" * 2, b"\xff\xff\xff\x7f" * 2), "compressed or claims more"),
     "bits": (lambda: zipped().replace(torch.ones(10).half().numpy().tobytes(), bytes(20)),
              "the checksum of its member 'archive/data/0' is wrong"),
-    "before zip": (lambda: bytes((0x80, 2)) + bytes(100), "it is no archive, as torch.save has written them"),
+    "before zip": (lambda: bytes((0x80, 2)) + bytes(100), "it is not an archive, as torch.save has written them"),
     "one for all": (lambda: program(SIZES + b"q\x08K\x05K\x01\x86", BIG + b"K\x05\x86q\x08K\x00K\x00\x86"),
                     "claims 5000000000000 elements"),
 }

@@ -54,8 +54,8 @@ WRONG = {
     "parameters": (config_with(target_parameters="x"), "has target_parameters='x', which PEFT does not mean"),
     "excluded": (config_with(exclude_modules="he.*"), "which target_modules does not name, so that PEFT"),
     "layers": (config_with(layers_to_transform="1"), "has layers_to_transform='1', not numbers of layers"),
-    "expression": (config_with(target_modules="("), "matches modules by '\\(', which is no regular expression"),
-    "expressions": (config_with(layers_pattern=["h", "("]), "which is no regular expression"),
+    "expression": (config_with(target_modules="("), "matches modules by '\\(', which is not a regular expression"),
+    "expressions": (config_with(layers_pattern=["h", "("]), "which is not a regular expression"),
     "two parameters": (key_with("head.base_layer.lora_A.weight", (2, 6)), "but not its other half"),
 }
 

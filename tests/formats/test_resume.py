@@ -191,7 +191,7 @@ STATE = "lorafx:state:exp_avg:up.lora.A"
 DAMAGE = {
     "kind": (training(kind="torch.optim.sgd.SGD"), lorafx.MismatchError, "the state of a 'torch.optim.sgd.SGD', not"),
     "groups": (training(groups=[]), lorafx.FormatError, "names are not those of the adapter's tensors"),
-    "step": (training(step=1.5), lorafx.FormatError, "1.5 is no number of steps"),
+    "step": (training(step=1.5), lorafx.FormatError, "1.5 is not a number of steps"),
     "part": (training(more=1), lorafx.FormatError, "does not have the parts of one"),
     "no tensor": (damage(STATE, None), lorafx.FormatError, f"damaged: KeyError: '{STATE}'"),
     "more tensors": (damage("lorafx:x", torch.zeros(1)), lorafx.FormatError, "'lorafx:x' is not in the training state"),

@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import lorafx
 from lorafx._kernels import linears as kernels
-from lorafx._kernels.linears import Addend, Linear, linears
+from lorafx._kernels.addend import Addend
+from lorafx._kernels.calls import Linear
+from lorafx._kernels.linears import linears
 from tests.support.internals import replace_internal
 
 
@@ -26,9 +28,9 @@ def calls_of(width, outs, dtype=torch.float64, bias=True, rank=2):
     """A call for each width in `outs`; the second has a block of its features adapted too, the last nothing."""
     calls = []
     for position, out in enumerate(outs):
-        addends = [Addend(normal(rank + position, width, dtype=dtype), normal(out, rank + position, dtype=dtype), 0.7)]
+        addends = [Addend(normal(out, rank + position, dtype=dtype), normal(rank + position, width, dtype=dtype), 0.7)]
         if position == 1:
-            addends.append(Addend(normal(1, width, dtype=dtype), normal(out - 3, 1, dtype=dtype), -1.3, 2))
+            addends.append(Addend(normal(out - 3, 1, dtype=dtype), normal(1, width, dtype=dtype), -1.3, start=2))
         weight = torch.randn(out, width, dtype=dtype)
         b = torch.randn(out, dtype=dtype) if bias and position != 1 else None
         calls.append(Linear(weight, b, addends if position < 2 or position < len(outs) - 1 else []))
@@ -43,7 +45,7 @@ def expected(x, calls):
     """By the definition: W and the addends as one matrix."""
     outputs = []
     for weight, bias, addends in calls:
-        for A, B, scale, start, *_ in addends:
+        for B, A, scale, _, start, *_ in addends:
             weight = weight + F.pad(scale * B @ A, (0, 0, start, weight.shape[0] - start - len(B)))
         outputs.append(x @ weight.mT + (0 if bias is None else bias))
     return outputs
@@ -135,7 +137,7 @@ def test_second_derivatives(form, outs):
 
     def function(x, *tensors):
         rest = iter(tensors)
-        return tuple(linears(x, [call._replace(addends=[addend._replace(A=next(rest), B=next(rest))
+        return tuple(linears(x, [call._replace(addends=[addend._replace(left=next(rest), right=next(rest))
                                                         for addend in call.addends]) for call in calls]))
 
     assert torch.autograd.gradcheck(function, (x, *factors(calls)))
@@ -151,7 +153,7 @@ def test_written_into_afterwards(form, outs):
     y.relu_()
     torch.testing.assert_close(*(torch.autograd.grad(t.sum(), [x, *factors(calls)[:2]])
                                  for t in (y, (target + 1).relu())))
-    for tensor in (calls[0].weight, calls[0].addends[0].A, calls[0].addends[0].B):
+    for tensor in (calls[0].weight, *calls[0].addends[0][:2]):
         y = linears(x, calls)[0]
         with torch.no_grad():
             tensor.add_(1)
@@ -237,7 +239,7 @@ def test_only_x_and_the_ranks_are_saved(dtype):
     """Of q, k and v under float32 adapters: bytes(x) and 3 ranks a row, in float32."""
     x = torch.randn(2, 64, 256, dtype=dtype, requires_grad=True)
     calls = [Linear(torch.randn(out, 256, dtype=dtype), None,
-                    [Addend(normal(8, 256, dtype=torch.float32), normal(out, 8, dtype=torch.float32), 1.0)])
+                    [Addend(normal(out, 8, dtype=torch.float32), normal(8, 256, dtype=torch.float32), 1.0)])
              for out in (256, 64, 64)]
     with Saved(*own(calls)) as saved:
         outputs = linears(x, calls)
@@ -265,7 +267,7 @@ def test_a_small_call_saves_the_same(x, rank, in_place):
 
 def test_several_addends_of_a_small_call(form):
     x, (call,) = normal(3, 4, 7), calls_of(7, (5,))
-    more = [Addend(normal(rank, 7), normal(5, rank), scale) for rank, scale in ((1, -2.0), (3, 0.0))]
+    more = [Addend(normal(5, rank), normal(rank, 7), scale) for rank, scale in ((1, -2.0), (3, 0.0))]
     check(x, [call._replace(addends=[*call.addends, *more])])
 
 
@@ -311,8 +313,8 @@ def test_operators_of_a_group(rank, copies):
     """q, k and v: 26 or 27, of which the frozen model needs 8 (3 products forward, 3 and 2 sums backward)."""
     rows = 256
     x = torch.randn(rows, 128, requires_grad=True)
-    calls = [Linear(torch.randn(out, 128), None, [Addend(normal(rank, 128, dtype=torch.float32),
-                                                         normal(out, rank, dtype=torch.float32), 1.0)])
+    calls = [Linear(torch.randn(out, 128), None, [Addend(normal(out, rank, dtype=torch.float32),
+                                                         normal(rank, 128, dtype=torch.float32), 1.0)])
              for out in (128, 64, 64)]
     gradients = [torch.ones(rows, out) for out in (128, 64, 64)]
     with Operators() as count:
@@ -326,7 +328,7 @@ def test_dropout():
     x = torch.ones(200, 300, dtype=torch.float64, requires_grad=True)
     A, B = torch.eye(300).double(), torch.eye(300).double()
     A, B = A.requires_grad_(), B.requires_grad_()
-    call = Linear(torch.zeros(300, 300).double(), None, [Addend(A, B, 1.0, dropout=0.2)])
+    call = Linear(torch.zeros(300, 300).double(), None, [Addend(B, A, 1.0, dropout=0.2)])
     one, two = linears(x, [call, call])
     for y in (one, two):
         assert set(y.detach().flatten().tolist()) == {0.0, 1.25} and abs(y.mean() - 1) < 0.01
@@ -346,7 +348,7 @@ def test_gradients_with_dropout(shared):
     def function(x, *tensors):
         torch.manual_seed(3)
         rest = iter(tensors)
-        return tuple(linears(x, [call._replace(addends=[a._replace(A=next(rest), B=next(rest)) for a in call.addends])
+        return tuple(linears(x, [call._replace(addends=[a._replace(left=next(rest), right=next(rest)) for a in call.addends])
                                  for call in calls]))
 
     assert torch.autograd.gradcheck(function, (x, *factors(calls)))

@@ -6,14 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorafx
-from lorafx._kernels.weights import Part, whole
+from lorafx._kernels.addend import Addend
+from lorafx._kernels.weights import whole
 from lorafx._model.adapted_weight import AdaptedWeight
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
 W = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-ROWS = [Part(torch.randn(2, 3).double(), torch.randn(3, 4).double(), 0.5, -2, start) for start in (0, 2)]
-COLUMNS = [Part(torch.randn(6, 1).double(), torch.randn(1, 2).double(), -1.0, -1, 1)]
+ROWS = [Addend(torch.randn(2, 3).double(), torch.randn(3, 4).double(), 0.5, -2, start) for start in (0, 2)]
+COLUMNS = [Addend(torch.randn(6, 1).double(), torch.randn(1, 2).double(), -1.0, -1, 1)]
 Z = X.double()[..., :4]
 USES = {  # what Python does with a weight, and whether that is computed in parts
     "linear": (lambda w: F.linear(Z, w, torch.ones(6).double()), True), "T": (lambda w: Z @ w.T, True),

@@ -1,6 +1,7 @@
 """The injected model as a program: regions, copies, GraphModules, exported programs, passes, compile, summary."""
 
 import copy
+import html
 import io
 import pickle
 
@@ -133,11 +134,27 @@ def test_summary(block):
     assert str(lorafx.summary(model)).startswith("0 sites adapted, active: none; 0 of ")
 
 
+def test_a_summary_shows_what_was_skipped_and_graph_breaks_on_request():
+    class Net(nn.Sequential):
+        pass
+
+    found = lorafx.summary(lorafx.inject(Net(nn.Linear(3, 3), nn.Conv1d(3, 3, 1))))
+    assert list(found.breaks) == [""] and found.breaks[""].startswith("Net: forward loops")
+    assert list(found.skipped) == ["1"] and "Conv1d" in found.skipped["1"]
+    text, page = str(found), found._repr_html_()
+    assert f"skipped:\n  1: {found.skipped['1']}" in text
+    assert f"<th>why</th></tr><tr><td>1</td><td>{html.escape(found.skipped['1'])}</td></tr>" in page
+    assert "Net: forward" not in text and "Net: forward" not in page
+    whole = lorafx.summary(lorafx.inject(nn.Sequential(nn.Linear(3, 3))))
+    assert "skipped" not in str(whole) and "skipped" not in whole._repr_html_()
+
+
 def test_breaks_and_skipped_are_named():
     model = nn.Sequential(nn.Linear(3, 3), nn.Conv1d(3, 3, 1), nn.LSTM(3, 3), nn.MultiheadAttention(4, 2))
     found = lorafx.summary(lorafx.inject(model))
     assert {"1", "2.weight_ih_l0", "2.weight_hh_l0"} == set(found.skipped)
-    assert "Sequential: forward loops" in found.breaks[""] and "graph break: LSTM" in found.skipped["2.weight_ih_l0"]
+    assert "Sequential: forward loops" in found.breaks[""]
+    assert found.skipped["2.weight_ih_l0"] == "a recurrent layer (LSTM), which lorafx does not adapt yet"
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel and other")

@@ -43,7 +43,7 @@ class TestAttention:
         for factor in lorafx.parameters(model):
             nn.init.constant_(factor, 0.01)
         weight = model.in_proj_weight
-        assert (internal("whole")(weight.matrix, weight.parts) == weight.matrix).float().mean() > 0.7
+        assert (internal("whole")(weight.matrix, weight.addends) == weight.matrix).float().mean() > 0.7
         exact = copy.deepcopy(model).double()
         for grad in (True, False):
             with torch.set_grad_enabled(grad), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):

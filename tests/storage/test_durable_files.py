@@ -205,7 +205,7 @@ def test_links_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="a.safetensors' cannot be written, and stays as it was: Too many levels of sym"):
         lorafx.save(injected(), path)
     (tmp_path / "c.safetensors").symlink_to("/dev/null")
-    with pytest.raises(lorafx.FormatError, match="c.safetensors' is in the way, and is no file that can be replaced"):
+    with pytest.raises(lorafx.FormatError, match="c.safetensors' is in the way, and is not a file that can be replaced"):
         lorafx.save(injected(), tmp_path / "c.safetensors")
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors", "c.safetensors"]
     assert path.is_symlink() and not Path("/dev/null").is_file()

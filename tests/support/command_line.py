@@ -48,10 +48,10 @@ def interrupted(monkeypatch, after: int, arguments: list[str]) -> int:
 # A program that is interrupted while it runs `show`.
 INTERRUPTED = """if True:
     import os, signal, time
-    from lorafx._cli import main as program
+    from lorafx._cli import commands, main as program
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     def show(options):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(9)
-    program._COMMANDS["show"] = show
+    commands.COMMANDS["show"] = show
     raise SystemExit(program.main())"""

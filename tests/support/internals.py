@@ -14,30 +14,31 @@ import torch
 
 from lorafx._adapter.adapter import Adapter, Pair
 from lorafx._adapter.config import LoRAConfig
-from lorafx._checkpoint import find, fold, jobs, write
+from lorafx._checkpoint import find, fold, jobs, paths, progress, write
+from lorafx._cli import commands
 from lorafx._cli import main as program
-from lorafx._formats import peft_read, table
+from lorafx._formats import peft_folder, table
 from lorafx._kernels import linears, weights
 from lorafx._model import adapted_weight, lower
-from lorafx._storage import durable
+from lorafx._storage import locks
 
 INDEX, SINGLE = find.INDEX, find.SINGLE  # files of a checkpoint
-STATE = write.STATE  # the file in which an interrupted merge keeps what it was doing
-WHOLE, DIGEST = peft_read.WHOLE, peft_read.DIGEST  # in the header of a PEFT folder's tensors
+STATE = paths.STATE  # the file in which an interrupted merge keeps what it was doing
+WHOLE, DIGEST = peft_folder.WHOLE, peft_folder.DIGEST  # in the header of a PEFT folder's tensors
 LARGEST_SUM = fold._BLOCKS * weights._BLOCK  # elements that a merge on disk sums at a time
 
 _PLACES: dict[str, tuple[Any, str]] = {
     "merge_from": (linears, "MERGE_FROM"),
     "small_below": (linears, "SMALL_BELOW"),
     "whole": (adapted_weight, "whole"),
-    "read_adapter": (program, "read_adapter"),
-    "read_safetensors": (peft_read, "read_safetensors"),
-    "patience": (durable, "PATIENCE"),
+    "read_adapter": (commands, "read_adapter"),
+    "read_safetensors": (peft_folder, "read_safetensors"),
+    "patience": (locks, "PATIENCE"),
     "put": (write, "_put"),
     "sync_folder": (write, "sync_folder"),
-    "progress": (write, "tqdm"),
+    "progress": (progress, "tqdm"),
     "open": (jobs, "open"),
-    "merge": (program, "merge_checkpoint"),
+    "merge": (commands, "merge_checkpoint"),
     "parse": (program, "parse"),
 }
 

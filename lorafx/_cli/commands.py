@@ -1,0 +1,158 @@
+"""`merge`, `show`, `convert` and `diff`, thin over the functions that do it: (exit code, text to print) of each."""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .._adapter.compare import adapters_equal, describe, difference
+from .._checkpoint.layout import WeightedAdapter
+from .._checkpoint.merge import merge_checkpoint
+from .._errors import ConfigError, FormatError
+from .._formats.table import format_of, read_adapter, write_adapter
+
+
+def merge(options: argparse.Namespace) -> tuple[int, str]:
+    """Fold adapters into a checkpoint, and report what was written, how fast."""
+    chosen = list(options.more)
+    if options.adapter is not None:
+        chosen.insert(0, (options.adapter, 1.0))
+    if not chosen:
+        raise ConfigError("there is no adapter to fold: name one after BASE, or some with "
+                          "--adapter PATH=WEIGHT.")
+    paths = [path for path, _ in chosen]
+    resolved = [path.resolve() for path in paths]
+    for path in paths:
+        if resolved.count(path.resolve()) > 1:
+            raise ConfigError(f"'{path}' is given more than once: give it once, with the sum of "
+                              "the weights.")
+    adapters = []
+    for path, weight in chosen:
+        adapters.append(WeightedAdapter(f"'{path}'", read_adapter(path)[0], weight))
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    try:
+        done = merge_checkpoint(options.base, adapters, options.output, dtype=dtype,
+                                untie=options.untie, force=options.force, inputs=paths,
+                                threads=options.threads, progress=sys.stderr is not None)
+    except KeyboardInterrupt:
+        if options.base.is_dir():
+            raise KeyboardInterrupt("interrupted; the same command goes on.") from None
+        raise
+    speed = _size(done.bytes / max(done.seconds, 1e-9))
+    return 0, (f"{options.output}: {done.changed} of {done.tensors} tensors changed; "
+               f"{_count(done.files, 'file')}, {_size(done.bytes)}, in {done.seconds:.1f} s "
+               f"({speed}/s)")
+
+
+def show(options: argparse.Namespace) -> tuple[int, str]:
+    """Describe an adapter: its sites, ranks, scales, shapes, and the norms of what it adds."""
+    description = describe(*read_adapter(options.file))
+    format_name = format_of(options.file).name
+    if options.json:
+        return 0, _json({"file": str(options.file), "format": format_name, **description})
+    sites, trained = description["sites"], description["trained"]
+    base = description["base"]
+    parts = [f"adapter '{description['name']}' ({format_name})", _count(len(sites), "site")]
+    if trained:
+        parts[-1] += f" and {_count(len(trained), 'tensor')} trained whole"
+    parts += [f"{description['parameters']:,} parameters", _size(description["bytes"])]
+    lines = [f"{options.file}: {', '.join(parts)}",
+             f"made for a base with the fingerprint {base}" if base else "made for an unnamed base",
+             ""]
+    rows = []
+    for site, row in sites.items():
+        rows.append([site or "(the model)", str(row["rank"]), f"{row['scale']:g}", _shape(row["A"]),
+                     _shape(row["B"]), row["dtype"], f"{row['norm']:.4g}"])
+    for name, row in trained.items():
+        rows.append([name, "-", "-", _shape(row["shape"]), "trained", row["dtype"],
+                     f"{row['norm']:.4g}"])
+    header = ["site", "rank", "scale", "A", "B", "dtype", "norm of s B A"]
+    return 0, "\n".join(lines + _table(header, rows))
+
+
+def convert(options: argparse.Namespace) -> tuple[int, str]:
+    """Write an adapter in the format of another path, and report what that format cannot hold."""
+    adapter, base = read_adapter(options.input)
+    row = format_of(options.output)
+    if options.output.exists() and not options.force:
+        raise FormatError(f"'{options.output}' is there already: choose another path, or replace "
+                          "it with --force.")
+    note = ""
+    if adapter.training is not None and not row.keeps_training:
+        adapter = dataclasses.replace(adapter, training=None)
+        note = ("; the optimizer and step of its training are left out, as that format keeps "
+                "none")
+    write_adapter(adapter, options.output, None, base)
+    count = _count(len(adapter.pairs), "site")
+    return 0, f"{options.output}: adapter '{adapter.name}' ({row.name}), {count}{note}"
+
+
+def diff(options: argparse.Namespace) -> tuple[int, str]:
+    """Compare two adapters; the exit code is 1 if they differ by more than the tolerance."""
+    first, first_base = read_adapter(options.first)
+    second, second_base = read_adapter(options.second)
+    found = difference(first, second, (first_base, second_base))
+    same = adapters_equal(found, options.tolerance)
+    code = 0 if same else 1
+    if options.json:
+        return code, _json({"equal": same, **found})
+    lines = [f"only in {options.first}: {name}" for name in found["only_first"]]
+    lines += [f"only in {options.second}: {name}" for name in found["only_second"]]
+    for key, (ours, theirs) in found["config"].items():
+        lines.append(f"note: {key} is {ours!r} in {options.first}, {theirs!r} in {options.second}")
+    distances = [*found["sites"].items(), *found["trained"].items()]
+    rows = []
+    for name, distance in distances:
+        if not distance <= options.tolerance:  # NaN is a difference
+            rows.append([name, f"{distance:.3g}"])
+    if rows:
+        lines += _table(["site", "||D_a - D_b|| / ||D_a||"], rows)
+    equal = len(distances) - len(rows)
+    within = f" to a relative {options.tolerance:g}" if options.tolerance else ""
+    lines.append(f"{equal} of {_count(len(distances), 'common weight')} equal{within}")
+    return code, "\n".join(lines)
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], tuple[int, str]]] = {
+    "merge": merge, "show": show, "convert": convert, "diff": diff,
+}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """A value with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with the columns aligned."""
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def _size(count: float) -> str:
+    """Bytes in the largest unit that leaves at least 1."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

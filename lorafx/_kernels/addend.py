@@ -1,0 +1,177 @@
+"""The addend of a matrix, s L R, and its mathematics: what the rest of lorafx knows of a branch.
+
+Of a weight W (out, in), L is B (out, rank) and R is A (rank, in). Another kind of branch would be
+another class with these methods, in a file of its own: its part of a linear call's output, of a
+product with the matrix on either side, of the matrix itself, dense or in place, its gradients, and
+its norm. `fused` and `merged` compute the same for many addends at once, out of the reach of
+autograd.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dropout import dropped
+
+
+class Addend(NamedTuple):
+    """s L R, an addend of a matrix (..., m, n), or of a block of its rows or columns.
+
+    The block begins at `start` along `axis`, -2 or -1.
+    """
+
+    left: Tensor  # (..., m, rank)
+    right: Tensor  # (..., rank, n)
+    scale: float
+    axis: int = -2
+    start: int = 0
+    dropout: float = 0.0  # of what the matrix is multiplied with
+    shared: bool = False  # calls that share x may drop out the same elements for all addends
+    rounding: bool = False  # the sum may be rounded to a narrow dtype
+
+    @property
+    def transposed(self) -> "Addend":
+        """The addend of the transposed matrix."""
+        return self._replace(left=self.right.mT, right=self.left.mT, axis=-3 - self.axis)
+
+    @property
+    def detached(self) -> "Addend":
+        """The addend without a gradient."""
+        return self._replace(left=self.left.detach(), right=self.right.detach())
+
+    @property
+    def size(self) -> int:
+        """The length of the block along its axis."""
+        return int(self.left.shape[-2] if self.axis == -2 else self.right.shape[-1])
+
+    @property
+    def requires_grad(self) -> bool:
+        """True if a factor requires grad."""
+        return self.left.requires_grad or self.right.requires_grad
+
+    def of_stack(self, index: Any) -> "Addend":
+        """The addend of some matrices of a stack, (..., m, n)."""
+        return self._replace(left=self.left[index], right=self.right[index])
+
+    def with_rank_multiple_of(self, count: int) -> "Addend":
+        """The same addend with zeros in its factors."""
+        missing = -self.left.shape[-1] % count
+        left, right = F.pad(self.left, (0, missing)), F.pad(self.right, (0, 0, 0, missing))
+        return self._replace(left=left, right=right)
+
+    def block_of(self, matrix: Tensor) -> Tensor:
+        """The view of a matrix, (..., m, n), to which this is added."""
+        return matrix.narrow(self.axis, self.start, self.size)
+
+    def rows(self, start: int, length: int) -> "Addend | None":
+        """The addend of the rows [start, start + length) of the matrix; None if it has none."""
+        if self.axis == -1:
+            return self._replace(left=self.left.narrow(-2, start, length))
+        first, last = max(start, self.start), min(start + length, self.start + self.size)
+        if first >= last:
+            return None
+        left = self.left.narrow(-2, first - self.start, last - first)
+        return self._replace(left=left, start=first - start)
+
+    # A linear call, y = x M^T with M (out, in) and x (..., in).
+
+    def add_to_output(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + s (x R^T) L^T, in y's dtype.
+
+        The factors are cast to x's dtype, never x to theirs: they are the narrow side, so that no
+        copy of an activation is saved for the backward pass.
+        """
+        if self.axis == -1 and self.size != x.size(-1):
+            x = x.narrow(-1, self.start, self.size)
+        return self.add_half(y, F.linear(dropped(x, self.dropout), self.right.to(x.dtype)))
+
+    def add_half(self, y: Tensor, h: Tensor) -> Tensor:
+        """y + s h L^T for h = x R^T, (..., rank).
+
+        L is scaled, before it is cast: inductor of torch 2.13 loses the alpha of a sum.
+        """
+        left = (self.left if self.scale == 1 else self.left * self.scale).to(h.dtype)
+        length = left.shape[0]
+        if length == y.size(-1):
+            return torch.add(y, F.linear(h, left))
+        end = self.start + length
+        block = torch.add(y.narrow(-1, self.start, length), F.linear(h, left))
+        return torch.cat([y[..., :self.start], block, y[..., end:]], dim=-1)
+
+    def add_into_output(self, y: Tensor, rows: Tensor) -> None:
+        """y += s (rows R^T) L^T in place, y (N, out), rows (N, in), for a left of all out rows."""
+        y.addmm_(F.linear(rows, self.right), self.left.t(), alpha=self.scale)
+
+    # The matrix M, (..., m, n), as it is multiplied.
+
+    def add_right_product(
+        self, y: Tensor, x: Tensor, multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul
+    ) -> Tensor:
+        """y + s (x L) R, x (..., m), for y = x M; `multiply` is how x M was computed."""
+        if self.axis == -2:
+            x = x.narrow(-1, self.start, self.size)
+        h = multiply(dropped(x, self.dropout), self.left.to(x.device, x.dtype))  # (..., rank)
+        added = multiply(h, self.right.to(x.device, h.dtype))
+        if self.axis == -1:
+            added = padded(added, -1, self.start, y.shape[-1])
+        return torch.add(y, added, alpha=self.scale)
+
+    def add_left_product(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + s L (R x), x (..., n, k), for y = M x."""
+        if self.axis == -1:
+            x = x.narrow(-2, self.start, self.size)
+        h = self.right.to(x.device, x.dtype) @ dropped(x, self.dropout)  # (..., rank, k)
+        added = self.left.to(x.device, h.dtype) @ h
+        if self.axis == -2:
+            added = padded(added, -2, self.start, y.shape[-2])
+        return torch.add(y, added, alpha=self.scale)
+
+    def add_to_chosen_rows(self, rows: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        """M[i] + s L[i] R for `rows` = M[i]; `choose` takes these rows of any such matrix."""
+        h = choose(self.left.to(rows.dtype))  # (..., rank)
+        return torch.add(rows, h @ self.right.to(rows.dtype), alpha=self.scale)
+
+    # The matrix itself.
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """s L R, (..., m, n), computed in this dtype."""
+        return self.scale * (self.left.to(dtype) @ self.right.to(dtype))
+
+    def add_into(self, matrix: Tensor) -> None:
+        """M += s L R in place, in the block that it is for; all of one dtype."""
+        block = self.block_of(matrix)
+        add = block.addmm_ if block.ndim == 2 else block.baddbmm_
+        add(self.left, self.right, alpha=self.scale)
+
+    def gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """(dL, dR) = (s G R^T, s L^T G), where G is the gradient of the matrix, (..., m, n)."""
+        block = self.block_of(gradient).to(self.left.dtype)
+        return self.scale * (block @ self.right.mT), self.scale * (self.left.mT @ block)
+
+
+def padded(block: Tensor, axis: int, start: int, length: int) -> Tensor:
+    """Return a block among zeros, so that the axis, -1 or -2, has this length."""
+    after = length - start - block.shape[axis]
+    if block.shape[axis] == length:
+        return block
+    return F.pad(block, (0, 0) * (-1 - axis) + (start, after))
+
+
+def norm(addends: Sequence[Addend]) -> float:
+    """Return the Frobenius norm of sum s L R, all of one shape, in float64.
+
+    The sum is L R with the L's side by side, (..., m, ranks), and the R's stacked, (..., ranks, n).
+    With L = Q1 R1 and R^T = Q2 R2 its norm is that of the small R1 R2^T, which loses no digits as
+    Gram matrices would.
+    """
+    left = torch.cat([addend.scale * addend.left.double() for addend in addends], -1)
+    right = torch.cat([addend.right.double() for addend in addends], -2)
+    return float(torch.linalg.vector_norm(_triangle(left) @ _triangle(right.mT).mT))
+
+
+def _triangle(tall: Tensor) -> Tensor:
+    """R of a matrix Q R."""
+    return torch.linalg.qr(tall, mode="r").R if tall.numel() else tall[..., :0, :]

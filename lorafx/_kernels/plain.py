@@ -1,0 +1,43 @@
+"""y_k = x W_k^T + b_k + sum s (x R^T) L^T by plain operators, which torch differentiates."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .calls import Linear, addends_of, split_by_rank
+from .private import unsafe_view
+
+
+def by_operators(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
+    """Return the results of calls on one x; the R's that share an undropped x are joined."""
+    joined = [addend for addend in addends_of(calls) if not addend.dropout]
+    halves: list[Tensor] = []
+    if len(joined) > 1:
+        right = torch.cat([addend.right.to(x.dtype) for addend in joined])  # (ranks, in)
+        halves.extend(split_by_rank(F.linear(x, right), joined, dim=-1))
+    outputs = []
+    for weight, bias, addends in calls:
+        y = F.linear(x, weight, bias)
+        for addend in addends:
+            if addend.dropout or len(joined) < 2:
+                y = addend.add_to_output(y, x)
+            else:
+                y = addend.add_half(y, halves.pop(0))
+        outputs.append(y)
+    return outputs
+
+
+def in_place(x: Tensor, call: Linear) -> Tensor:
+    """Return the result of one call; addends as long as the output are added in place."""
+    # in the shape of x, whose rows by themselves may be added up in another order
+    y = F.linear(x, call.weight, call.bias)
+    if x.ndim == 2:
+        for addend in call.addends:
+            addend.add_into_output(y, x)
+        return y
+    rows, y = x.reshape(-1, x.shape[-1]), unsafe_view(y, (-1, y.shape[-1]))
+    for addend in call.addends:
+        addend.add_into_output(y, rows)
+    return unsafe_view(y, (*x.shape[:-1], y.shape[-1]))

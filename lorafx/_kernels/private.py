@@ -1,0 +1,224 @@
+"""Every private name of torch that lorafx uses: why it does, and what happens where torch lacks it.
+
+A name is looked up once, when lorafx is imported, so that lorafx can be imported whatever torch
+has. In the place of what is missing stands something public, or the answer on which what is slower
+and always right is done, or what says so when it is used. Not listed are the attributes of torch's
+objects (`_parameters`, `_version`, `_is_view()`).
+"""
+
+import contextlib
+import operator
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+from torch.jit import is_tracing as is_jit_tracing  # type: ignore[attr-defined]
+
+FOUND: dict[str, bool] = {}  # {private name: whether torch has it}
+
+
+def _optional(name: str, instead: Any) -> Any:
+    """What torch has under this name, `package.module:attribute`, or what stands in its place."""
+    try:
+        value = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        value = None
+    FOUND[name] = value is not None
+    return instead if value is None else value
+
+
+def _lacking(name: str, needed_for: str) -> Callable[..., NoReturn]:
+    """What stands in the place of a name without which something cannot be done."""
+
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"This torch, {torch.__version__}, has no {name}, which lorafx needs for {needed_for}: "
+            "use a torch that lorafx was tested with.")
+
+    return fail
+
+
+# What runs around an operator: transforms, tracers, checkpoints, autocast.
+
+# A Function's backward pass cannot be mapped over or differentiated forward.
+# Without them: every call is taken for one inside a transform, and plain operators compute it.
+_functorch_is_active: Callable[[], bool] = _optional(
+    "torch._C:_are_functorch_transforms_active", lambda: True)
+_forward_level: int | None = _optional("torch.autograd.forward_ad:_current_level", None)
+
+
+def transforming() -> bool:
+    """True if a functorch transform or forward-mode differentiation is under way."""
+    if _functorch_is_active() or _forward_level is None:
+        return True
+    return forward_ad._current_level >= 0
+
+
+# The vectorised backward pass of torch.autograd.grad(is_grads_batched=True) takes no in-place
+# operators. Without it: the gradients are always computed by operators that can be mapped over.
+is_legacy_batched: Callable[[Tensor], bool] = _optional(
+    "torch._C:_functorch.is_legacy_batchedtensor", lambda tensor: True)
+
+# torch.jit.trace must see operators. Without it: torch.jit.is_tracing asks the same in more time.
+_jit_state: Callable[[], Any] = _optional(
+    "torch._C:_get_tracing_state",
+    lambda: is_jit_tracing() or None)  # type: ignore[no-untyped-call]
+
+# make_fx must see operators, and selective checkpointing keeps what they return, which therefore
+# must not be written into; both are dispatch modes. Without one of these: any dispatch mode is
+# taken for such a one.
+_mode_count: Callable[[], int] = _optional("torch._C:_len_torch_dispatch_stack", lambda: 1)
+_modes: Callable[[], list[Any]] = _optional(
+    "torch.utils._python_dispatch:_get_current_dispatch_mode_stack",
+    lambda: [None] * _mode_count())
+_mode_of: Callable[[Any], Any] = _optional(
+    "torch._C:_get_dispatch_mode", lambda key: _mode_count() or None)
+_PROXY: Any = _optional("torch._C:_TorchDispatchModeKey.PROXY", None)
+_CACHING: Any = (
+    _optional("torch.utils.checkpoint:_CachingTorchDispatchMode", object),
+    _optional("torch.utils.checkpoint:_CachedTorchDispatchMode", object))
+
+
+def tracing() -> bool:
+    """True if torch.jit or make_fx is noting down operators."""
+    if _jit_state() is not None:
+        return True
+    return (_mode_count() > 0 if _PROXY is None else _mode_of(_PROXY) is not None)
+
+
+def caching() -> bool:
+    """True if selective checkpointing keeps what operators return: it must not change."""
+    if _mode_count() == 0:
+        return False
+    return any(mode is None or isinstance(mode, _CACHING) for mode in _modes())
+
+
+# One question for all kinds of devices. Without it: torch.is_autocast_enabled(kind) is always
+# asked.
+any_autocast: Callable[[], bool] = _optional("torch._C:_is_any_autocast_enabled", lambda: True)
+
+
+@contextlib.contextmanager
+def _no_autocast() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+# A context without autocast. Without it: torch.autocast(kind, enabled=False), in more time.
+no_autocast: Callable[[], contextlib.AbstractContextManager[None]] = _optional(
+    "torch._C:_DisableAutocast", _no_autocast)
+
+
+# Tensors.
+
+# A view that autograd does not take for one, so that it may be returned from a Function and written
+# into. Without it: a copy.
+unsafe_view: Callable[[Tensor, Iterable[int]], Tensor] = _optional(
+    "torch:ops.aten._unsafe_view.default", lambda tensor, shape: tensor.reshape(shape).clone())
+
+# An AdaptedWeight has a shape but no memory. Without it: such weights cannot be read by Python.
+wrapper_subclass: Callable[..., Any] = _optional(
+    "torch:Tensor._make_wrapper_subclass",
+    _lacking("torch.Tensor._make_wrapper_subclass", "Python that reads an adapted weight"))
+
+# A function of torch runs on an AdaptedWeight as on a plain tensor. Without it: it says so.
+without_torch_function: Callable[[], contextlib.AbstractContextManager[None]] = _optional(
+    "torch._C:DisableTorchFunctionSubclass",
+    _lacking("torch._C.DisableTorchFunctionSubclass", "Python that reads an adapted weight"))
+
+
+def _subclass(cls: type[Tensor], data: Tensor, requires_grad: bool) -> Tensor:
+    return data.detach().as_subclass(cls).requires_grad_(requires_grad)
+
+
+# A Parameter of the caller's class on other data. Without it: Tensor.as_subclass, which calls its
+# __torch_function__.
+make_subclass: Callable[[type[Any], Tensor, bool], Any] = _optional(
+    "torch:Tensor._make_subclass", _subclass)
+
+# The kernel of stacks of experts, which their Python calls by this name. Without it: nobody can.
+grouped_mm: Any = _optional("torch:_grouped_mm", object())
+
+# What tells one storage from another. Without it: the id of its object, which lives as long.
+storage_key: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
+if _optional("torch:UntypedStorage._cdata", None) is None:
+    storage_key = id
+
+
+def writes(overload: Any) -> bool:
+    """True if an operator of torch.ops writes into an argument. Without a schema: by its name."""
+    schema = getattr(overload, "_schema", None)
+    if schema is None:
+        return str(overload.__name__).partition(".")[0].endswith("_")
+    return bool(schema.is_mutable)
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Any:
+    """Function.apply without its questions about transforms. Without that: Function.apply."""
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
+
+
+# Trees of arguments: tuples, lists and dicts. Without them: fx's own.
+
+def _tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    return fx.node.map_aggregate(tree, function)
+
+
+def _tree_iter(tree: Any) -> Iterable[Any]:
+    leaves: list[Any] = []
+    _tree_map(leaves.append, tree)
+    return leaves
+
+
+tree_map: Callable[[Callable[[Any], Any], Any], Any] = _optional(
+    "torch.utils._pytree:tree_map", _tree_map)
+tree_iter: Callable[[Any], Iterable[Any]] = _optional("torch.utils._pytree:tree_iter", _tree_iter)
+
+
+# Modules.
+
+# A module to which nothing is hooked is computed without being called.
+# Without it: each is called, one by one.
+any_global_hook: Callable[[], bool] = _optional(
+    "torch.nn.modules.module:_has_any_global_hook", lambda: True)
+
+
+def has_compiled_call(module: nn.Module) -> bool:
+    """True after module.compile(). Without that attribute: False."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+# Tracing and compiling.
+
+class _NoDispatchMode:
+    __enter__ = _lacking("torch.utils._python_dispatch.TorchDispatchMode", "tracing")
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+if TYPE_CHECKING:
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+else:
+    # Tracing refuses to compute with real tensors.
+    # Without it: nothing can be traced, and every module is a graph break.
+    TorchDispatchMode = _optional(
+        "torch.utils._python_dispatch:TorchDispatchMode", _NoDispatchMode)
+
+
+def compiler_pass() -> tuple[Any, Callable[..., bytes]]:
+    """Return the class of a pass for inductor, and what hashes its source files.
+
+    It imports the compiler, which takes a second. Without them: `lorafx.compile_options` says so.
+    """
+    try:
+        from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+    except ImportError:
+        _lacking("torch._inductor.custom_graph_pass", "lorafx.compile_options")()
+    return CustomGraphPass, get_hash_for_files
