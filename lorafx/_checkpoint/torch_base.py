@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._adapter.config import FLOATS
 from .._errors import TiedWeightError
+from .._kernels.private import storage_key
 from .._kernels.scratch import Scratch
 from .._storage.archive import Source, save_archive, storages_of
 from .._storage.pickles import load_pickle
@@ -64,7 +65,7 @@ def _new_tensors(
         if key not in results:
             results[key] = torch.empty(tensor.shape, dtype=to)  # memory that is never touched
             read = functools.partial(_rows, tensor.detach())
-            sources[results[key].untyped_storage()._cdata] = functools.partial(
+            sources[storage_key(results[key].untyped_storage())] = functools.partial(
                 summed_rows, read, tensor.shape, change or Change(), to, name, scratches)
         new[name] = results[key]
     return new, sources
@@ -102,4 +103,4 @@ def _bytes_of(tensor: Tensor) -> tuple[Any, int, int]:
     first = int(tensor.storage_offset()) * size
     last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride()))
     end = first + (last + 1) * size if tensor.numel() else first
-    return tensor.untyped_storage()._cdata, first, end
+    return storage_key(tensor.untyped_storage()), first, end

@@ -12,7 +12,7 @@ from .._kernels.private import transforming
 from .._kernels.weights import whole
 from .adapted_weight import NARROW, AdaptedWeight
 from .branches import Branch, Trained
-from .readers import Answer, answer_to, reader
+from .readers import Answer, answer_to, module_of, reader
 
 
 FROZEN_PREFIX = "frozen_"
@@ -61,7 +61,7 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     compiling = torch.compiler.is_compiling()
     answer = Answer.ADAPTED
     if not compiling:
-        answer = answer_to(reader())
+        answer = answer_to(module_of(reader()))
         if answer is Answer.PARAMETER:
             return base_tensor(owner, attribute)  # type: ignore[no-any-return]
     matrix = base_or_trained(owner, attribute)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from .._kernels.private import storage_key
 from .streams import CHUNK, Advance, one_behind, tensor_bytes
 
 
@@ -24,7 +25,7 @@ def storages_of(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
     storages = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
+        storages[storage_key(storage)] = storage
     return storages
 
 

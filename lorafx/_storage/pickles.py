@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .._adapter.adapter import check_plain
 from .._adapter.config import shown
 from .._errors import FormatError
+from .._kernels.private import storage_key
 from .reading import check_tensor_name, reading
 
 
@@ -91,7 +92,7 @@ def _check_sizes(content: dict[Any, Any], archive: zipfile.ZipFile, size: int) -
     storages = set()
     for name, value in content.items():
         if isinstance(value, Tensor):
-            storages.add(value.untyped_storage()._cdata)
+            storages.add(storage_key(value.untyped_storage()))
             if value.nbytes > size:
                 raise ValueError(f"{str(name)[:80]!r} claims {value.numel()} elements, and the "
                                  f"file has {size} bytes")

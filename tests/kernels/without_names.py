@@ -112,6 +112,7 @@ def fresh():
     """lorafx, imported again."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "lorafx"]:
         del sys.modules[name]
+    importlib.import_module("lorafx._kernels.private")
     return importlib.import_module("lorafx")
 
 

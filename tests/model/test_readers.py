@@ -45,6 +45,18 @@ def through(call, layer):
 
 
 @pytest.fixture
+def row(monkeypatch):
+    """Put a row into the table until the test ends."""
+    def put(prefix, answer):
+        monkeypatch.setitem(readers.READERS, prefix, answer)
+        readers.answer_to.cache_clear()
+
+    yield put
+    monkeypatch.undo()
+    readers.answer_to.cache_clear()
+
+
+@pytest.fixture
 def layer():
     model = lorafx.inject(Reading(4, 3), targets="linear")
     nn.init.normal_(model.lora.default.B)
@@ -52,9 +64,9 @@ def layer():
 
 
 @pytest.mark.parametrize("how", ["directly", "by_getattr", "deeper"])
-def test_a_row_of_the_table_holds_for_all_modules_with_its_prefix(how, layer, monkeypatch):
+def test_a_row_of_the_table_holds_for_all_modules_with_its_prefix(how, layer, row):
     for answer in Answer:
-        monkeypatch.setitem(readers.READERS, "placing.", answer)
+        row("placing.", answer)
         read = getattr(module_named("placing.weights", READS), how)
         others = getattr(module_named("placings", READS), how)
         whole = layer.frozen_weight + layer.lora.default.B @ layer.lora.default.A
@@ -70,9 +82,9 @@ def test_a_row_of_the_table_holds_for_all_modules_with_its_prefix(how, layer, mo
             assert type(read(layer)) is AdaptedWeight
 
 
-def test_the_reader_is_the_first_that_is_not_of_lorafx(layer, monkeypatch):
-    """Code of lorafx, and what it generated, may stand between; the reader's caller does not count."""
-    monkeypatch.setitem(readers.READERS, "placing.", Answer.PARAMETER)
+def test_the_reader_is_the_first_that_is_not_of_lorafx(layer, row):
+    """Code of lorafx, and what it made, may stand between; the reader's caller does not count."""
+    row("placing.", Answer.PARAMETER)
     placing = module_named("placing.weights", READS)
     ours, user = module_named("lorafx.anything", READS), module_named("lorafxes", READS)
     assert ours.through(placing.directly, layer) is layer.frozen_weight
@@ -84,4 +96,4 @@ def test_the_reader_is_the_first_that_is_not_of_lorafx(layer, monkeypatch):
 
 
 def test_no_frame_is_an_unknown_reader():
-    assert readers.answer_to(None) is Answer.ADAPTED
+    assert readers.answer_to(readers.module_of(None)) is Answer.ADAPTED
