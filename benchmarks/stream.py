@@ -17,6 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
+from common.machine import in_words, machine
 from common.tables import aligned, size
 from stream_parts import programs
 from stream_parts.checkpoint import check, make
@@ -50,7 +53,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     ratios = [one / other for one, other in zip(rows[LORAFX]["times"], rows[COPY]["times"])]
     start = programs.run(programs.IMPORT)
     above = rows[LORAFX]["peak"] - start["peak"]
-    return {**about, "rows": rows, "skipped": {PEFT: skipped} if skipped else {}, "import": start,
+    return {**about, "machine": machine(torch.device("cpu")), "rows": rows,
+            "skipped": {PEFT: skipped} if skipped else {}, "import": start,
             "of_copy": median(ratios), "ratios": ratios, "above_import": above,
             "tensors": above / about["largest"]}
 
@@ -92,6 +96,14 @@ def table(found: dict[str, Any]) -> str:
                  f"{max(found['tensors'], 0):.2f} of the largest tensor, above what importing "
                  "takes (at most 3 wanted).")
     return "\n".join(lines)
+
+
+def readme(found: dict[str, Any]) -> list[str]:
+    """The section of benchmarks/README.md, from what the JSON file holds."""
+    return ["`benchmarks/stream.py` merges an adapter into a checkpoint on disk, beside a copy "
+            "of its files and beside PEFT, each in a process of its own; what is written is on the "
+            f"disk before the clock stops. {in_words(found['machine'], 'peft')}, medians of "
+            f"{len(found['ratios'])} rounds:", table(found)]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -61,15 +61,17 @@ def renaming(names: Sequence[str], known: Collection[str]) -> Rename:
 
 
 def fitting_renamings(
-    names: Sequence[str], known: Iterable[str], outcome: Callable[[Rename], Hashable | None]
+    names: Sequence[str], known: Iterable[str], outcome: Callable[[Rename], Hashable | None],
+    base_models: bool = True,
 ) -> list[Rename]:
     """Return the renamings that fit, one for each outcome; of several, none is to be preferred.
 
     `outcome` is what the names become, or None if a renaming does not fit. Names that fit as they
-    are stay so, whatever else would fit.
+    are stay so, whatever else would fit. A base model is found in a model around it, and the
+    reverse, if `base_models` says so.
     """
     fitting: dict[Hashable, Rename] = {}
-    for number, rename in enumerate(_renamings(names, known)):
+    for number, rename in enumerate(_renamings(names, known, base_models)):
         result = outcome(rename)
         if result is not None:
             fitting.setdefault(result, rename)
@@ -78,7 +80,9 @@ def fitting_renamings(
     return list(fitting.values())
 
 
-def _renamings(names: Sequence[str], known: Iterable[str]) -> Iterator[Rename]:
+def _renamings(
+    names: Sequence[str], known: Iterable[str], base_models: bool
+) -> Iterator[Rename]:
     """Names as they are, then with one prefix taken from all of them and another put before them.
 
     First the prefixes of wrappers, then one first part that no known name has, or that all names
@@ -92,7 +96,7 @@ def _renamings(names: Sequence[str], known: Iterable[str]) -> Iterator[Rename]:
                 yield functools.partial(_with_prefix, old, new)
     first_parts = {name.partition(".")[0] for name in names}
     known_parts = {name.partition(".")[0] for name in known}
-    if first_parts.isdisjoint(known_parts):
+    if base_models and first_parts.isdisjoint(known_parts):
         if len(first_parts) == 1:
             yield functools.partial(_with_prefix, f"{min(first_parts)}.", "")
         for part in sorted(known_parts):

@@ -54,6 +54,7 @@ def _complete_locations(
     if adapter.untied:
         for name, tensor in adapter.trained.items():
             shapes[name] = tuple(tensor.shape)
+    of_transformers = checkpoint.ties is not None  # its config is there
     for ties in (None, checkpoint.ties):  # heads that are not in the checkpoint come last
         found: dict[tuple[str, ...], dict[str, Location]] = {}
 
@@ -67,7 +68,7 @@ def _complete_locations(
             found[key] = locations
             return key
 
-        if fitting_renamings(names, checkpoint.tensors, written):
+        if fitting_renamings(names, checkpoint.tensors, written, base_models=of_transformers):
             return list(found.values())
     return []
 

@@ -56,7 +56,7 @@ def _groups_of(
 ) -> list[list[fx.Node]]:
     """The groups among the members that share one value; the last nodes may be no members."""
     found, group = [], list[fx.Node]()
-    fresh: set[fx.Node] = set()  # the members and what is computed from them alone
+    fresh: set[fx.Node] = set()  # the members and what is computed from them only
     for node in _span(sharing):
         if node in sharing or group and takes(node, value):
             group.append(node)

@@ -74,7 +74,7 @@ def _is_plain(x: Tensor, calls: Sequence[Linear]) -> bool:
 
 
 def _chosen(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
-    """The results, computed in the way that takes the least time for these shapes."""
+    """The results, computed as takes the least time for these shapes."""
     addends = addends_of(calls)
     rates = {addend.dropout for addend in addends}
     masks = rates != {0.0} and len(addends) > 1  # more than one is needed

@@ -43,7 +43,7 @@ class Branch(LorafxModule):
     The sum runs over the active adapters, w being the weight that `activate` gave each; with none
     it returns y itself. A call of the transposed weight, as a decoder makes that shares its
     encoder's, is `reverse`: y + sum w s (x B) A. At a site that is some rows of a weight, the sum
-    goes to (or, in reverse, x comes from) those features alone.
+    goes to (or, in reverse, x comes from) those features only.
     """
 
     def __init__(self, transposed: bool = False, rows: tuple[int, int] | None = None) -> None:
@@ -62,12 +62,14 @@ class Branch(LorafxModule):
     def addends(
         self, weights: Mapping[str, float] | None = None, stored: bool = False
     ) -> list[Addend]:
-        """What adapters add to W (out, in): the active, or those of {adapter: weight} here.
+        """Return what adapters add to W (out, in): the active, or those of {adapter: weight} here.
 
         `stored` means W as the model stores it, which is (in, out) at a transposed site.
         """
-        start, found = self.rows[0] if self.rows else 0, []
-        for name, weight in self._active if weights is None else weights.items():
+        start = self.rows[0] if self.rows else 0
+        chosen = self._active if weights is None else weights.items()
+        found = []
+        for name, weight in chosen:
             if name not in self._modules:
                 continue
             factors: Factors = self._modules[name]  # type: ignore[assignment]

@@ -23,8 +23,7 @@ from .branches import Branch, branches_after
 
 
 class Forward(NamedTuple):
-    """The names of the tensors and branches of a module whose forward is one adapted linear call of
-    its input."""
+    """The attributes of a module whose forward is one adapted linear call of its input."""
 
     weight: str
     bias: str | None
@@ -107,8 +106,7 @@ def linear_forward(module: Any) -> Forward | None:
 
 
 def lower(module: nn.Module, graph: fx.Graph, join: bool) -> fx.Graph:
-    """Return the graph that a module runs for this one; the same if there is nothing to compute
-    together."""
+    """Return the graph that a module runs for this one; the same if nothing is joined in it."""
     branched = any(isinstance(submodule(module, str(node.target)), Branch)
                    for node in graph.find_nodes(op="call_module"))
     if not branched and not (join and _shared(module, graph)):
@@ -132,8 +130,7 @@ def joins(module: nn.Module, graph: fx.Graph) -> bool:
 
 
 def forward_of(graph: fx.Graph) -> Forward | None:
-    """Return what a lowered graph computes, if that is one adapted linear call of its only input
-    and no more."""
+    """Return what a lowered graph computes, if that is one adapted linear call of its input."""
     inputs, outputs = graph.find_nodes(op="placeholder"), graph.find_nodes(op="output")
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     if len(calls) != 1 or calls[0].target is not adapted_linear or outputs[0].args != (calls[0],):
@@ -172,7 +169,7 @@ def _fuse(module: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _is_called_with(node: fx.Node, value: fx.Node) -> bool:
-    """True if a node calls a module with this value alone."""
+    """True if a node calls a module with this value only."""
     return node.op == "call_module" and node.args == (value,) and not node.kwargs
 
 
@@ -183,8 +180,7 @@ def _shared(module: nn.Module, graph: fx.Graph) -> bool:
 
 
 def _is_member(module: nn.Module, node: fx.Node) -> bool:
-    """True if a node is an adapted linear call that can be joined with others: of its first
-    argument."""
+    """True if a node is an adapted linear call of its first argument, and so can be joined."""
     if node.op == "call_module":
         called = submodule(module, str(node.target))
         return linear_forward(called) is not None and len(node.args) == 1 and not node.kwargs

@@ -8,12 +8,16 @@ import time
 
 import claims
 import coverage
+import facts
 import finetune
 import pytest
+import readme
 import stream
 import torch
 from safetensors.torch import load_file
 
+from common import progress
+from common.readme import README, fill, markdown
 from tests.support.processes import child
 
 
@@ -25,7 +29,7 @@ def test_finetune(tmp_path, capsys):
     assert [row["loss"] for row in first["models"].values()] == [row["loss"] for row in second["models"].values()]
     assert len(first["checks"]) >= 18 and first["checks"] == second["checks"]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["models"] == second["models"]
-    assert (tmp_path / "out" / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "finetune.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (tmp_path / "out" / "lora").iterdir()} == {
         "prose_16.safetensors", "prose_16.pth", "table_16.safetensors", "table_16.pth", "both_16.safetensors"}
     assert "LoRA on prose" in capsys.readouterr().out
@@ -92,3 +96,36 @@ def test_claims(tmp_path, capsys):
     assert all(row.seconds < 30 and row.float32_bytes == 4 * row.trainable for row in rows.values())
     assert "no reading gives it" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "claims.json").read_text())) == len(rows)
+
+
+def test_facts(tmp_path, capsys):
+    """What the first page says of PEFT and of lorafx is measured anew; numbers are seeded."""
+    rows = {row["case"]: row for row in facts.main(["--json", str(tmp_path / "facts.json")])}
+    measured = [row for row in rows.values() if row["lorafx"].endswith("%")]
+    assert len(measured) == 9 and all(row["lorafx"] == "0.0 %" for row in measured)
+    assert all(float(row["PEFT"].split()[0]) > 1 for row in measured if row["PEFT"].endswith("%"))
+    saved = rows["bfloat16, q, k, v of one x"]
+    assert float(saved["lorafx"].split()[0]) <= 1.2 < 6 < float(saved["PEFT"].split()[0])
+    assert rows["a target that matches nothing, in a list"]["lorafx"] == "NoSiteError"
+    assert json.loads((tmp_path / "facts.json").read_text()) == list(rows.values())
+    assert facts.table(list(rows.values())) in capsys.readouterr().out
+
+
+def test_a_section_of_the_readme():
+    text = "a\n<!-- some: a command -->\nold\n<!-- end of some -->\nb\n"
+    filled = fill(text, "some", markdown(["new \\1", "a table\n-------"]))
+    assert filled == text.replace("old", "new \\1\n\n```\na table\n-------\n```")
+    with pytest.raises(ValueError, match="The section 'other' is marked 0 times, not once"):
+        fill(text, "other", "")
+    sections = re.findall("<!-- (\\w+): .* -->", README.read_text())
+    assert sections == [name for name, _, _ in readme.SECTIONS]
+
+
+def test_progress_in_a_log(capsys, monkeypatch):
+    """A line at the start, one now and then, one at the end; no carriage return."""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.05)
+    for _ in progress.progress(range(20), desc="work"):
+        time.sleep(0.01)
+    lines = capsys.readouterr().err.splitlines()
+    assert "\r" not in "".join(lines) and 3 <= len(lines) < 20
+    assert lines[0].startswith("work:   0%") and lines[-1].startswith("work: 100%")

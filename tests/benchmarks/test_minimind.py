@@ -4,9 +4,10 @@ import pickle
 
 import pytest
 import torch
-from minimind import Config, MiniMind
 
 import lorafx
+from common.minimind import MiniMind
+from common.minimind_layers import Config
 from tests.support.oracle import frozen, randomise
 
 CONFIGS = {

@@ -11,7 +11,7 @@ import lorafx
 from tests.support.command_line import main
 
 transformers = pytest.importorskip("transformers")
-README = Path(lorafx.__file__).parents[1] / "README.md"
+README = Path(lorafx.__file__).parent / "_checkpoint" / "README.md"
 
 
 def make_files() -> None:

@@ -65,6 +65,18 @@ class Ambiguous(nn.Module):
         return self.a_b(self.a["b"](x))
 
 
+def test_over_such_a_file_lorafx_writes_its_own(tmp_path):
+    path, x = tmp_path / "a.safetensors", torch.randn(3, 4)
+    tensors = halves("lora_unet_down_blocks_0_to_q") | {"lora_unet_down_blocks_0_to_q.alpha": torch.tensor(6.0)}
+    safetensors.torch.save_file({name: tensor + 0.5 for name, tensor in tensors.items()}, path)
+    net = Net()
+    loaded = lorafx.load(net, path)
+    lorafx.save(loaded, path)
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata()["format"] == "lorafx" and "down_blocks.0.to_q.lora.A" in file.keys()
+    assert torch.equal(lorafx.load(net, path)(x), loaded(x)) and not torch.equal(loaded(x), net(x))
+
+
 def test_an_injected_model(tmp_path):
     net, x = lorafx.inject(Net(), targets="linear"), torch.randn(3, 4)
     safetensors.torch.save_file(halves("lora_unet_down_blocks_0_to_q"), tmp_path / "a.safetensors")
@@ -80,7 +92,7 @@ def test_the_scale_in_diffusers_header(tmp_path, header, scale):
     path = tmp_path / "a.safetensors"
     safetensors.torch.save_file(tensors, path, {"lora_adapter_metadata": json.dumps(header)})
     assert lorafx.load(Net(), path).down_blocks[0].to_q.lora.default.scale == scale
-    for more, message in (({"transformer.use_rslora": True}, "asks for use_rslora"),
+    for more, message in (({"transformer.use_rslora": True}, "^The header of '[^']*' asks for use_rslora"),
                           ({"transformer.r": 0}, "is damaged")):
         safetensors.torch.save_file(tensors, path, {"lora_adapter_metadata": json.dumps(
             {"transformer.lora_alpha": 8, "transformer.r": 2} | more)})
