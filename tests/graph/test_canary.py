@@ -29,17 +29,26 @@ OTHERS = frozenset("""
 
 def test_every_instruction_of_this_python_is_classified():
     known = STRAIGHT | OTHERS
-    unknown = [name for name in dis.opmap if name not in known and not name.startswith("INSTRUMENTED_")
-               and not any(part in name for part in DECISIONS)]
-    assert not unknown, (f"Python {sys.version_info.major}.{sys.version_info.minor} has new instructions: those of "
-                         f"straight-line code belong into STRAIGHT of lorafx/_graph/watch.py, others here: {unknown}")
+    unknown = [
+        name
+        for name in dis.opmap
+        if name not in known
+        and not name.startswith("INSTRUMENTED_")
+        and not any(part in name for part in DECISIONS)
+    ]
+    assert not unknown, (
+        f"Python {sys.version_info.major}.{sys.version_info.minor} has new instructions: those of "
+        f"straight-line code belong into STRAIGHT of lorafx/_graph/watch.py, others here: {unknown}"
+    )
 
 
 def test_a_linear_layer_is_a_region():
     model = lorafx.inject(nn.Linear(4, 4))
     missing = {step.opname for step in dis.get_instructions(nn.Linear.forward)} - STRAIGHT
     breaks = dict(lorafx.summary(model).breaks)
-    assert not breaks, (f"nn.Linear is a graph break on Python {sys.version_info.major}.{sys.version_info.minor}: "
-                        f"{breaks}. Instructions of its forward that lorafx/_graph/watch.py lacks in STRAIGHT: "
-                        f"{sorted(missing) or 'none'}.")
+    assert not breaks, (
+        f"nn.Linear is a graph break on Python {sys.version_info.major}.{sys.version_info.minor}: "
+        f"{breaks}. Instructions of its forward that lorafx/_graph/watch.py lacks in STRAIGHT: "
+        f"{sorted(missing) or 'none'}."
+    )
     assert "adapted_linear" in model.code
