@@ -84,9 +84,9 @@ def inject(
     check_model(model)
     twin = share(model)
     program = read_program(twin)
-    made = create(twin, program, adapter, config)
-    start(twin, program, group)
-    attach(twin, program, made)
+    made = create(program, adapter, config)
+    start(program, group)
+    attach(program, made)
     activate(twin, adapter)
     return twin
 
@@ -142,7 +142,7 @@ def add(
     config["trainable"] = tuple(as_list(config.get("trainable")))
     settings = LoRAConfig(rank, targets=is_adapted if targets is None else targets, **config)
     program = read_program(model)
-    attach(model, program, create(model, program, adapter, settings))
+    attach(program, create(program, adapter, settings))
 
 
 class InjectLoRA(PassBase):

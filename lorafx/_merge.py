@@ -10,13 +10,13 @@ from torch.nn.utils import parametrize
 
 from ._adapter.names import branch_name, dotted, split_block
 from ._errors import TiedWeightError, UnsupportedModelError
-from ._graph.modules import LorafxModule, submodule
+from ._graph.modules import LorafxModule, Place, submodule
 from ._kernels.addend import Addend
 from ._kernels.scratch import Scratch
 from ._kernels.weights import folded
 from ._model.branches import Branch, branches, factors_at
 from ._model.copies import same_kind, share
-from ._model.program import Place, places_of_sites
+from ._model.places import places_of
 from ._model.reading import original_name
 from ._model.record import RECORD, injection, trained_modules, weights_of
 from ._model.regions import is_plain_graph
@@ -111,7 +111,7 @@ def merge(
                 "tensor of its own.")
     twin = eject(model)
     _place_trained(model, twin, chosen)
-    places = places_of_sites(twin)
+    places = places_of(twin)
     by_weight: dict[tuple[str, ...], list[Addend]] = defaultdict(list)
     for site, (names, _) in owners.items():
         by_weight[tuple(names)] += held[site].addends(chosen, stored=True)
@@ -138,8 +138,8 @@ def _owners(
     model: nn.Module, held: Mapping[str, Branch]
 ) -> dict[str, tuple[list[str], list[str]]]:
     """{site: (names of its weight that have the branch, names of the same weight that do not)}."""
-    places = places_of_sites(model)
-    tensors = {name: _key(*place) for name, place in places.items()}
+    places = places_of(model)
+    tensors = {name: _key(place) for name, place in places.items()}
     same: dict[Any, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         same[tensor].append(name)
@@ -157,10 +157,10 @@ def _owners(
     return owners
 
 
-def _key(module: nn.Module, attribute: str) -> Any:
-    """Something that all names of one tensor have in common, and no other tensor's."""
-    parameter = module._parameters.get(attribute)
-    return (module, attribute) if parameter is None else parameter
+def _key(place: Place) -> Any:
+    """Return what all names of one tensor have in common, and no other tensor's."""
+    parameter = place.module._parameters.get(place.attribute)
+    return place if parameter is None else parameter
 
 
 def _fold(places: list[Place], addends: list[Addend], scratch: Scratch) -> None:

@@ -71,7 +71,7 @@ def resume(
     training = found.training
     if training is None:
         raise FormatError(f"{source} has no training state: it was saved without optimizer=... and step=....")
-    fitted, live = fit(model, read_program(model), found, source, made_for), _live(model, adapter)
+    fitted, live = fit(read_program(model), found, source, made_for), _live(model, adapter)
     _check_adapter(extract(model, adapter), fitted, source)
     names = _names(found, fitted, source)
     state = _state_dict(optimizer, training, {name: live[names[name]] for name in names}, source)
@@ -210,7 +210,7 @@ def _keep_dtypes(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> 
 
 
 def _check_generators(model: nn.Module, states: Mapping[str, Tensor], source: str) -> None:
-    drawn, kept = generators.places(model), states.keys() - {"python", "numpy"}
+    drawn, kept = generators.devices_of(model), states.keys() - {"python", "numpy"}
     if drawn != kept or "python" not in states:
         raise MismatchError(f"{source} has random numbers of {shown(sorted(kept))}, and this model is on "
                             f"{', '.join(sorted(drawn))}: put it where it was trained.")

@@ -11,7 +11,7 @@ from ._adapter.names import check_name
 from ._formats.table import read_adapter, write_adapter
 from ._model.attach import attach, check_new_name, extract, start
 from ._model.copies import share
-from ._model.fit import fingerprint, fit
+from ._model.fit import fit
 from ._model.guard import check_model
 from ._model.program import read_program
 from ._model.record import find_injection
@@ -67,10 +67,10 @@ def load(
         check_new_name(model, found.name)
     twin = share(model) if fresh else model
     program = read_program(twin)
-    fitted = fit(twin, program, found, f"'{os.fspath(path)}'", made_for)
+    fitted = fit(program, found, f"'{os.fspath(path)}'", made_for)
     if fresh:
-        start(twin, program)
-    attach(twin, program, fitted)
+        start(program)
+    attach(program, fitted)
     if fresh:
         activate(twin, found.name)
     return twin
@@ -110,4 +110,4 @@ def save(
     found = extract(model, adapter)
     if optimizer is not None or step is not None:
         found = dataclasses.replace(found, training=capture(model, adapter, optimizer, step))
-    write_adapter(found, path, model, fingerprint(read_program(model)))
+    write_adapter(found, path, model, read_program(model).fingerprint)

@@ -113,7 +113,7 @@ def summary(model: nn.Module) -> Summary:
         0     4 x 4     default 2  1
         <BLANKLINE>
         skipped:
-          1: no linear call on it was found, and its module is a graph break: Conv1d: it calls ...
+          1: a convolution (Conv1d), which lorafx does not adapt yet
     """
     record = injection(model)
     program = read_program(model)

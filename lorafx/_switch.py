@@ -169,7 +169,7 @@ def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> Non
         for name, tensor in part.trained.items():
             whole[name] = tensor.clone()
     config = LoRAConfig(rank=max(pair.A.shape[-2] for pair in pairs.values()))
-    attach(model, read_program(model), Adapter(adapter, config, pairs, whole))
+    attach(read_program(model), Adapter(adapter, config, pairs, whole))
 
 
 def _stacked(weighted: Sequence[tuple[Pair, float]]) -> Pair:

@@ -37,7 +37,9 @@ def imported(path: Path) -> Iterator[str]:
             names = [node.module] if node.module else [alias.name for alias in node.names]
             yield from (name.partition(".")[0] for name in names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level or node.module.partition(".")[0] != "lorafx", f"{path}: import relatively"
+            assert (
+                node.level or node.module.partition(".")[0] != "lorafx"
+            ), f"{path}: import relatively"
             assert node.level <= depth, path
         elif isinstance(node, ast.Import):
             for alias in node.names:
@@ -80,12 +82,16 @@ def test_a_wing_knows_nothing_of_the_other():
 
 def ran(code: str) -> str:
     """What a new process prints."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_an_import_brings_in_no_heavy_package():
     heavy = "('transformers', 'peft', 'matplotlib')"
-    code = f"import sys, lorafx; lorafx.save; print([name for name in {heavy} if name in sys.modules])"
+    code = (
+        f"import sys, lorafx; lorafx.save; print([name for name in {heavy} if name in sys.modules])"
+    )
     assert ran(code) == "[]\n"
 
 
@@ -102,7 +108,10 @@ def test_the_public_surface():
 
 
 def test_names_are_imported_when_they_are_used():
-    assert ran("import sys, lorafx; print('torch' in sys.modules, dir(lorafx)[-1])") == "False summary\n"
+    assert (
+        ran("import sys, lorafx; print('torch' in sys.modules, dir(lorafx)[-1])")
+        == "False summary\n"
+    )
     assert ran("from lorafx import *; print(inject.__name__, Site.__name__)") == "inject Site\n"
     with pytest.raises(AttributeError, match="module 'lorafx' has no attribute 'injct'"):
         lorafx.injct

@@ -1,4 +1,4 @@
-"""An adapter is data: a config, and at each site a pair A (rank, in), B (out, rank) with its scale s."""
+"""An adapter is data: a config, and at each site A (rank, in), B (out, rank) and their scale s."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,8 @@ from .names import check_name, dotted
 
 
 class Pair(NamedTuple):
-    """One site of an adapter: A (rank, in), B (out, rank), and the scale of B A; or stacks of both, for experts."""
+    """One site of an adapter: A (rank, in), B (out, rank) and the scale of B A; of experts, stacks.
+    """
 
     A: Tensor
     B: Tensor
@@ -21,7 +22,7 @@ class Pair(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """How the weight of a site is stored: its whole shape, whether as (in, out), and the first row that is the site."""
+    """How a site's weight is stored: its whole shape, if as (in, out), and the site's first row."""
 
     shape: tuple[int, ...]
     transposed: bool = False
@@ -30,11 +31,12 @@ class Stored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """Where a training run stands: after `step` steps of an optimizer, and with which random numbers to come.
+    """Where a training run stands: after `step` steps of an optimizer, and its random generators.
 
-    `kind` is the optimizer's class. `groups` has for each parameter group its options and the names of its tensors,
-    `state` for each of these names what the optimizer keeps for it. Names are those of `Adapter.tensors`, which no
-    order and no adapter's name changes. `random` has the generators' states, uint8, by where they are.
+    `kind` is the optimizer's class. `groups` has for each parameter group its options and the names
+    of its tensors, `state` for each of these names what the optimizer keeps for it. Names are those
+    of `Adapter.tensors`, which no order and no adapter's name changes. `random` has the generators'
+    states, uint8, by where they are.
     """
 
     step: int
@@ -46,12 +48,12 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A named adapter apart from any model: its config, {site: Pair}, and base tensors trained beside it.
+    """A named adapter apart from any model: config, {site: Pair}, base tensors trained beside it.
 
-    `stored` says how the weights of its sites are stored, where that is known; `training` where its training stands.
-    `untied` says that what it is for goes by no other name: where a model has a site or a trained tensor under several,
-    it means something else. `says_transposed` is whether its file says that the weights are stored as (in, out), which
-    shapes may contradict.
+    `stored` says how the weights of its sites are stored, where that is known; `training` where its
+    training stands. `untied` says that what it is for goes by no other name: where a model has a
+    site or a trained tensor under several, it means something else. `says_transposed` is true if
+    its file says that the weights are stored as (in, out), which shapes may contradict.
     """
 
     name: str
@@ -64,7 +66,10 @@ class Adapter:
     says_transposed: bool = False
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """Every tensor under the name it has in a file of lorafx: `<site>.lora.A`, `<site>.lora.B`, or the base's."""
+        """Yield every tensor and its name in a file of lorafx.
+
+        That is `<site>.lora.A`, `<site>.lora.B`, or of a base tensor its own.
+        """
         for site, pair in self.pairs.items():
             yield dotted(site, "lora.A"), pair.A
             yield dotted(site, "lora.B"), pair.B
@@ -72,7 +77,7 @@ class Adapter:
 
 
 def validate(adapter: Adapter) -> None:
-    """Raise ConfigError unless every pair fits together and all values are floating-point numbers."""
+    """Raise ConfigError unless every pair fits together and all tensors are floating-point."""
     check_name(adapter.name)
     for name, tensor in adapter.tensors():
         check_plain(name, tensor)
@@ -93,14 +98,18 @@ def check_finite(adapter: Adapter, otherwise: str = "") -> None:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite: the least and the greatest tell, in a tenth of the time of asking each."""
+    """True if no value is NaN or infinite.
+
+    The least and the greatest tell, in a tenth of the time that asking each value takes.
+    """
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def check_plain(name: str, tensor: Tensor) -> None:
-    """Raise ConfigError unless a tensor is of torch's own class, and has values, each with memory of its own."""
+    """Raise ConfigError unless a tensor is of torch's own class, with memory for each value."""
     if type(tensor) not in (Tensor, nn.Parameter):
-        raise ConfigError(f"'{name}' is a {type(tensor).__name__}, of which a file keeps no more than a plain tensor.")
+        raise ConfigError(f"'{name}' is a {type(tensor).__name__}, of which a file keeps no more "
+                          "than a plain tensor.")
     if tensor.is_nested:
         raise ConfigError(f"'{name}' is a nested tensor.")
     if tensor.is_meta:
@@ -112,9 +121,11 @@ def check_plain(name: str, tensor: Tensor) -> None:
 
 
 def check_shapes(site: str, A: Tensor, B: Tensor) -> None:
-    """Raise ConfigError unless A and B fit together, and belong to a linear layer or a stack of such."""
+    """Raise ConfigError unless A and B are those of a linear layer, or stacks of such."""
     if A.ndim > 3:
         raise ConfigError(f"it adapts '{site}', a convolution, which lorafx does not support.")
-    if not (2 <= A.ndim == B.ndim <= 3 and A.shape[:-2] == B.shape[:-2] and A.shape[-2] == B.shape[-1] > 0):
+    of_one_kind = 2 <= A.ndim == B.ndim and A.shape[:-2] == B.shape[:-2]
+    if not (of_one_kind and A.shape[-2] == B.shape[-1] > 0):
         shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
-        raise ConfigError(f"at '{site}', {shapes} are not (rank, in) and (out, rank), nor stacks of such.")
+        raise ConfigError(f"at '{site}', {shapes} are not (rank, in) and (out, rank), nor stacks "
+                          "of such.")

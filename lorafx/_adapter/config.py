@@ -30,9 +30,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class LoRAConfig:
     """How an adapter is made; the arguments of `lorafx.inject`, validated.
 
-    A site's rank is the value of the first `rank_pattern` key that matches its name, else `rank`; its alpha likewise.
-    A key K matches a name as in PEFT: re.match(rf"(.*\\.)?({K})$", name). The scale is alpha / rank, or
-    alpha / sqrt(rank) with `rslora` (Kalajdzievski 2023, arXiv:2312.03732), or 1 where there is no alpha.
+    A site's rank is the value of the first `rank_pattern` key that matches its name, else `rank`;
+    its alpha likewise. A key K matches a name as in PEFT: re.match(rf"(.*\\.)?({K})$", name). The
+    scale is alpha / rank, or alpha / sqrt(rank) with `rslora` (Kalajdzievski 2023,
+    arXiv:2312.03732), or 1 where there is no alpha.
     """
 
     rank: int = 8
@@ -59,26 +60,30 @@ class LoRAConfig:
                 raise ConfigError(f"rank must be below 2^31, not {shown(rank)}.")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if alpha is not None and not (is_number(alpha) and alpha > 0):
-                raise ConfigError(f"alpha must be a finite number above 0, not {shown(alpha)}; without it the scale is "
-                                  "1.")
+                raise ConfigError(f"alpha must be a finite number above 0, not {shown(alpha)}; "
+                                  "without it the scale is 1.")
         if self.rslora and self.alpha is None and not self.alpha_pattern:
-            raise ConfigError("rslora divides alpha by sqrt(rank), but there is no alpha: give one, such as alpha=16.")
+            raise ConfigError("rslora divides alpha by sqrt(rank), but there is no alpha: give "
+                              "one, such as alpha=16.")
         if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ConfigError(f"dropout must be at least 0 and below 1, not {shown(self.dropout)}.")
         for flag in ("rslora", "rounding", "share_dropout"):
             if not isinstance(getattr(self, flag), bool):
-                raise ConfigError(f"{flag} must be True or False, not {shown(getattr(self, flag))}.")
+                raise ConfigError(
+                    f"{flag} must be True or False, not {shown(getattr(self, flag))}.")
         if not isinstance(self.init, str) or self.init not in INITS:
-            raise ConfigError(f"init must be one of {', '.join(map(repr, INITS))}, not {shown(self.init)}.")
+            raise ConfigError(f"init must be one of {', '.join(map(repr, INITS))}, not "
+                              f"{shown(self.init)}.")
         if self.dtype is not None and self.dtype not in FLOATS:
-            raise ConfigError(f"dtype must be one of {', '.join(map(str, FLOATS))} or None, not {shown(self.dtype)}.")
+            raise ConfigError(f"dtype must be one of {', '.join(map(str, FLOATS))} or None, not "
+                              f"{shown(self.dtype)}.")
 
     def site_rank(self, name: str) -> int:
-        """The rank at the site of this name."""
+        """Return the rank at the site of this name."""
         return int(first_match(self.rank_pattern, name, self.rank))
 
     def site_scale(self, name: str) -> float:
-        """The scale s at the site of this name."""
+        """Return the scale s at the site of this name."""
         alpha = first_match(self.alpha_pattern, name, self.alpha)
         if alpha is None:
             return 1.0
@@ -87,39 +92,45 @@ class LoRAConfig:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite real number, and no bool."""
+    """True if a value is a finite real number and not a bool."""
     try:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return real and math.isfinite(value)
     except OverflowError:  # an integer beyond the largest float
         return False
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it, in a few characters whatever a file says."""
+    """Return a value as an error shows it, in a few characters whatever a file says."""
     return repr(value[:80]) if isinstance(value, str) else reprlib.repr(value)
 
 
 def _checked_patterns(field: str, patterns: Any) -> dict[str, Any]:
     if not isinstance(patterns, Mapping):
-        raise ConfigError(f"{field} must be a dict of regular expressions to numbers, not {patterns!r}.")
+        raise ConfigError(f"{field} must be a dict of regular expressions to numbers, not "
+                          f"{patterns!r}.")
     for key in patterns:
         try:
             re.compile(key)
         except (re.error, TypeError, OverflowError, RecursionError) as error:
-            raise ConfigError(f"the pattern {shown(key)} is not a regular expression: {error}.") from error
+            raise ConfigError(
+                f"the pattern {shown(key)} is not a regular expression: {error}.") from error
     return dict(patterns)
 
 
 def pattern_matches(key: str, name: str) -> bool:
-    """Whether a key of rank_pattern or alpha_pattern applies to a site's name, by PEFT's rule."""
+    """True if a key of rank_pattern or alpha_pattern applies to a site's name, by PEFT's rule."""
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def first_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    """The value of the first key of rank_pattern or alpha_pattern that applies to a site's name."""
-    return next((value for key, value in patterns.items() if pattern_matches(key, name)), otherwise)
+    """Return the value of the first key of rank_pattern or alpha_pattern that applies to a name."""
+    for key, value in patterns.items():
+        if pattern_matches(key, name):
+            return value
+    return otherwise
 
 
 def factor_dtype(config: LoRAConfig, weight: Tensor) -> torch.dtype:
-    """The dtype of A and B at a weight: the config's, else float32 for a narrower weight, else the weight's own."""
+    """Return the dtype of a weight's A and B: the config's, else its own, at least float32."""
     return config.dtype or torch.promote_types(weight.dtype, torch.float32)

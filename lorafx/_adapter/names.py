@@ -1,9 +1,9 @@
-"""Names: of sites, blocks of rows, branches and adapters, and how those in a file become a model's."""
+"""Names of sites, blocks of rows, branches and adapters, and how a file's become a model's."""
 
 import difflib
 import fnmatch
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,68 +12,98 @@ from .._errors import ConfigError
 from .config import shown
 
 
-LONGEST_NAME = 200  # characters of an adapter's name
+LONGEST_ADAPTER_NAME = 200  # characters
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError unless this can name an adapter: it names a submodule, and in PEFT's format a folder."""
-    if (not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= LONGEST_NAME or name[0] == "_"
-            or any(mark in name for mark in "./\\:") or name in dir(nn.Module())):
-        raise ConfigError(f"{shown(name)} cannot name an adapter: use a word without dots, slashes and colons that is "
-                          "no attribute of nn.Module and does not begin with an underscore.")
+    """Raise ConfigError unless this can name a submodule, and a folder, as adapters do."""
+    sound = isinstance(name, str) and name.isprintable() and 0 < len(name) <= LONGEST_ADAPTER_NAME
+    if sound:
+        sound = name[0] != "_" and not set("./\\:") & set(name) and name not in dir(nn.Module())
+    if not sound:
+        raise ConfigError(f"{shown(name)} cannot name an adapter: use a word without dots, slashes "
+                          "and colons that is not an attribute of nn.Module and does not begin "
+                          "with an underscore.")
 
 
 def dotted(prefix: str, name: str) -> str:
-    """A dotted name below a prefix, which is empty for the model itself."""
+    """Return a dotted name below a prefix, which is empty for the model itself."""
     return f"{prefix}.{name}" if prefix else name
 
 
 def split_block(name: str) -> tuple[str, str]:
-    """A site's name without its block, and the block: ("attn.qkv", "[q]")."""
+    """Return a site's name without its block, and the block: ("attn.qkv", "[q]")."""
     base, bracket, block = name.partition("[")
     return base, bracket + block
 
 
 def name_matches(pattern: str, name: str) -> bool:
-    """Whether a pattern is this dotted name, a dotted suffix of it, or a glob that fits it."""
-    return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
+    """True if a pattern is this dotted name, a dotted suffix of it, or a glob that fits it."""
+    if name == pattern or name.endswith("." + pattern):
+        return True
+    return fnmatch.fnmatchcase(name, pattern)
 
 
 # What data-parallel and compile wrappers, and models around a model, put before every name.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 
-
-def renamed(names: Sequence[str], known: Collection[str]) -> Callable[[str], str]:
-    """How these names become known ones: as they are, or by wrappers' prefixes, if one way alone fits them all."""
-    if all(name in known for name in names):
-        return lambda name: name
-    fits = {tuple(map(rename, names)): rename for rename in renamings(names, known)
-            if all(rename(name) in known for name in names)}
-    return next(iter(fits.values())) if len(fits) == 1 else lambda name: name
+Rename = Callable[[str], str]
 
 
-def renamings(names: Sequence[str], known: Iterable[str]) -> Iterator[Callable[[str], str]]:
-    """Names as they are, then each way to take a wrapper's prefix from all of them and to put a known one before."""
+def renaming(names: Sequence[str], known: Collection[str]) -> Rename:
+    """Return how these names become known ones: as they are unless one other renaming fits."""
+    def known_names(rename: Rename) -> tuple[str, ...] | None:
+        renamed = tuple(map(rename, names))
+        return renamed if all(name in known for name in renamed) else None
+
+    fitting = fitting_renamings(names, known, known_names)
+    return fitting[0] if len(fitting) == 1 else lambda name: name
+
+
+def fitting_renamings(
+    names: Sequence[str], known: Iterable[str], outcome: Callable[[Rename], Hashable | None],
+    base_models: bool = True,
+) -> list[Rename]:
+    """Return the renamings that fit, one for each outcome; of several, none is to be preferred.
+
+    `outcome` is what the names become, or None if a renaming does not fit. Names that fit as they
+    are stay so, whatever else would fit. A base model is found in a model around it, and the
+    reverse, if `base_models` says so.
+    """
+    fitting: dict[Hashable, Rename] = {}
+    for number, rename in enumerate(_renamings(names, known, base_models)):
+        result = outcome(rename)
+        if result is not None:
+            fitting.setdefault(result, rename)
+        if fitting and number == 0:
+            break
+    return list(fitting.values())
+
+
+def _renamings(
+    names: Sequence[str], known: Iterable[str], base_models: bool
+) -> Iterator[Rename]:
+    """Names as they are, then with one prefix taken from all of them and another put before them.
+
+    First the prefixes of wrappers, then one first part that no known name has, or that all names
+    lack: so transformers finds a base model (`h.0`) in a file of a model around it
+    (`transformer.h.0`), and the reverse.
+    """
+    known = list(known)
     for old in sorted(_prefixes(names), key=len):
         for new in sorted(_prefixes(known), key=len):
             if all(name.startswith(old) for name in names):
-                yield functools.partial(_renamed, old, new)
+                yield functools.partial(_with_prefix, old, new)
+    first_parts = {name.partition(".")[0] for name in names}
+    known_parts = {name.partition(".")[0] for name in known}
+    if base_models and first_parts.isdisjoint(known_parts):
+        if len(first_parts) == 1:
+            yield functools.partial(_with_prefix, f"{min(first_parts)}.", "")
+        for part in sorted(known_parts):
+            yield functools.partial(_with_prefix, "", f"{part}.")
 
 
-def base_renamings(names: Iterable[str], known: Iterable[str]) -> Iterator[Callable[[str], str]]:
-    """Each way to take one first part, which no known name has, from all names, or to put one before all of them.
-
-    So transformers finds a base model (`h.0`) in a file of a model around it (`transformer.h.0`), and the reverse.
-    """
-    firsts, parts = ({name.partition(".")[0] for name in some} for some in (names, known))
-    if firsts.isdisjoint(parts):
-        if len(firsts) == 1:
-            yield functools.partial(_renamed, f"{min(firsts)}.", "")
-        for part in sorted(parts):
-            yield functools.partial(_renamed, "", f"{part}.")
-
-
-def _renamed(old: str, new: str, name: str) -> str:
+def _with_prefix(old: str, new: str, name: str) -> str:
     return new + name.removeprefix(old)
 
 
@@ -82,14 +112,17 @@ def _prefixes(names: Iterable[str]) -> set[str]:
     found = {""}
     for name in names:
         prefix = ""
-        while (more := next((p for p in WRAPPERS if name.startswith(p, len(prefix))), None)) is not None:
-            prefix += more
+        while True:
+            more = [wrapper for wrapper in WRAPPERS if name.startswith(wrapper, len(prefix))]
+            if not more:
+                break
+            prefix += more[0]
             found.add(prefix)
     return found
 
 
-def near(pattern: Any, names: Iterable[str], count: int = 3) -> str:
-    """The names most like the pattern, by their last parts too, quoted; the first ones where none is alike."""
+def closest_names(pattern: Any, names: Iterable[str], count: int = 3) -> str:
+    """Return the names most like a pattern, by their last parts too, or the first ones, quoted."""
     names = list(dict.fromkeys(names))
     found: list[str] = []
     if isinstance(pattern, str):
@@ -104,10 +137,10 @@ def near(pattern: Any, names: Iterable[str], count: int = 3) -> str:
 
 
 def branch_name(attribute: str, block: str = "") -> str:
-    """The name of the branch of a module's tensor: `lora` for its weight, `lora_w1` for another, w1, `lora[q]`."""
+    """Return the name of a tensor's branch: `lora` for a weight, `lora_w1` for w1, `lora[q]`."""
     return ("lora" if attribute == "weight" else f"lora_{attribute}") + block
 
 
 def site_name(owner: str, attribute: str) -> str:
-    """The name of a site: its owner's path, or the tensor's own where that is not called weight."""
+    """Return a site's name: its owner's path, or the tensor's own if it is not called weight."""
     return owner if attribute == "weight" else dotted(owner, attribute)

@@ -1,4 +1,4 @@
-"""What is known of a checkpoint before it is read: names, shapes, dtypes, and what its config ties."""
+"""What is known of a checkpoint before its data is read: names, shapes, dtypes, what is tied."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

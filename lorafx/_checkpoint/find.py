@@ -12,7 +12,7 @@ from .._storage.safetensors_files import SafetensorsFile, open_safetensors
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 
-# Files of a folder that hold its weights once more, or make programs look for them or for an adapter.
+# Files that hold a folder's weights once more, or make programs look for them or for an adapter.
 OTHER_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.onnx",
                  "pytorch_model*.bin", "pytorch_model*.bin.index.json", "consolidated*.pth",
                  "tf_model*.h5", "flax_model*.msgpack", "rust_model.ot", "adapter_config.json",
@@ -57,7 +57,8 @@ def _other_weights(folder: Path, shards: Sequence[SafetensorsFile]) -> list[str]
     named = (read_config(folder) or {}).get("transformers_weights")
     if isinstance(named, str):
         names.append(named)
-    return sorted({f"'{name}'" for name in names if (folder / name).is_file() and folder / name not in used})
+    others = {name for name in names if (folder / name).is_file() and folder / name not in used}
+    return sorted(f"'{name}'" for name in others)
 
 
 def _indexed_shards(folder: Path) -> list[SafetensorsFile]:
@@ -70,7 +71,8 @@ def _indexed_shards(folder: Path) -> list[SafetensorsFile]:
     for name in weight_map.values():
         path = PurePosixPath(name)
         if not path.parts or "\\" in name or path.is_absolute() or ".." in path.parts:
-            raise FormatError(f"'{index}' names a shard '{name}', which is not a file in its folder.")
+            raise FormatError(
+                f"'{index}' names a shard '{name}', which is not a file in its folder.")
     shards = [open_safetensors(folder / name) for name in dict.fromkeys(weight_map.values())]
     places: dict[str, Path] = {}
     for shard in shards:
@@ -82,6 +84,6 @@ def _indexed_shards(folder: Path) -> list[SafetensorsFile]:
         if name not in weight_map or places.get(name) != folder / weight_map[name]:
             listed = weight_map.get(name, "no shard")
             actual = places[name].name if name in places else "none"
-            raise FormatError(f"'{index}' says that '{name}' is in {listed}, but it is in {actual}: "
-                              "the index is of other shards.")
+            raise FormatError(f"'{index}' says that '{name}' is in {listed}, but it is in "
+                              f"{actual}: the index is of other shards.")
     return shards

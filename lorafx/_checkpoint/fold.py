@@ -1,4 +1,4 @@
-"""W + sum s L R of the tensors of a safetensors file, some rows in memory at a time; the rest of it is copied."""
+"""W + sum s L R in a safetensors file, some rows in memory at a time; the rest of it is copied."""
 
 import functools
 import io
@@ -26,7 +26,9 @@ _BLOCKS = 2  # of those that `folded` sums at a time, this many are read and wri
 _CAST = ("F64", "F32", "F16", "BF16")  # what another dtype is written for
 
 
-def summed(matrix: Tensor, change: Change, dtype: torch.dtype, name: str, scratch: Scratch) -> Tensor:
+def summed(
+    matrix: Tensor, change: Change, dtype: torch.dtype, name: str, scratch: Scratch
+) -> Tensor:
     """Return W + sum s L R in this dtype, rounded once, in scratch memory.
 
     W is `matrix`, (..., m, n), or what was trained in its place.
@@ -40,14 +42,16 @@ def summed(matrix: Tensor, change: Change, dtype: torch.dtype, name: str, scratc
     else:
         total.copy_(source)
     if dtype == torch.float16 and not all_finite(total) and all_finite(source):
-        raise ConfigError(f"'{name}' exceeds float16's 65504: write another --dtype, such as bfloat16.")
+        raise ConfigError(
+            f"'{name}' exceeds float16's 65504: write another --dtype, such as bfloat16.")
     return total
 
 
 def summed_rows(
-    read: ReadRows, shape: Sequence[int], change: Change, dtype: torch.dtype, name: str, scratches: Iterator[Scratch]
+    read: ReadRows, shape: Sequence[int], change: Change, dtype: torch.dtype, name: str,
+    scratches: Iterator[Scratch],
 ) -> Iterator[Tensor]:
-    """Give what becomes of a tensor, some rows of a matrix at a time, each on memory that has its turn.
+    """Yield what becomes of a tensor, some rows of a matrix at a time, each in the next scratch.
 
     They are those that lorafx.merge sums at a time, or multiples, so that the bits are the same.
     Any other tensor is read as a whole, as the rows of a stack lie apart in a file.
@@ -83,7 +87,7 @@ class Output:
 
 
 def outputs_of(file: SafetensorsFile, plan: MergePlan, dtype: torch.dtype | None) -> list[Output]:
-    """Return the tensors of a new file in the order of the old one, or by alignment if one is new or cast."""
+    """Return the tensors of a new file, in the old order, or by alignment if one is new or cast."""
     sources = [(name, entry) for name, entry in file.entries.items()]
     for name, source in plan.new.items():
         if source in file.entries:
@@ -94,12 +98,18 @@ def outputs_of(file: SafetensorsFile, plan: MergePlan, dtype: torch.dtype | None
         cast = cast or to != entry.dtype
         outputs.append(Output(name, entry, to, plan.changes.get(name)))
     if cast or len(outputs) > len(file.entries):  # readers want tensors aligned to their elements
-        outputs.sort(key=lambda output: -DTYPES[output.dtype].itemsize if output.dtype in DTYPES else 0)
+        outputs.sort(key=_alignment, reverse=True)
     return outputs
 
 
-def safetensors_job(file: SafetensorsFile, name: str, plan: MergePlan, dtype: torch.dtype | None) -> Job:
-    """Return the job of a file's new version, with this name in its folder; a copy if nothing changes."""
+def _alignment(output: Output) -> int:
+    return DTYPES[output.dtype].itemsize if output.dtype in DTYPES else 0
+
+
+def safetensors_job(
+    file: SafetensorsFile, name: str, plan: MergePlan, dtype: torch.dtype | None
+) -> Job:
+    """Return the job of a file's new version, of this name; a copy if nothing changes."""
     outputs = outputs_of(file, plan, dtype)
     if all(output.is_copy for output in outputs):
         return copy_job(file.path, name)
@@ -110,11 +120,13 @@ def safetensors_job(file: SafetensorsFile, name: str, plan: MergePlan, dtype: to
 
 
 def _write_file(
-    old: SafetensorsFile, header: bytes, outputs: Sequence[Output], file: io.BufferedWriter, advance: Advance
+    old: SafetensorsFile, header: bytes, outputs: Sequence[Output], file: io.BufferedWriter,
+    advance: Advance,
 ) -> None:
-    """Write a new file; some rows and their sum are in memory at a time, and what does not change is copied."""
+    """Write a new file; some rows and their sum are in memory at a time."""
     write_all(file, memoryview(header), advance)
-    scratches = itertools.cycle((Scratch(), Scratch()))  # of which one is written while the other is summed
+    # of which one is written while the other is summed
+    scratches = itertools.cycle((Scratch(), Scratch()))
     with open(old.path, "rb") as source, open(old.path, "rb") as copied, one_behind() as behind:
         for output in outputs:
             entry = output.entry

@@ -1,4 +1,4 @@
-"""What a new checkpoint is made of: files to write, each with its path in the folder, its bytes, and how."""
+"""What a new checkpoint is made of: files, each with its path in the folder, its bytes, and how."""
 
 import io
 import json
@@ -21,7 +21,7 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """A file to write: its path in the folder, its bytes, how, and the file that it is made from."""
+    """A file to write: its path in the folder, its bytes, how, and what it is made from."""
 
     name: str
     size: int
@@ -31,7 +31,7 @@ class Job:
 
 @dataclass(frozen=True)
 class PreparedMerge:
-    """All that is known before a byte is written: files, what changes, and how many tensors there are."""
+    """What is known before a byte is written: files, what changes, and the number of tensors."""
 
     jobs: list[Job]
     plan: MergePlan
@@ -39,7 +39,7 @@ class PreparedMerge:
 
 
 def copy_job(path: Path, name: str) -> Job:
-    """Return a job that copies a file, which is opened now, so that one that may not be read fails before any work."""
+    """Return a job that copies a file, opened now so that one that may not be read fails early."""
     with open(path, "rb") as opened:
         size = os.fstat(opened.fileno()).st_size
 
@@ -63,7 +63,7 @@ def json_job(path: Path, name: str, content: dict[str, Any]) -> Job:
 def files_in(
     folder: Path, within: str = "", above: frozenset[Path] = frozenset()
 ) -> Iterator[tuple[str, Path]]:
-    """Give every file below a folder, through links too: its path from there, and where it is.
+    """Yield every file below a folder, through links too: its path from there, and where it is.
 
     An empty folder is none.
     """

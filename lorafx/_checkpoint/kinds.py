@@ -14,7 +14,7 @@ from .torch_base import prepare_torch_file
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind: how its files end, as those that it becomes do, none for a folder; and how it is merged."""
+    """The endings of a kind, for what is read and what is written, none for a folder; its merge."""
 
     endings: tuple[str, ...]
     prepare: Callable[[Path, MergeRequest], PreparedMerge]
@@ -31,5 +31,5 @@ def kind_of(base: Path) -> Kind:
     for kind in FILES:
         if base.suffix.lower() in kind.endings:
             return kind
-    raise FormatError(f"'{base}' is not a checkpoint by its ending: name a .safetensors, .pth or .pt "
-                      "file, or a folder.")
+    raise FormatError(f"'{base}' is not a checkpoint by its ending: name a .safetensors, .pth or "
+                      ".pt file, or a folder.")

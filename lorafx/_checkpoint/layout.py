@@ -26,7 +26,7 @@ class Layout(NamedTuple):
 
 
 def stored_orientations(checkpoint: Checkpoint) -> set[bool]:
-    """True if some matrix is stored as (in, out), False if as (out, in), by their biases' lengths."""
+    """Return how matrices are stored, as far as biases show it: True for (in, out)."""
     orientations = set()
     for name, tensor in checkpoint.tensors.items():
         owner, _, attribute = name.rpartition(".")
@@ -118,7 +118,8 @@ def _possible_layouts(
     if rows is not None and int(rows[2]) - int(rows[1]) != B.shape[-2]:
         return []
     layouts = []
-    for transposed in (False, True) if stored is None else (stored.transposed,):
+    orientations = (False, True) if stored is None else (stored.transposed,)
+    for transposed in orientations:
         height, width = (shape[-1], shape[-2]) if transposed else shape[-2:]
         fits = start + B.shape[-2] <= height if block else B.shape[-2] == height
         if A.shape[-1] == width and fits:

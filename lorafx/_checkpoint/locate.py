@@ -1,17 +1,17 @@
 """Where in a checkpoint the tensors of an adapter are, though wrappers may have renamed both."""
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 from .._adapter.adapter import Adapter
-from .._adapter.names import base_renamings, dotted, near, renamings, split_block
+from .._adapter.names import Rename, closest_names, dotted, fitting_renamings, split_block
 from .._errors import MismatchError
 from .checkpoint import Checkpoint, Ties
 from .layout import WeightedAdapter
 
 
 class Location(NamedTuple):
-    """Where a site is: the tensor to write, and the one to read, another if a head is tied to it."""
+    """Where a site is: the tensor to write, and the one to read, which a head may be tied to."""
 
     written: str
     read: str
@@ -20,7 +20,7 @@ class Location(NamedTuple):
 def locate(weighted: WeightedAdapter, checkpoint: Checkpoint) -> dict[str, Location]:
     """Return {site or trained tensor: where it is}; MismatchError unless one renaming fits all."""
     adapter = weighted.adapter
-    weights = {site: split_block(site)[0] for site in adapter.pairs}  # of which blocks share one
+    weights = {site: split_block(site)[0] for site in adapter.pairs}  # blocks of rows share one
     weights |= {name: name for name in adapter.trained}
     names = list(dict.fromkeys(weights.values()))
     complete = _complete_locations(adapter, names, checkpoint)
@@ -48,27 +48,29 @@ def _complete_locations(
     adapter: Adapter, names: Sequence[str], checkpoint: Checkpoint
 ) -> list[dict[str, Location]]:
     """Each way to find all names: none but the first if they fit as they are."""
-    shapes = {split_block(site)[0]: _weight_shape(adapter, site) for site in adapter.pairs}
+    shapes = {}
+    for site in adapter.pairs:
+        shapes[split_block(site)[0]] = _weight_shape(adapter, site)
     if adapter.untied:
-        shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.trained.items()}
-    complete: dict[tuple[str, ...], dict[str, Location]] = {}
+        for name, tensor in adapter.trained.items():
+            shapes[name] = tuple(tensor.shape)
+    of_transformers = checkpoint.ties is not None  # its config is there
     for ties in (None, checkpoint.ties):  # heads that are not in the checkpoint come last
-        for number, rename in enumerate(_renamings(names, checkpoint)):
+        found: dict[tuple[str, ...], dict[str, Location]] = {}
+
+        def written(rename: Rename) -> tuple[str, ...] | None:
+            """The tensors that the names become, if all are found."""
             renamed = {name: rename(name) for name in names}
             locations = _locations(renamed, shapes, adapter.trained, checkpoint, ties)
-            if len(locations) == len(names):
-                complete[tuple(location.written for location in locations.values())] = locations
-                if number == 0:  # the names as they are
-                    break
-        if complete:
-            break
-    return list(complete.values())
+            if len(locations) < len(names):
+                return None
+            key = tuple(location.written for location in locations.values())
+            found[key] = locations
+            return key
 
-
-def _renamings(names: Sequence[str], checkpoint: Checkpoint) -> Iterator[Callable[[str], str]]:
-    yield from renamings(names, checkpoint.tensors)
-    if checkpoint.ties is not None:  # a config beside it: transformers loads it
-        yield from base_renamings(names, checkpoint.tensors)
+        if fitting_renamings(names, checkpoint.tensors, written, base_models=of_transformers):
+            return list(found.values())
+    return []
 
 
 def _missing(
@@ -78,8 +80,8 @@ def _missing(
     known = (name.removesuffix(".weight") for name in checkpoint.tensors)
     return MismatchError(
         f"{weighted.label} has '{missing}', but {checkpoint.label} has no such tensor, with or "
-        f"without a wrapper's prefix; near it: {near(missing, known)}. If the model renames or "
-        "joins tensors when it loads them, fold the adapter in memory, by lorafx.merge.")
+        f"without a wrapper's prefix; near it: {closest_names(missing, known)}. If the model "
+        "renames or joins tensors when it loads them, fold the adapter in memory, by lorafx.merge.")
 
 
 def _locations(

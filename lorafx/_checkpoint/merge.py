@@ -1,6 +1,6 @@
-"""Folds adapters into a checkpoint on a disk, W + sum w s B A, one tensor in memory at a time, as lorafx.merge would.
+"""Folds adapters into a checkpoint on a disk, W + sum w s B A, to the bits of lorafx.merge.
 
-A file is written as it is read, and a folder file by file.
+One tensor is in memory at a time: a file is written as it is read, and a folder file by file.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from .write import write_checkpoint
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge wrote: files and bytes, in seconds, and how many of how many tensors the adapters changed."""
+    """What a merge wrote: files and bytes, in seconds; how many of its tensors are changed."""
 
     files: int
     bytes: int
@@ -41,7 +41,7 @@ def merge_checkpoint(
     untie: bool = False, force: bool = False, inputs: Sequence[Path] = (), threads: int = 1,
     progress: bool = False,
 ) -> Merged:
-    """Write to `out` what the checkpoint `base` is with the adapters folded in, whole or not at all.
+    """Write to `out` the checkpoint `base` with the adapters folded in, whole or not at all.
 
     Each sum is computed in float32 or wider and rounded once, to `dtype` if given; it then applies
     to all tensors of float64, float32, float16 and bfloat16. Other files of a folder are carried
@@ -93,9 +93,9 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def _file_states(base: Path) -> dict[str, list[int]]:
-    """What tells of each file of a checkpoint that it has changed: its size, its inode and the times of its changes.
+    """What tells of each file of a checkpoint that it has changed: size, inode, times of changes.
 
-    One of these times cannot be set. The files are not hashed, as that takes as long as merging.
+    One of these times cannot be set. Files are not hashed, as that takes as long as merging.
     """
     if base.is_dir():
         paths = [path for _, path in files_in(base)]
@@ -105,7 +105,8 @@ def _file_states(base: Path) -> dict[str, list[int]]:
     for path in paths:
         if path.is_file():
             stat = path.stat()
-            states[str(path.resolve())] = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+            times = [stat.st_mtime_ns, stat.st_ctime_ns]
+            states[str(path.resolve())] = [stat.st_size, stat.st_ino, *times]
     return states
 
 

@@ -19,7 +19,7 @@ def partial_path(target: Path) -> Path:
 
 
 def check_paths(base: Path, out: Path, adapters: Iterable[Path], force: bool) -> None:
-    """Raise FormatError unless `base` is there, of a known kind, and `out` is a place for the same kind."""
+    """Raise FormatError unless `base` is of a known kind, and `out` a place for one of it."""
     if not base.exists():
         raise FormatError(f"There is no checkpoint '{base}'.")
     endings = kind_of(base).endings
@@ -42,12 +42,12 @@ def check_paths(base: Path, out: Path, adapters: Iterable[Path], force: bool) ->
 
 
 def check_replaceable(out: Path, folder: bool, force: bool) -> None:
-    """Raise FormatError if something is at `out`, unless it is an empty folder or of the kind that is to replace it."""
+    """Raise FormatError if something at `out` may not be replaced: it is not a checkpoint, say."""
     if folder and out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
         return
     if folder and out.exists() and not any((out / name).is_file() for name in (INDEX, SINGLE)):
-        raise FormatError(f"'{out}' is there already and is not a folder with a checkpoint, so that "
-                          "it is not replaced: choose another path.")
+        raise FormatError(f"'{out}' is there already and is not a folder with a checkpoint, so "
+                          "that it is not replaced: choose another path.")
     if not folder and out.is_dir():
         raise FormatError(f"'{out}' is a folder: name a file in it.")
     if out.is_symlink() and out.exists():
@@ -59,7 +59,7 @@ def check_replaceable(out: Path, folder: bool, force: bool) -> None:
 
 
 def check_kept(paths: Iterable[Path], out: Path) -> None:
-    """Raise FormatError if one of the paths, or a link that it leads through, would go when `out` is replaced."""
+    """Raise FormatError if a path, or a link on its way, would go when `out` is replaced."""
     target = out.resolve()
     for path in paths:
         for place in _links_and_target(path):

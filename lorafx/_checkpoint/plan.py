@@ -37,7 +37,7 @@ class Change:
     untied: bool = False
 
     def rows(self, start: int, length: int) -> "Change":
-        """What becomes of some rows of a matrix."""
+        """Return what becomes of some rows of a matrix."""
         trained = None if self.trained is None else self.trained.narrow(0, start, length)
         return Change(trained, rows_of(self.addends, start, length))
 
@@ -55,7 +55,8 @@ def plan_merge(request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:
     """Return what the adapters together change, once every name and shape is checked."""
     changes: dict[str, Change] = {}
     new: dict[str, str] = {}
-    addends: dict[str, dict[str, list[Addend]]] = {}  # of a tensor, by site, in lorafx.merge's order
+    # of a tensor, by site, so that they add up in the order of lorafx.merge
+    addends: dict[str, dict[str, list[Addend]]] = {}
     first_to_train: dict[str, str] = {}
     unties_any, orientations = False, stored_orientations(checkpoint)
     for weighted in request.adapters:
@@ -70,7 +71,8 @@ def plan_merge(request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:
             if adapter.untied and tensor.ndim == 2:
                 site = name.removesuffix(".weight")
                 unties_any |= unties(locations[name], site, checkpoint, request.untie)
-            for other in [key] if adapter.untied else tied_names(key, checkpoint):
+            names = [key] if adapter.untied else tied_names(key, checkpoint)
+            for other in names:
                 changes[other] = Change(tensor, untied=adapter.untied)
         tensors = {site: checkpoint.tensors[locations[site].read] for site in adapter.pairs}
         layouts = layouts_of(weighted, tensors, orientations, checkpoint.label)

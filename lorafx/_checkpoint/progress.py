@@ -17,7 +17,7 @@ _PAUSE = 30.0  # seconds after which one is printed though less has been written
 
 @contextlib.contextmanager
 def progress_shown(total: int, wanted: bool) -> Iterator[Advance]:
-    """Give a function to call with the number of bytes that have been written, of `total`.
+    """Yield a function to call with the number of bytes that have been written, of `total`.
 
     In a log there is no tqdm: even one that shows nothing takes a lock that is shared with forked
     processes, and that one which is killed may hold for ever.
@@ -51,7 +51,7 @@ class _Log:
         percent = 100 * self.written // max(self.total, 1)
         if percent // _STEP > self.printed_percent // _STEP or now - self.last >= _PAUSE:
             self.printed_percent, self.last = percent, now
-            written, total = self.written / 1e9, self.total / 1e9
-            line = f"merging: {percent} %, {written:.2f} of {total:.2f} GB, {now - self.began:.0f} s"
+            size = f"{self.written / 1e9:.2f} of {self.total / 1e9:.2f} GB"
+            line = f"merging: {percent} %, {size}, {now - self.began:.0f} s"
             with contextlib.suppress(OSError):  # nobody reads
                 print(line, file=sys.stderr, flush=True)

@@ -35,10 +35,11 @@ def checkpoint_of(
 
 
 def plan_file(path: Path, request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:
-    """Return the plan for a file by itself; TiedWeightError if the config beside it would have to change."""
+    """Return the plan for a file by itself, beside which no config can change to untie a weight."""
     plan = plan_merge(request, checkpoint)
     if plan.unties:
         raise TiedWeightError(
             f"'{path.parent / CONFIG}' says that an adapted weight of '{path}' is tied, and would "
-            f"tie it again: merge the folder '{path.parent}', so that its config can say otherwise.")
+            f"tie it again: merge the folder '{path.parent}', so that its config can say "
+            "otherwise.")
     return plan

@@ -1,4 +1,4 @@
-"""A base that torch.save wrote: read from the disk where it is needed, and summed some rows at a time."""
+"""A base that torch.save wrote: mapped from the disk, and summed some rows at a time."""
 
 import copy
 import functools
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._adapter.config import FLOATS
 from .._errors import TiedWeightError
+from .._kernels.private import storage_key
 from .._kernels.scratch import Scratch
 from .._storage.archive import Source, save_archive, storages_of
 from .._storage.pickles import load_pickle
@@ -24,7 +25,7 @@ from .safetensors_base import plan_file
 
 
 def prepare_torch_file(path: Path, request: MergeRequest) -> PreparedMerge:
-    """Return how a file of torch.save is merged; tensors that were one stay one unless an adapter unties them."""
+    """Return how a file of torch.save is merged; tied tensors stay so unless they are untied."""
     tensors = load_pickle(path, mapped=True)
     plan = plan_file(path, request, _checkpoint_of(path, tensors))
     _plan_shared_memory(path, tensors, plan, request.untie)
@@ -39,7 +40,9 @@ def _checkpoint_of(path: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
         one, other = tensors[first], tensors[second]
         return one.dtype == other.dtype and torch.equal(one, other)
 
-    known = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    known = {}
+    for name, tensor in tensors.items():
+        known[name] = TensorInfo(tuple(tensor.shape), tensor.dtype)
     config = read_config(path.parent)
     return Checkpoint(f"'{path}'", known, equal, None if config is None else Ties.of(config))
 
@@ -52,31 +55,33 @@ def _new_tensors(
     sources: dict[int, Source] = {}
     scratches = itertools.cycle((Scratch(), Scratch()))
     # by the old tensor and what becomes of it, so that what was tied stays so
-    made: dict[Any, Tensor] = {}
+    results: dict[Any, Tensor] = {}
     for name, tensor in tensors.items():
         change = plan.changes.get(name)
         to = dtype if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
         if change is None and to == tensor.dtype:
             continue
         key = *_bytes_of(tensor), tensor.shape, tensor.stride(), id(change)
-        if key not in made:
-            made[key] = torch.empty(tensor.shape, dtype=to)  # memory that is never touched
+        if key not in results:
+            results[key] = torch.empty(tensor.shape, dtype=to)  # memory that is never touched
             read = functools.partial(_rows, tensor.detach())
-            sources[made[key].untyped_storage()._cdata] = functools.partial(
+            sources[storage_key(results[key].untyped_storage())] = functools.partial(
                 summed_rows, read, tensor.shape, change or Change(), to, name, scratches)
-        new[name] = made[key]
+        new[name] = results[key]
     return new, sources
 
 
-def _rows(tensor: Tensor, scratch: Scratch, shape: Sequence[int], start: int, length: int) -> Tensor:
-    """Rows of a tensor in memory, or that is mapped there from a file, which takes no other memory."""
+def _rows(
+    tensor: Tensor, scratch: Scratch, shape: Sequence[int], start: int, length: int
+) -> Tensor:
+    """Rows of a tensor that is in memory or mapped there, which needs no scratch."""
     return tensor.view(shape).narrow(0, start, min(length, shape[0] - start))
 
 
 def _plan_shared_memory(
     path: Path, tensors: Mapping[str, Tensor], plan: MergePlan, untie: bool
 ) -> None:
-    """Let what was trained whole replace a tensor under all of its names; refuse other changes of shared memory."""
+    """Let what was trained replace a tensor under all of its names; refuse other shared memory."""
     for key, change in list(plan.changes.items()):
         storage, first, last = _bytes_of(tensors[key])
         for name, tensor in tensors.items():
@@ -98,4 +103,4 @@ def _bytes_of(tensor: Tensor) -> tuple[Any, int, int]:
     first = int(tensor.storage_offset()) * size
     last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride()))
     end = first + (last + 1) * size if tensor.numel() else first
-    return tensor.untyped_storage()._cdata, first, end
+    return storage_key(tensor.untyped_storage()), first, end

@@ -1,10 +1,11 @@
-"""Large files, and folders of them, that are written whole or not at all, and go on where they were interrupted.
+"""Large files and folders, written whole or not at all, that go on where they were interrupted.
 
-All of it is written in a folder OUT.partial, and gets OUT's name when it is on the disk. In that folder, `new` holds
-the finished files under their names, so that no other name can be one of theirs; the one that is being written is
-`unfinished`, and STATE says what they are made from. A file takes the place of an old one in one step. A folder cannot
-everywhere: the old one is moved to `old` first, and only between that and the next step is nothing at OUT. A process
-that is killed there leaves both whole, and the next merge to OUT puts the old one back before it does anything else.
+All of it is written in a folder OUT.partial, and gets OUT's name when it is on the disk. In that
+folder, `new` holds the finished files under their names, so that no other name can be one of
+theirs; the one that is being written is `unfinished`, and STATE says what they are made from. A
+file takes the place of an old one in one step. A folder cannot everywhere: the old one is moved to
+`old` first, and only between that and the next step is nothing at OUT. A process that is killed
+there leaves both whole, and the next merge to OUT puts the old one back before anything else.
 """
 
 import contextlib
@@ -35,12 +36,14 @@ def write_checkpoint(
     jobs: Sequence[Job], out: Path, identity: Mapping[str, Any], check: Callable[[], None], *,
     folder: bool, force: bool, progress: bool,
 ) -> None:
-    """Write the files of a folder, or one file; go on with what was interrupted if that had this identity.
+    """Write the files of a folder, or one file, to `out`.
 
-    `check` raises if what is written is not what the identity says.
+    What was interrupted goes on if it had this identity: all that the content depends on. `check`
+    raises if that has changed meanwhile.
 
     Raises:
-        FormatError: `out` is as it was. OSError: so it is, unless the error says that `out` is finished.
+        FormatError: `out` is as it was. OSError: so it is, unless the error says that `out` is
+            finished.
     """
     target = out.resolve()
     with _work_folder(target) as partial:
@@ -53,7 +56,7 @@ def write_checkpoint(
             check_replaceable(out, folder, force)
             _put(partial / NEW if folder else partial / NEW / jobs[0].name, target, partial / OLD)
         except BaseException:
-            if not any(True for name in (NEW, OLD) for _ in (partial / name).glob("*")):
+            if not _holds_files(partial):
                 _remove(partial)
             raise
         try:
@@ -69,7 +72,7 @@ def write_checkpoint(
 
 @contextlib.contextmanager
 def _work_folder(target: Path) -> Iterator[Path]:
-    """The folder in which `target` is made, kept from other processes meanwhile, where the system can."""
+    """The folder in which `target` is made, locked meanwhile where the system can."""
     partial = partial_path(target)
     partial.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
@@ -102,8 +105,13 @@ def _finished(partial: Path) -> FormatError:
     return FormatError(f"Another process has just finished '{partial}': look at what it wrote.")
 
 
+def _holds_files(partial: Path) -> bool:
+    """True if there is anything that another merge goes on with, or that was at its output."""
+    return any(any((partial / name).glob("*")) for name in (NEW, OLD))
+
+
 def _restore(partial: Path, target: Path) -> None:
-    """Put back the folder that a killed process had moved away, or remove it if the new one had taken its place."""
+    """Put back a folder that a killed process had moved, or remove it if the new one is there."""
     old = partial / OLD
     if old.exists() and (partial / NEW).exists() and not target.exists():
         os.rename(old, target)
@@ -164,7 +172,7 @@ def _write_files(jobs: Sequence[Job], partial: Path, progress: bool) -> None:
 
 
 def _write_file(job: Job, partial: Path, advance: Advance) -> None:
-    """Write a file that has its name only when it is on the disk, with the permissions of the one it is made from."""
+    """Write a file that gets its name when it is on the disk, with its source's permissions."""
     unfinished, path = partial / UNFINISHED, partial / NEW / job.name
     with open(unfinished, "xb") as file, _flushing(file, advance) as flushing_advance:
         # it may be opened again
@@ -176,7 +184,7 @@ def _write_file(job: Job, partial: Path, advance: Advance) -> None:
 
 
 def _put(new: Path, target: Path, old: Path) -> None:
-    """Give a file or a folder its name; a folder that has it is moved away before, and back if that fails."""
+    """Give a file or folder its name; a folder that has it is moved first, and back on failure."""
     try:
         if target.is_dir():
             os.rename(target, old)

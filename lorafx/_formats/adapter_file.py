@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from .._adapter.adapter import Adapter
 
 
+INSTEAD = "save to a path that ends in .safetensors"  # which keeps all of every adapter
+
+
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
     """A path to load from: the tensors and the metadata of a file, neither of a folder.

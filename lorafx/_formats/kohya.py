@@ -1,9 +1,9 @@
-"""Adapters of kohya-ss and of diffusers, read: `.safetensors` with A, B and alpha, s = alpha / rank.
+"""Adapters of kohya-ss and diffusers, read: `.safetensors` with A, B and alpha, s = alpha / rank.
 
 Keys are `<module>.lora_down.weight` (rank, in), `<module>.lora_up.weight` (out, rank) and a scalar
-`<module>.alpha`, without which s is 1. kohya writes a module's name with `_` for `.`, after a prefix
-that says to which part of a pipeline it belongs (`lora_unet_`, `lora_te_`); diffusers writes it as it
-is, after `unet.`.
+`<module>.alpha`, without which s is 1. kohya writes a module's name with `_` for `.`, after a
+prefix that says to which part of a pipeline it belongs (`lora_unet_`, `lora_te_`); diffusers writes
+it as it is, after `unet.`.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._adapter.adapter import Adapter, Pair, check_shapes
 from .._adapter.config import LoRAConfig
-from .._adapter.names import near
+from .._adapter.names import closest_names
 from .._errors import FormatError, LorafxError, MismatchError
 from .._graph.modules import LorafxModule
 from .adapter_file import AdapterFile, Decoded
@@ -31,7 +31,8 @@ _KEY = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _PARTS))})")
 
 # {prefix of a part of a pipeline: what stands there for the dots of a module's name}
 _PREFIXES = {
-    "": ".", "unet.": ".", "transformer.": ".", "text_encoder.": ".", "text_encoder_2.": ".", "prior.": ".",
+    "": ".", "unet.": ".", "transformer.": ".", "text_encoder.": ".", "text_encoder_2.": ".",
+    "prior.": ".",
     "lora_unet_": "_", "lora_te_": "_", "lora_te1_": "_", "lora_te2_": "_", "lora_te3_": "_",
     "lora_transformer_": "_", "lora_prior_unet_": "_"}
 
@@ -53,7 +54,8 @@ def decode(file: AdapterFile) -> Decoded:
         raise FormatError(
             f"'{path}' names modules in a form that only the model tells: load it into the model.")
     if any(name.startswith("base_model.model.") for name in file.tensors):
-        raise FormatError(f"'{path}' holds PEFT's tensors without its config: load the folder of both.")
+        raise FormatError(f"'{path}' holds PEFT's tensors without its config: load the folder of "
+                          "both.")
     parts = _parts_of_pairs(file)
     modules = []
     for name, module in model.named_modules():
@@ -68,7 +70,8 @@ def decode(file: AdapterFile) -> Decoded:
             raise MismatchError(f"'{path}' has two adapters for '{meant[key]}'.")
         pairs[meant[key]] = pair
     rank = max(pair.A.shape[-2] for pair in pairs.values())
-    return Decoded(Adapter("default", LoRAConfig(rank=rank, targets=list(pairs)), pairs, untied=True))
+    config = LoRAConfig(rank=rank, targets=list(pairs))
+    return Decoded(Adapter("default", config, pairs, untied=True))
 
 
 def _parts_of_pairs(file: AdapterFile) -> dict[str, dict[str, Tensor]]:
@@ -77,8 +80,8 @@ def _parts_of_pairs(file: AdapterFile) -> dict[str, dict[str, Tensor]]:
     for name, tensor in file.tensors.items():
         match = _KEY.fullmatch(name)
         if match is None:
-            raise FormatError(
-                f"'{file.path}' has a tensor '{name}', which is neither half of a pair nor its alpha.")
+            raise FormatError(f"'{file.path}' has a tensor '{name}', which is neither half of a "
+                              "pair nor its alpha.")
         key, part = match[1], _PARTS[match[2]]
         if part in found[key]:
             raise FormatError(f"'{file.path}' has two tensors for the {part} of '{key}'.")
@@ -87,7 +90,7 @@ def _parts_of_pairs(file: AdapterFile) -> dict[str, dict[str, Tensor]]:
 
 
 def _pair(key: str, tensors: Mapping[str, Tensor], shared: Mapping[str, float], path: Path) -> Pair:
-    """The pair of a module; `shared` are the scales in the header, which no alpha may contradict."""
+    """The pair of a module; `shared` are the scales in the header, beside which is no alpha."""
     if not {"A", "B"} <= tensors.keys():
         raise FormatError(f"'{path}' has only {', '.join(sorted(tensors))} of '{key}'.")
     A, B, alpha = tensors["A"], tensors["B"], tensors.get("alpha")
@@ -113,15 +116,16 @@ def _modules_meant(keys: Sequence[str], modules: Sequence[str], path: Path) -> d
     for key in keys:
         means = candidates.get(key, set())
         if len(means) != 1:
-            which = f"may mean {', '.join(map(repr, sorted(means)))}" if means else (
-                f"means no module of this model; near it: {near(key.replace('_', '.'), modules)}")
+            closest = closest_names(key.replace("_", "."), modules)
+            which = (f"may mean {', '.join(map(repr, sorted(means)))}" if means
+                     else f"means no module of this model; near it: {closest}")
             raise MismatchError(f"'{path}' has an adapter at '{key}', which {which}.")
         meant[key], = means
     return meant
 
 
 def _scales_in_metadata(file: AdapterFile) -> dict[str, float]:
-    """{part of the pipeline: alpha / rank} where diffusers wrote the configs of all into the header."""
+    """{part of the pipeline: alpha / rank} where diffusers wrote all configs into the header."""
     text = file.metadata.get("lora_adapter_metadata")
     if text is None:
         return {}
@@ -130,8 +134,8 @@ def _scales_in_metadata(file: AdapterFile) -> dict[str, float]:
         scales = {}
         for (part, name), value in settings.items():
             if value and name in _UNREAD:
-                raise FormatError(
-                    f"The header of '{file.path}' asks for {name}, which lorafx does not read there.")
+                raise FormatError(f"The header of '{file.path}' asks for {name}, which lorafx does "
+                                  "not read there.")
             if name == "lora_alpha":
                 scales[part] = float(value) / int(settings[part, "r"])
         return scales

@@ -9,21 +9,19 @@ from .._adapter.adapter import Adapter, all_finite
 from .._adapter.config import LoRAConfig
 from .._adapter.names import dotted
 from .._errors import ConfigError
-from .adapter_file import AdapterFile, Decoded, Destination
+from .adapter_file import INSTEAD, AdapterFile, Decoded, Destination
 from .pairs import pairs_of
 
 
-_INSTEAD = "save to a path that ends in .safetensors"
-
-
 def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
-    """Return {file name: content}; ConfigError where float16 or the format cannot hold the adapter."""
+    """Return {file name: content}; ConfigError where the format cannot hold the adapter."""
     for name in adapter.trained:
-        raise ConfigError(f"a MiniMind file holds no base weights, such as the trained '{name}'; {_INSTEAD}.")
+        raise ConfigError(f"a MiniMind file holds no base weights, such as the trained '{name}'; "
+                          f"{INSTEAD}.")
     for site, (shape, transposed, _) in adapter.stored.items():
         if transposed and shape[-1] == shape[-2]:
-            raise ConfigError(f"a MiniMind file cannot say that the square weight of '{site}' is stored "
-                              f"as (in, out); {_INSTEAD}.")
+            raise ConfigError(f"a MiniMind file cannot say that the square weight of '{site}' is "
+                              f"stored as (in, out); {INSTEAD}.")
     tensors = {}
     for site, (A, B, scale) in adapter.pairs.items():
         tensors[dotted(site, "lora.A.weight")] = A.half().cpu()
@@ -31,7 +29,7 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
         tensors[dotted(site, "lora.B.weight")] = scaled.half().cpu()
     for name, tensor in tensors.items():
         if not all_finite(tensor):
-            raise ConfigError(f"'{name}' exceeds float16's 65504; {_INSTEAD}.")
+            raise ConfigError(f"'{name}' exceeds float16's 65504; {INSTEAD}.")
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     return {destination.path.name: buffer.getvalue()}

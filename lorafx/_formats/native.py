@@ -1,4 +1,4 @@
-"""lorafx's own format, `.safetensors`: all of an adapter, its config and what model it was made for.
+"""lorafx's own format, `.safetensors`: all of an adapter, its config and its model's fingerprint.
 
 Tensors are named as by `Adapter.tensors`; the header's metadata holds the rest as JSON.
 """
@@ -26,6 +26,8 @@ from .training import PREFIX, list_of_names, pack, unpack
 VERSION = "1"
 # {in a file: field of an Adapter}, kept where they are true
 _FLAGS = {"alone": "untied", "turned": "says_transposed"}
+# what reading a damaged header raises
+_DAMAGE = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
 _KNOWN = {"name", "config", "base", "scales", "trained", "stored", "training", *_FLAGS}
 
 
@@ -41,8 +43,8 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
     tensors = dict(adapter.tensors())
     for name in tensors:
         if name.startswith(PREFIX):
-            raise ConfigError(
-                f"the name '{name}' begins with '{PREFIX}', as only what lorafx keeps of training does.")
+            raise ConfigError(f"the name '{name}' begins with '{PREFIX}', as only what lorafx "
+                              "keeps of training does.")
     if adapter.training is not None:
         about["training"], state = pack(adapter.training)
         tensors |= state
@@ -51,11 +53,12 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
 
 
 def decode(file: AdapterFile) -> Decoded:
-    """Return the adapter in a file and the fingerprint of its base; FormatError unless all is sound."""
+    """Return the adapter in a file and the fingerprint of its base, or raise FormatError."""
     path, header = file.path, file.metadata
     if header.get("format") != "lorafx":
         kind = shown(header.get("format"))
-        raise FormatError(f"'{path}' was not written by lorafx.save: its header's format is {kind}.")
+        raise FormatError(
+            f"'{path}' was not written by lorafx.save: its header's format is {kind}.")
     if header.get("version") != VERSION:
         version = shown(header.get("version"))
         raise FormatError(f"'{path}' has format version {version}, not {VERSION}: update lorafx.")
@@ -63,12 +66,12 @@ def decode(file: AdapterFile) -> Decoded:
         about = parse_json(header["adapter"])
         unknown = about.keys() - _KNOWN
         if unknown:
-            raise FormatError(f"The header of '{path}' holds {shown(min(unknown))}, which this lorafx does "
-                              "not know: update it.")
+            raise FormatError(f"The header of '{path}' holds {shown(min(unknown))}, which this "
+                              "lorafx does not know: update it.")
         return Decoded(_adapter(about, dict(file.tensors), path), _base(about["base"]))
     except LorafxError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+    except _DAMAGE as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise FormatError(f"The header of '{path}' is damaged: {reason}.") from error
 
@@ -79,7 +82,8 @@ def _adapter(about: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> A
     scales = dict(about["scales"].items())
     names = list_of_names(about["trained"])
     training = _take_training(about["training"], tensors) if "training" in about else None
-    factors = {name: tensor for name, tensor in tensors.items() if name not in names}
+    whole = set(names)
+    factors = {name: tensor for name, tensor in tensors.items() if name not in whole}
     pairs = _ordered(pairs_of(factors, "lora.A", "lora.B", path, scales), scales, config, path)
     trained = {name: tensors[name] for name in names}
     stored = {site: _stored(*fields) for site, fields in about.get("stored", {}).items()}
@@ -99,11 +103,12 @@ def _take_training(about: Any, tensors: dict[str, Tensor]) -> Training:
 def _ordered(
     pairs: Mapping[str, Pair], scales: Mapping[str, float], config: LoRAConfig, path: Path
 ) -> dict[str, Pair]:
-    """The pairs in the header's order, that of the model; FormatError unless both have the same sites."""
+    """The pairs in the order of the header, which is the model's, once both have the same sites."""
     for listed in (scales.keys(), set(config.targets)):
         if listed != pairs.keys():
             site = min(listed ^ pairs.keys())
-            raise FormatError(f"'{path}' has {shown(site)} in only one of its header and its tensors.")
+            raise FormatError(f"'{path}' has {shown(site)} in only one of its header and its "
+                              "tensors.")
     return {site: pairs[site] for site in scales}
 
 
@@ -116,7 +121,8 @@ def _config_to_json(config: LoRAConfig) -> dict[str, Any]:
 def _config_from_json(fields: dict[str, Any]) -> LoRAConfig:
     unknown = fields.keys() - {field.name for field in dataclasses.fields(LoRAConfig)}
     if unknown:
-        raise FormatError(f"The config holds {shown(min(unknown))}, which this lorafx does not know: update it.")
+        raise FormatError(f"The config holds {shown(min(unknown))}, which this lorafx does not "
+                          "know: update it.")
     for field in ("targets", "exclude", "trainable"):
         list_of_names(fields.get(field, []))
     dtypes: dict[str | None, torch.dtype | None] = {None: None}

@@ -19,12 +19,13 @@ CONFIG = "adapter_config.json"
 
 # Entries that say how the adapter was made, not what it computes.
 _ABOUT = {
-    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
-    "megatron_core", "qalora_group_size", "runtime_config", "eva_config", "corda_config", "lora_ga_config"}
+    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+    "peft_version", "megatron_core", "qalora_group_size", "runtime_config", "eva_config",
+    "corda_config", "lora_ga_config"}
 _READ = {
-    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias",
-    "modules_to_save", "target_modules", "target_parameters", "init_lora_weights", "fan_in_fan_out",
-    "exclude_modules", "layers_to_transform", "layers_pattern"}
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
+    "bias", "modules_to_save", "target_modules", "target_parameters", "init_lora_weights",
+    "fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern"}
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
 _TYPES: dict[str, tuple[type, ...]] = {  # a list is of strings
     "rank_pattern": (dict,), "alpha_pattern": (dict,), "modules_to_save": (list,),
@@ -33,21 +34,24 @@ _TYPES: dict[str, tuple[type, ...]] = {  # a list is of strings
 
 
 def read_config(content: bytes, path: Path) -> dict[str, Any]:
-    """Return the config that a file holds; FormatError unless every entry that says something is understood."""
+    """Return the config that a file holds; FormatError for an entry that is not understood."""
     try:
         config = dict(json.loads(content.decode()))
     except (ValueError, TypeError, RecursionError) as error:
-        raise FormatError(f"'{path}' is missing or damaged: {type(error).__name__}: {error}.") from error
+        raise FormatError(
+            f"'{path}' is missing or damaged: {type(error).__name__}: {error}.") from error
     if config.get("peft_type") != "LORA":
-        raise FormatError(f"'{path}' is for PEFT's {shown(config.get('peft_type'))}; lorafx reads 'LORA'.")
+        raise FormatError(f"'{path}' is for PEFT's {shown(config.get('peft_type'))}; lorafx reads "
+                          "'LORA'.")
     for name, value in config.items():
         if name not in _ABOUT | _READ and value not in (None, False, 0, [], {}, ""):
-            raise FormatError(
-                f"'{path}' asks for {shown(name)[1:-1]}={shown(value)}, which lorafx does not support.")
+            raise FormatError(f"'{path}' asks for {shown(name)[1:-1]}={shown(value)}, which lorafx "
+                              "does not support.")
     if config.get("init_lora_weights", True) not in _INITS:
-        raise FormatError(
-            f"'{path}' asks for init_lora_weights={shown(config['init_lora_weights'])}, which changes "
-            "the base's weights: let PEFT save it with path_initial_model_for_weight_conversion.")
+        raise FormatError(f"'{path}' asks for "
+                          f"init_lora_weights={shown(config['init_lora_weights'])}, which changes "
+                          "the base's weights: let PEFT save it with "
+                          "path_initial_model_for_weight_conversion.")
     for name, types in _TYPES.items():
         value = config.get(name)
         sound = value is None or isinstance(value, types)
@@ -65,7 +69,8 @@ def _check_matching(config: Mapping[str, Any], path: Path) -> None:
     """Raise unless what selects modules can be matched with their names."""
     layers = config.get("layers_to_transform")
     if not all(type(layer) is int for layer in _as_list(layers)):
-        raise FormatError(f"'{path}' has layers_to_transform={shown(layers)}, not numbers of layers.")
+        raise FormatError(f"'{path}' has layers_to_transform={shown(layers)}, not numbers of "
+                          "layers.")
     patterns = _layer_patterns(config)
     for name in ("target_modules", "exclude_modules"):
         if isinstance(config.get(name), str):
@@ -74,8 +79,8 @@ def _check_matching(config: Mapping[str, Any], path: Path) -> None:
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise FormatError(f"'{path}' matches modules by {shown(pattern)}, which is not a regular "
-                              f"expression: {error}.") from error
+            raise FormatError(f"'{path}' matches modules by {shown(pattern)}, which is not a "
+                              f"regular expression: {error}.") from error
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -104,11 +109,11 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
     """
     targets = config.get("target_modules") or []
     layers = _as_list(config.get("layers_to_transform"))
-    if _names(config.get("exclude_modules") or [], module):
+    if _matches(config.get("exclude_modules") or [], module):
         return False
     if targets == "all-linear":
         return True
-    if not _names(targets, module):
+    if not _matches(targets, module):
         return False
     if isinstance(targets, str) or module in targets or not layers:
         return True
@@ -128,8 +133,8 @@ def _layer_patterns(config: Mapping[str, Any]) -> list[str]:
     return [rf"(?:^|.*?\.){name}{number}" for name in names]
 
 
-def _names(patterns: str | list[str], module: str) -> bool:
-    """True if a list has the module's name or a dotted end of it, or a regular expression fits all of it."""
+def _matches(patterns: str | list[str], module: str) -> bool:
+    """True if a list has the module's name or a dotted end of it, or a regular expression fits."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, module) is not None
     return any(module == pattern or module.endswith("." + pattern) for pattern in patterns)
@@ -150,23 +155,23 @@ def check_complete(
 
     `names` are those of all tensors but A and B; `modules` is empty where there is no model.
     """
-    owners = {name.rpartition(".")[0] for name in names}
     ends = config.get("modules_to_save") or []
-    missing = []
-    for end in ends:
-        if not any(is_saved({"modules_to_save": [end]}, owner) for owner in owners):
-            missing.append(end)
+    missing = list(ends)
+    for name in names:
+        owner = name.rpartition(".")[0]
+        missing = [end for end in missing if not is_saved({"modules_to_save": [end]}, owner)]
     all_missing = len(missing) == len(ends)
-    if modules and not all_missing:  # PEFT names both usual heads of a classifier; a model has one
-        missing = [end for end in missing if any(name.endswith(end) for name in modules)]
-    if missing and (modules or all_missing):
-        raise FormatError(f"'{path}' has no tensor of '{missing[0]}', which modules_to_save names.")
+    for end in missing:
+        # PEFT names both of the usual heads of a classifier, of which a model has one
+        if all_missing or any(name.endswith(end) for name in modules):
+            raise FormatError(f"'{path}' has no tensor of '{end}', which modules_to_save names.")
     if config.get("target_modules") == "all-linear":
         return
     for name, module in modules.items():
         if isinstance(module, nn.Linear) and name not in adapted and not is_saved(config, name):
             if is_target(config, name):
-                raise FormatError(f"'{path}' has no adapter of '{name}', which target_modules names.")
+                raise FormatError(f"'{path}' has no adapter of '{name}', which target_modules "
+                                  "names.")
 
 
 def parameters_of(config: Mapping[str, Any], module: str) -> list[str]:
@@ -180,12 +185,14 @@ def parameters_of(config: Mapping[str, Any], module: str) -> list[str]:
 
 
 def rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
-    """Return the rank and alpha / rank, or alpha / sqrt(rank), at a module; what is missing is 8."""
+    """Return the rank and alpha / rank, or alpha / sqrt(rank), of a module; both default to 8."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     try:
-        rank = first_match(config.get("rank_pattern") or {}, name, config.get("r", 8))
-        alpha = float(first_match(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8)))
+        rank = first_match(ranks, name, config.get("r", 8))
+        alpha = float(first_match(alphas, name, config.get("lora_alpha", 8)))
     except (re.error, TypeError, ValueError) as error:
-        raise FormatError(f"The config's rank and alpha at '{name}' cannot be read: {error}.") from error
+        raise FormatError(
+            f"The config's rank and alpha at '{name}' cannot be read: {error}.") from error
     if not isinstance(rank, int) or rank < 1:
         raise FormatError(f"The config's rank at '{name}' is {rank!r}.")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -194,17 +201,18 @@ def rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
 def lora_config(
     config: Mapping[str, Any], pairs: Mapping[str, Pair], trained: Mapping[str, Tensor]
 ) -> LoRAConfig:
-    """Return the config as lorafx has it; an alpha that is not above 0 stands only in the scales."""
+    """Return the config as lorafx has it; alphas that are not above 0 stand only in the scales."""
     owners = {name.rpartition(".")[0] for name in trained}
-    alphas = {}
-    for name, alpha in {"": config.get("lora_alpha", 8), **(config.get("alpha_pattern") or {})}.items():
-        if is_number(alpha) and alpha > 0:
-            alphas[name] = alpha
+    alphas = {"": config.get("lora_alpha", 8)} | (config.get("alpha_pattern") or {})
+    for name, alpha in list(alphas.items()):
+        if not (is_number(alpha) and alpha > 0):
+            del alphas[name]
     rslora = bool(config.get("use_rslora") and alphas)
     try:
         return LoRAConfig(
             rank=config.get("r", 8), alpha=alphas.pop("", None), rslora=rslora,
-            dropout=config.get("lora_dropout", 0.0) or 0.0, rank_pattern=config.get("rank_pattern") or {},
-            alpha_pattern=alphas, targets=list(pairs), trainable=tuple(sorted(owners - pairs.keys())))
+            dropout=config.get("lora_dropout", 0.0) or 0.0,
+            rank_pattern=config.get("rank_pattern") or {}, alpha_pattern=alphas,
+            targets=list(pairs), trainable=tuple(sorted(owners - pairs.keys())))
     except ConfigError as error:
         raise FormatError(f"The config cannot be used: {error}") from error

@@ -1,7 +1,7 @@
 """PEFT's folders: which files an adapter is in, read so that config and tensors are of one save.
 
-A folder has `adapter_config.json` beside `adapter_model.safetensors` (or an older `.bin`); below it,
-folders of the same kind have adapters that are not called default.
+A folder has `adapter_config.json` beside `adapter_model.safetensors` (or an older `.bin`); folders
+of the same kind below it have adapters that are not called default.
 """
 
 import os
@@ -26,7 +26,7 @@ DIGEST, BEFORE, WHOLE = "lorafx_config", "lorafx_config_before", "lorafx_config_
 
 
 class PeftFiles(NamedTuple):
-    """An adapter's config, the path of its tensors, and these by name, without the prefix of all."""
+    """An adapter's config, the path of its tensors, and these by name, without their prefix."""
 
     config: dict[str, Any]
     path: Path
@@ -39,14 +39,14 @@ def is_folder(path: Path) -> bool:
 
 
 def folder_of(path: Path, adapter: str) -> Path:
-    """Return where PEFT saves: in the folder itself if the adapter is called default, else below."""
+    """Return where PEFT saves: in the folder itself if the adapter is default, else below it."""
     if path.is_file() or path.name in FILES:
         raise ConfigError("PEFT's format is a folder, and that is a file.")
     return path if adapter == "default" else path / adapter
 
 
 def find_adapter(path: Path, adapter: str | None) -> tuple[Path, str | None, str]:
-    """Return the folder of an adapter, the file in it if the path names one, and the adapter's name.
+    """Return an adapter's folder, the file in it if the path names one, and the adapter's name.
 
     `adapter` chooses where a folder has several; FormatError unless that leaves one.
     """
@@ -83,7 +83,7 @@ def _choices(folder: Path, own: bool, below: list[str]) -> str:
 
 
 def read_files(folder: Path, file: str | None) -> PeftFiles:
-    """Return what a folder holds of one save; `file` names the tensors' file, by default the newer."""
+    """Return what a folder holds of one save; `file` names that of the tensors, else the newer."""
     while True:
         content, version = _content(folder / CONFIG)
         path, tensors, header = _tensors(folder, file)
@@ -91,8 +91,8 @@ def read_files(folder: Path, file: str | None) -> PeftFiles:
         if config is not None:
             return PeftFiles(config, path, tensors)
         if _content(folder / CONFIG)[1] == version:  # else another process has saved meanwhile
-            raise FormatError(f"'{path}' was not written together with the {CONFIG} beside it: one of them "
-                              "was changed or is of another adapter; save it again.")
+            raise FormatError(f"'{path}' was not written together with the {CONFIG} beside it: one "
+                              "of them was changed or is of another adapter; save it again.")
 
 
 def _tensors(folder: Path, file: str | None) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
@@ -105,14 +105,14 @@ def _tensors(folder: Path, file: str | None) -> tuple[Path, dict[str, Tensor], d
         raise FormatError(f"'{folder}' has neither {TENSORS} nor {OLD}.")
     newer = folder / TENSORS
     if file == OLD and newer.is_file() and DIGEST in read_metadata(newer):
-        raise FormatError(
-            f"'{path}' is of an older adapter than {TENSORS} and {CONFIG} beside it: load '{newer}'.")
+        raise FormatError(f"'{path}' is of an older adapter than {TENSORS} and {CONFIG} beside it: "
+                          f"load '{newer}'.")
     tensors, header = read_safetensors(path) if path.name == TENSORS else (read_pickle(path), {})
     found = {}
     for name, tensor in tensors.items():
         if not name.startswith(PREFIX):
-            raise FormatError(
-                f"'{path}' has a tensor '{name}', which does not begin with '{PREFIX}' as PEFT's do.")
+            raise FormatError(f"'{path}' has a tensor '{name}', which does not begin with "
+                              f"'{PREFIX}' as PEFT's do.")
         found[name.removeprefix(PREFIX)] = tensor
     return path, found, header
 
@@ -139,4 +139,5 @@ def _content(path: Path) -> tuple[bytes, tuple[int, ...]]:
             version = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
             return file.read(), version
     except OSError as error:
-        raise FormatError(f"'{path}' is missing or cannot be read: {error.strerror or error}.") from error
+        raise FormatError(
+            f"'{path}' is missing or cannot be read: {error.strerror or error}.") from error

@@ -1,4 +1,4 @@
-"""An adapter's pairs as PEFT has them: each for all of a module's weight, or of a parameter named by itself."""
+"""An adapter's pairs as PEFT has them: each for all of a weight, or of a parameter by itself."""
 
 import sys
 from collections import defaultdict
@@ -13,9 +13,7 @@ from .._adapter.names import dotted, split_block
 from .._errors import ConfigError
 from .._graph.modules import LorafxModule, submodule, users_modules
 from .._model.branches import Branch
-
-
-INSTEAD = "save to a path that ends in .safetensors"
+from .adapter_file import INSTEAD
 
 
 class PeftPair(NamedTuple):
@@ -28,13 +26,13 @@ class PeftPair(NamedTuple):
 
 
 def conv1d() -> tuple[type, ...]:
-    """Return transformers' Conv1D, which stores (in, out), if it is loaded, as a model that has one did."""
+    """Return transformers' Conv1D, which stores (in, out), if it is loaded: models load it."""
     loaded = sys.modules.get("transformers.pytorch_utils")
     return () if loaded is None else (loaded.Conv1D,)
 
 
 def peft_pairs(adapter: Adapter, model: nn.Module) -> list[PeftPair]:
-    """Return the adapter's pairs as PEFT has them; ConfigError where PEFT would compute something else."""
+    """Return an adapter's pairs as PEFT has them; ConfigError where PEFT would add another sum."""
     _check_untied(adapter, model)
     attentions: dict[str, dict[str, Pair]] = defaultdict(dict)
     found: list[PeftPair] = []
@@ -52,11 +50,11 @@ def peft_pairs(adapter: Adapter, model: nn.Module) -> list[PeftPair]:
         elif attribute == "weight" and isinstance(module, (nn.Linear, *conv1d())):
             found.append(PeftPair(owner, owner, None, pair))
         elif not owner:
-            raise ConfigError(f"PEFT's format has no place for an adapter of '{name}', a parameter of the "
-                              f"model itself: {INSTEAD}.")
+            raise ConfigError(f"PEFT's format has no place for an adapter of '{name}', a parameter "
+                              f"of the model itself: {INSTEAD}.")
         elif isinstance(module, (nn.Linear, nn.Embedding, nn.MultiheadAttention, *conv1d())):
-            raise ConfigError(f"PEFT's format has no place for an adapter of '{name}', a parameter of a "
-                              f"{type(module).__name__}: {INSTEAD}.")
+            raise ConfigError(f"PEFT's format has no place for an adapter of '{name}', a parameter "
+                              f"of a {type(module).__name__}: {INSTEAD}.")
         else:
             pair = _as_parameter(name, pair, stored, module)
             found.append(PeftPair(dotted(owner, attribute), owner, attribute, pair))
@@ -67,10 +65,10 @@ def peft_pairs(adapter: Adapter, model: nn.Module) -> list[PeftPair]:
 
 
 def _whole_weights(adapter: Adapter) -> dict[str, tuple[Pair, Stored]]:
-    """{name of a weight: what is added to all of it, with how it is stored}; blocks of rows are joined.
+    """{name of a weight: what is added to all of it, with how it is stored}.
 
-    Blocks of one A and one scale keep its rank, as when they were read from one pair; else their
-    ranks add up.
+    Blocks of its rows are joined: of one A and one scale they keep its rank, as when they were read
+    from one pair; else their ranks add up.
     """
     blocks: dict[str, list[tuple[Pair, Stored]]] = defaultdict(list)
     for site, pair in adapter.pairs.items():
@@ -105,10 +103,11 @@ def _joined(parts: list[tuple[Pair, Stored]], height: int) -> Pair:
 
 
 def _as_parameter(name: str, pair: Pair, stored: Stored, module: nn.Module) -> Pair:
-    """A pair of a parameter as PEFT stores it: (out, in), but transposed experts as their module says."""
+    """A parameter's pair for (out, in), or for (in, out) where a module of experts says so."""
     transposed = bool(getattr(module, "is_transposed", False)) and len(stored.shape) == 3
     if transposed and stored.shape[0] == 1:
-        raise ConfigError(f"PEFT takes the one transposed expert '{name}' for one that is not: {INSTEAD}.")
+        raise ConfigError(f"PEFT takes the one transposed expert '{name}' for one that is not: "
+                          f"{INSTEAD}.")
     if stored.transposed != transposed:
         return Pair(pair.B.mT, pair.A.mT, pair.scale)  # (B A)^T = A^T B^T
     return pair
@@ -129,19 +128,21 @@ def _check_untied(adapter: Adapter, model: nn.Module) -> None:
     trained = [names for names in tensors.values() if not adapter.trained.keys().isdisjoint(names)]
     for names in (*sites.values(), *trained):
         if len(names) > 1:
-            raise ConfigError(
-                f"PEFT would change '{names[0]}' and not '{names[1]}', which is tied to it: {INSTEAD}.")
+            raise ConfigError(f"PEFT would change '{names[0]}' and not '{names[1]}', which is tied "
+                              f"to it: {INSTEAD}.")
 
 
 def _check_together(adapter: Adapter, model: nn.Module, pairs: list[PeftPair]) -> None:
     """Raise where PEFT cannot have all of these at once."""
     if any(not pair.module for pair in pairs):
-        raise ConfigError(f"PEFT adapts modules inside a model, and this model is one layer: {INSTEAD}.")
+        raise ConfigError("PEFT adapts modules inside a model, and this model is one layer: "
+                          f"{INSTEAD}.")
     parameter = next((pair.name for pair in pairs if pair.attribute is not None), None)
     conv1ds = [pair.name for pair in pairs if isinstance(submodule(model, pair.module), conv1d())]
     if parameter is not None and (conv1ds or adapter.config.dropout):
         beside = f"the Conv1D '{conv1ds[0]}'" if conv1ds else "dropout"
-        raise ConfigError(f"PEFT cannot adapt the parameter '{parameter}' together with {beside}: {INSTEAD}.")
+        raise ConfigError(f"PEFT cannot adapt the parameter '{parameter}' together with {beside}: "
+                          f"{INSTEAD}.")
 
 
 def _attention(model: nn.Module, owner: str, halves: Mapping[str, Pair]) -> list[PeftPair]:
@@ -150,7 +151,8 @@ def _attention(model: nn.Module, owner: str, halves: Mapping[str, Pair]) -> list
     width, some = module.embed_dim, next(iter(halves.values()))
     rank = max(pair.A.shape[0] for pair in halves.values())
     both = []
-    for half, height, path in (("in_proj", 3 * width, owner), ("out_proj", width, dotted(owner, "out_proj"))):
+    places = {"in_proj": (3 * width, owner), "out_proj": (width, dotted(owner, "out_proj"))}
+    for half, (height, path) in places.items():
         A, B = some.A.new_zeros(rank, width), some.B.new_zeros(height, rank)
         if half in halves:
             pair = halves[half]
@@ -160,7 +162,8 @@ def _attention(model: nn.Module, owner: str, halves: Mapping[str, Pair]) -> list
 
 
 def flat(pair: Pair) -> tuple[Tensor, Tensor]:
-    """Return A and B as matrices: of E experts A (E rank, d2), by expert, and B (d1, rank E), by rank."""
+    """Return A and B as matrices: of E experts (E rank, d2), by expert, and (d1, rank E), by rank.
+    """
     if pair.A.ndim == 2:
         return pair.A, pair.B
     return pair.A.flatten(0, 1), pair.B.permute(1, 2, 0).flatten(1, 2)

@@ -1,9 +1,9 @@
 """PEFT's folders, read: an adapter from the tensors and the config in one.
 
 Keys are `base_model.model.<module>.lora_A.weight` (rank, in) and `lora_B` (out, rank). A parameter
-that is adapted by itself (`target_parameters`) is named after its module; where a module has several,
-the one that is registered last is named so, and those before it after one more `base_layer` each.
-See PEFT 0.21.2 and its checkpoint format page.
+that is adapted by itself (`target_parameters`) is named after its module; where a module has
+several, the one that is registered last is named so, and those before it after one more
+`base_layer` each. See PEFT 0.21.2 and its checkpoint format page.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter, Pair, Stored, check_shapes
-from .._adapter.names import dotted, renamed
+from .._adapter.names import dotted, renaming
 from .._errors import FormatError
 from .._graph.modules import users_modules
 from .adapter_file import AdapterFile, Decoded
@@ -27,7 +27,7 @@ from .peft_folder import PREFIX, PeftFiles, find_adapter, read_files
 
 
 def decode(file: AdapterFile) -> Decoded:
-    """Return the adapter in a folder; the model tells apart parameters that its keys alone cannot."""
+    """Return the adapter in a folder; the model tells apart parameters that keys alone do not."""
     folder, tensors_file, name = find_adapter(file.path, file.adapter)
     files = read_files(folder, tensors_file)
     return Decoded(dataclasses.replace(_adapter(files, file.model), name=name))
@@ -43,7 +43,7 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
     halves = _halves(keys, tensors, path)
     adapted = {key.module for key in keys.values()}
     modules = {} if model is None else users_modules(model)
-    here = renamed(sorted(adapted), modules)
+    here = renaming(sorted(adapted), modules)
     attentions = set()
     for name, key in keys.items():
         if ".base_layer.out_proj." in name:
@@ -61,12 +61,12 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
     trained = _trained_here(_trained(others, adapted, config, path), here, modules, others, path)
     check_complete(config, {here(module) for module in adapted}, modules,
                    [name.replace(".base_layer.", ".") for name in others], path)
-    return Adapter("default", lora_config(config, pairs, trained), pairs, trained, stored, untied=True,
-                   says_transposed=bool(config.get("fan_in_fan_out")))
+    return Adapter("default", lora_config(config, pairs, trained), pairs, trained, stored,
+                   untied=True, says_transposed=bool(config.get("fan_in_fan_out")))
 
 
 class Key(NamedTuple):
-    """What the name of half of a pair says: its module, how many parameters follow it there, which half."""
+    """What the name of half of a pair says: its module, how many parameters follow, which half."""
 
     module: str
     after: int
@@ -74,7 +74,7 @@ class Key(NamedTuple):
 
 
 def _key(name: str) -> Key | None:
-    """What a name says, if it names half of a pair; raises for what is not added to a linear call."""
+    """What a name says if it is of half of a pair; raises for what is not part of a linear call."""
     other = re.search(r"\.(lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias)\b", name)
     if other is not None:
         kinds = {"lora_m": "DoRA", "lora_B": "lora_bias=True"}
@@ -99,14 +99,15 @@ def _halves(
     for (module, after), half in halves.items():
         if len(half) != 2:
             there = next(iter(half))
-            raise FormatError(f"'{path}' has the lora_{there}.weight of '{module}' but not its other half.")
+            raise FormatError(f"'{path}' has the lora_{there}.weight of '{module}' but not its "
+                              "other half.")
         check_shapes(module, half["A"], half["B"])
         found[module, after] = half["A"], half["B"]
     return found
 
 
 class _ReadPair(NamedTuple):
-    """A pair, the parameter that it is for (None for the weight), and how that is stored, if known."""
+    """A pair, the parameter that it is for (None: the weight), and how that is stored, if known."""
 
     pair: Pair
     attribute: str | None
@@ -120,7 +121,9 @@ class _PairReader(NamedTuple):
     path: Path
     attentions: Container[str]
 
-    def pair(self, module: str, after: int, A: Tensor, B: Tensor, owner: nn.Module | None) -> _ReadPair:
+    def pair(
+        self, module: str, after: int, A: Tensor, B: Tensor, owner: nn.Module | None
+    ) -> _ReadPair:
         """The pair of a module, whose module in this model is the owner, if there is one."""
         attribute = self._attribute(module, after, owner)
         above = module.removesuffix(".out_proj")
@@ -129,8 +132,8 @@ class _PairReader(NamedTuple):
         else:
             matched = above if above in self.attentions else module
             if not is_target(self.config, matched):
-                raise FormatError(f"'{self.path}' has an adapter of '{module}', which target_modules does "
-                                  "not name, so that PEFT does not use it.")
+                raise FormatError(f"'{self.path}' has an adapter of '{module}', which "
+                                  "target_modules does not name, so that PEFT does not use it.")
         rank, scale = rank_and_scale(self.config, matched)
         stored = None
         if attribute is not None:
@@ -147,7 +150,7 @@ class _PairReader(NamedTuple):
         return _ReadPair(Pair(A, B, scale), None if attribute == "weight" else attribute, stored)
 
     def _attribute(self, module: str, after: int, owner: nn.Module | None) -> str | None:
-        """The parameter that is adapted by itself and that `after` others follow; None for a module."""
+        """The parameter that is adapted by itself and that `after` others follow, if one is."""
         among = parameters_of(self.config, module)
         if not among:
             if after:
@@ -158,45 +161,49 @@ class _PairReader(NamedTuple):
             live = [name for name, parameter in owner._parameters.items() if parameter is not None]
             among = [name for name in live if name in among]
         elif len(among) > 1:
-            raise FormatError(f"'{self.path}' adapts {len(among)} parameters of '{module}', in an order "
-                              "that only the model tells: load it into the model.")
+            raise FormatError(f"'{self.path}' adapts {len(among)} parameters of '{module}', in an "
+                              "order that only the model tells: load it into the model.")
         if after >= len(among):
-            raise FormatError(f"'{self.path}' adapts {after + 1} parameters of '{module}', of which "
-                              f"target_parameters and the model have {', '.join(among) or 'none'}.")
+            raise FormatError(f"'{self.path}' adapts {after + 1} parameters of '{module}', of "
+                              "which target_parameters and the model have "
+                              f"{', '.join(among) or 'none'}.")
         return among[len(among) - 1 - after]
 
     def _stored(
         self, A: Tensor, B: Tensor, weight: Tensor | None, owner: nn.Module | None, name: str
     ) -> Stored | None:
-        """How a parameter that is adapted by itself is stored; experts without a model do not tell."""
+        """How a parameter that is adapted by itself is stored; None of experts without a model."""
         if weight is None:
             return Stored((B.shape[0], A.shape[1])) if A.ndim == 2 else None
         transposed = A.ndim == 3 and bool(getattr(owner, "is_transposed", False))
         if transposed and len(A) == 1:
-            raise FormatError(f"'{self.path}' adapts '{name}', one transposed expert, which PEFT takes for "
-                              "one that is not.")
+            raise FormatError(f"'{self.path}' adapts '{name}', one transposed expert, which PEFT "
+                              "takes for one that is not.")
         return Stored(tuple(weight.shape), transposed)
 
 
 def _stacks(
     A: Tensor, B: Tensor, rank: int, weight: Tensor | None, name: str
 ) -> tuple[Tensor, Tensor]:
-    """A (E rank, d2), expert by expert, and B (d1, rank E), rank by rank, as stacks of E experts."""
+    """A (E rank, d2), expert by expert, and B (d1, rank E), rank by rank, as stacks of E."""
     experts = A.shape[0] // rank
-    stacked = weight is not None and weight.ndim == 3
-    if A.shape[0] != experts * rank or weight is not None and stacked and weight.shape[0] != experts:
+    expected = experts
+    if weight is not None and weight.ndim == 3:
+        expected = weight.shape[0]
+    if A.shape[0] != experts * rank or experts != expected:
         raise FormatError(
             f"At '{name}' A has {A.shape[0]} rows, which is not its rank, {rank}, for each expert.")
     if experts == 1 and (weight is None or weight.ndim == 2):
         return A, B
-    return (A.reshape(experts, rank, -1),  # (experts, rank, d2)
-            B.reshape(B.shape[0], rank, experts).permute(2, 0, 1).contiguous())  # (experts, d1, rank)
+    A = A.reshape(experts, rank, -1)  # (E, rank, d2)
+    B = B.reshape(B.shape[0], rank, experts).permute(2, 0, 1).contiguous()  # (E, d1, rank)
+    return A, B
 
 
 def _trained(
     tensors: Mapping[str, Tensor], adapted: Container[str], config: Mapping[str, Any], path: Path
 ) -> dict[str, Tensor]:
-    """{name of a base tensor: what stands in its place}: biases, and modules that were trained whole."""
+    """{name of a base tensor: what stands in its place}: biases, and modules trained whole."""
     found = {}
     for name in sorted(tensors):
         base = name.replace(".base_layer.", ".")
@@ -211,14 +218,14 @@ def _trained(
             raise FormatError(
                 f"'{path}' has a tensor '{PREFIX}{name}', which its config does not account for.")
         if biased and not saved and owner in adapted and base == name:
-            raise FormatError(f"'{path}' has '{PREFIX}{name}', which PEFT does not read: an adapted layer's "
-                              f"bias is '{PREFIX}{owner}.base_layer.bias'.")
+            raise FormatError(f"'{path}' has '{PREFIX}{name}', which PEFT does not read: an "
+                              f"adapted layer's bias is '{PREFIX}{owner}.base_layer.bias'.")
         found[base] = tensors[name]
     return found
 
 
 def _is_copy(owner: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
-    """True if a bias is a copy that PEFT, told to save all biases, writes of a module trained whole."""
+    """True if a bias is a copy that PEFT, saving all biases, makes of a module trained whole."""
     match = re.fullmatch(r"(.+?)\.(modules_to_save|original_module)(?:\.(.+))?", owner)
     if match is None or not is_saved(config, match[1]):
         return False
@@ -255,7 +262,8 @@ def _trained_here(
 def _is_base_tensor(
     name: str, tensor: Tensor, base: Mapping[str, Tensor], tensors: Container[str], path: Path
 ) -> bool:
-    """True for what the base has anyway: a buffer, or an adapted layer's weight, which PEFT may save."""
+    """True for what the base has anyway: a buffer, or an adapted layer's weight, which PEFT saves.
+    """
     own = base.get(name)
     module, _, attribute = name.rpartition(".")
     copied = f"{module}.base_layer.{attribute}" in tensors and attribute != "bias"
@@ -264,4 +272,5 @@ def _is_base_tensor(
     if own.shape == tensor.shape and torch.equal(own.to(tensor.device, tensor.dtype), tensor):
         return True
     what = "the weight of an adapted layer" if copied else "a buffer"
-    raise FormatError(f"'{path}' has '{name}', {what}, in which this model differs, and lorafx trains none.")
+    raise FormatError(f"'{path}' has '{name}', {what}, in which this model differs, and lorafx "
+                      "trains none.")

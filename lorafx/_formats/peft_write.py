@@ -14,10 +14,10 @@ from .._adapter.names import dotted
 from .._errors import ConfigError
 from .._graph.modules import submodule, users_modules
 from .._storage.safetensors_files import safetensors_bytes
-from .adapter_file import Destination
+from .adapter_file import INSTEAD, Destination
 from .peft_config import CONFIG, bytes_digest, config_digest
 from .peft_folder import BEFORE, DIGEST, PREFIX, TENSORS, WHOLE
-from .peft_pairs import INSTEAD, PeftPair, conv1d, flat, peft_pairs
+from .peft_pairs import PeftPair, conv1d, flat, peft_pairs
 
 
 def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
@@ -46,7 +46,7 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
 
 
 def _factors(model: nn.Module, pairs: Sequence[PeftPair]) -> dict[str, Tensor]:
-    """{name: tensor} of all A and B; of a module's parameters the last is named first, as in PEFT."""
+    """{name: tensor} of all A and B, those of several parameters of a module named as in PEFT."""
     by_module: dict[str, list[PeftPair]] = defaultdict(list)
     for pair in pairs:
         by_module[pair.module].append(pair)
@@ -63,7 +63,7 @@ def _factors(model: nn.Module, pairs: Sequence[PeftPair]) -> dict[str, Tensor]:
 
 
 def _stem(module: str, pairs: Iterable[PeftPair]) -> str:
-    """How keys name an adapted module: an attention's out_proj is below the attention that PEFT wraps."""
+    """How keys name an adapted module: an attention's out_proj is below what PEFT wraps."""
     for pair in pairs:
         if pair.module == module and pair.attribute is None and pair.name != module:
             return module.removesuffix("out_proj") + "base_layer.out_proj"
@@ -73,11 +73,7 @@ def _stem(module: str, pairs: Iterable[PeftPair]) -> str:
 def _trained(
     adapter: Adapter, model: nn.Module, pairs: Sequence[PeftPair]
 ) -> tuple[str, list[str], dict[str, Tensor]]:
-    """The config's bias, its modules_to_save, and the tensors of both.
-
-    PEFT trains whole modules: all that a module has is written, as it is in the base where it was not
-    trained.
-    """
+    """The config's bias, its modules_to_save, and the tensors of both."""
     adapted = {pair.module for pair in pairs if pair.attribute is None}
     by_owner: dict[str, set[str]] = defaultdict(set)
     for name in adapter.trained:
@@ -92,26 +88,36 @@ def _trained(
         elif owner:
             owners.append(owner)
         else:
-            raise ConfigError(
-                f"PEFT trains whole modules, and '{min(names)}' belongs to the model itself: {INSTEAD}.")
+            raise ConfigError(f"PEFT trains whole modules, and '{min(names)}' belongs to the model "
+                              f"itself: {INSTEAD}.")
+    bias = next(kind for kind in ("all", "lora_only", "none") if kind in kinds)
     modules = [owner for owner in owners if not _is_inside(owner, owners)]
-    known = users_modules(model)
-    for path, module in known.items():
+    return bias, modules, tensors | _whole_modules(adapter, model, modules)
+
+
+def _whole_modules(
+    adapter: Adapter, model: nn.Module, modules: Sequence[str]
+) -> dict[str, Tensor]:
+    """{name: tensor} of all that modules have, as PEFT trains whole ones.
+
+    What the adapter did not train is written as it is in the base.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path, module in users_modules(model).items():
         if path in modules or _is_inside(path, modules):
             tensors |= _all_tensors(adapter, path, module)
-        elif any(path.endswith(module) for module in modules):
-            raise ConfigError(
-                f"PEFT would train '{path}' too, since its name ends as that of a trained module does.")
-    bias = next(kind for kind in ("all", "lora_only", "none") if kind in kinds)
-    return bias, modules, tensors
+        elif path.endswith(tuple(modules)):
+            raise ConfigError(f"PEFT would train '{path}' too, since its name ends as that of a "
+                              "trained module does.")
+    return tensors
 
 
 def _is_inside(path: str, modules: Iterable[str]) -> bool:
-    return any(path.startswith(f"{module}.") for module in modules)
+    return path.startswith(tuple(f"{module}." for module in modules))
 
 
 def _all_tensors(adapter: Adapter, path: str, module: nn.Module) -> dict[str, Tensor]:
-    """{name: tensor} of all that a module's state_dict has, trained where the adapter trained it."""
+    """{name: tensor} of all that a module's state_dict has, as the adapter trained it."""
     tensors = {}
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name not in module._non_persistent_buffers_set:
@@ -123,28 +129,33 @@ def _config(
     adapter: Adapter, model: nn.Module, pairs: Sequence[PeftPair], modules: list[str], bias: str
 ) -> dict[str, Any]:
     ranks, alphas = {}, {}
+    modules_adapted, parameters = set(), []
     for pair in pairs:
         rank = pair.pair.A.shape[-2]
         ranks[pair.name] = rank
         alphas[pair.name] = pair.pair.scale * (math.sqrt(rank) if adapter.config.rslora else rank)
+        if pair.attribute is None:
+            modules_adapted.add(pair.name)
+        else:
+            parameters.append(pair.name)
     rank, alpha = _most_common(ranks), _most_common(alphas)
-    parameters = [pair.name for pair in pairs if pair.attribute is not None]
-    names = sorted({pair.name for pair in pairs if pair.attribute is None})
-    layers = [submodule(model, name) for name in names]
-    known = users_modules(model)
+    names, known = sorted(modules_adapted), users_modules(model)
     config: dict[str, Any] = {
         "peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True,
-        "init_lora_weights": True, "r": rank, "lora_alpha": alpha, "lora_dropout": adapter.config.dropout,
-        "target_modules": _targets(names, known)}
+        "init_lora_weights": True, "r": rank, "lora_alpha": alpha,
+        "lora_dropout": adapter.config.dropout, "target_modules": _targets(names, known)}
     if parameters:
         _check_suffixes(parameters, known)
         config["target_parameters"] = parameters
-    all_conv1d = bool(layers) and all(isinstance(layer, conv1d()) for layer in layers)
+    conv1ds = [name for name in names if isinstance(submodule(model, name), conv1d())]
     options = {
-        "use_rslora": adapter.config.rslora, "fan_in_fan_out": all_conv1d,
+        "use_rslora": adapter.config.rslora, "fan_in_fan_out": bool(names) and conv1ds == names,
         "bias": bias if bias != "none" else None, "modules_to_save": modules,
         "rank_pattern": _pattern(ranks, rank), "alpha_pattern": _pattern(alphas, alpha)}
-    return config | {name: value for name, value in options.items() if value}
+    for name, value in options.items():
+        if value:
+            config[name] = value
+    return config
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:
@@ -153,7 +164,11 @@ def _most_common(values: Mapping[str, Any]) -> Any:
 
 def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     """{anchored regular expression of a name: value} of all that differ from the usual."""
-    return {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
+    pattern = {}
+    for name, value in values.items():
+        if value != usual:
+            pattern[f"^{re.escape(name)}"] = value
+    return pattern
 
 
 def _targets(names: list[str], known: Iterable[str]) -> list[str] | str:
@@ -173,5 +188,8 @@ def _check_suffixes(parameters: Sequence[str], known: Mapping[str, nn.Module]) -
 
 
 def _also_meant(name: str, known: Iterable[str], meant: Iterable[str]) -> str | None:
-    """The first of the known names that PEFT would take for this one, which ends it, and that is not meant."""
-    return next((other for other in known if other.endswith("." + name) and other not in meant), None)
+    """The first known name that is not meant but that PEFT takes for this one, as it ends in it."""
+    for other in known:
+        if other.endswith("." + name) and other not in meant:
+            return other
+    return None

@@ -1,4 +1,4 @@
-"""Adapter <-> file: each format is a row of FORMATS, and a path belongs to the first row that it fits.
+"""Adapter <-> file: each format is a row of FORMATS; a path belongs to the first that accepts it.
 
 To add a format, write its `decode` and, if it is written too, its `encode`, and add a row.
 """
@@ -15,27 +15,32 @@ from .._errors import ConfigError, FormatError
 from .._storage.durable import write_folder, write_whole
 from .._storage.files import read_pickle, read_safetensors
 from . import kohya, minimind, native, peft_folder, peft_read, peft_write
-from .adapter_file import AdapterFile, Decoded, Destination
+from .adapter_file import INSTEAD, AdapterFile, Decoded, Destination
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """One kind of file: which paths and contents are of it, and the functions to and from an adapter.
+    """One kind of file: which paths and contents are of it, and how an adapter becomes one.
 
-    Where several formats fit a path, it is read as the first that recognises what is in it, and
+    Where several formats accept a path, it is read as the first that recognises what is in it, and
     written as the first that has an `encode`.
     """
 
     name: str
     form: str  # of its paths, as errors say it
-    fits: Callable[[Path], bool]
+    accepts: Callable[[Path], bool]
     read: Callable[[Path], tuple[Mapping[str, Tensor], Mapping[str, str]]]  # tensors and metadata
     decode: Callable[[AdapterFile], Decoded]
-    encode: Callable[[Adapter, Destination], Mapping[str, bytes]] | None = None  # {file name: content}
+    # {file name: content}; None where the format is only read
+    encode: Callable[[Adapter, Destination], Mapping[str, bytes]] | None = None
     recognises: Callable[[AdapterFile], bool] = lambda file: True
     # of a path and the adapter's name, the folder that all files are in; None for one file
     folder: Callable[[Path, str], Path] | None = None
     keeps_training: bool = False
+
+
+def _ends_in(*endings: str) -> Callable[[Path], bool]:
+    return lambda path: path.suffix.lower() in endings
 
 
 def _read_torch_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -52,32 +57,32 @@ _PEFT = Format("PEFT", "a folder", peft_folder.is_folder, _read_nothing, peft_re
 
 FORMATS = (
     _PEFT,
-    Format("kohya-ss or diffusers", "*.safetensors", lambda path: path.suffix.lower() == ".safetensors",
-           read_safetensors, kohya.decode, recognises=kohya.recognises),
-    Format("lorafx", "*.safetensors", lambda path: path.suffix.lower() == ".safetensors",
-           read_safetensors, native.decode, native.encode, keeps_training=True),
-    Format("MiniMind", "*.pth or *.pt", lambda path: path.suffix.lower() in (".pth", ".pt"),
-           _read_torch_file, minimind.decode, minimind.encode),
-    dataclasses.replace(_PEFT, form="an existing folder of any name", fits=Path.is_dir),
+    Format("kohya-ss or diffusers", "*.safetensors", _ends_in(".safetensors"), read_safetensors,
+           kohya.decode, recognises=kohya.recognises),
+    Format("lorafx", "*.safetensors", _ends_in(".safetensors"), read_safetensors,
+           native.decode, native.encode, keeps_training=True),
+    Format("MiniMind", "*.pth or *.pt", _ends_in(".pth", ".pt"), _read_torch_file,
+           minimind.decode, minimind.encode),
+    dataclasses.replace(_PEFT, form="an existing folder of any name", accepts=Path.is_dir),
 )
 
 
 def format_of(path: Path) -> Format:
     """Return the format in which a path is written; FormatError where none is."""
-    return next(row for row in _fitting(path) if row.encode is not None)
+    return next(row for row in _accepting(path) if row.encode is not None)
 
 
 def write_adapter(
     adapter: Adapter, path: str | os.PathLike[str], model: nn.Module | None, base: str | None
 ) -> None:
-    """Save an adapter whole or not at all; `base` is the fingerprint of the model that it is from."""
+    """Save an adapter whole or not at all; `base` is its model's fingerprint, if that is known."""
     path = Path(path)
     row = format_of(path)
     encode = row.encode
     assert encode is not None
     if adapter.training is not None and not row.keeps_training:
-        raise FormatError(f"'{path}' is a {row.name} file, which keeps no optimizer and step: leave out "
-                          "optimizer=... and step=..., or save to a path that ends in .safetensors.")
+        raise FormatError(f"'{path}' is a {row.name} file, which keeps no optimizer and step: "
+                          f"leave out optimizer=... and step=..., or {INSTEAD}.")
     try:
         validate(adapter)
         check_finite(adapter)
@@ -87,20 +92,21 @@ def write_adapter(
             folder = row.folder(path, adapter.name)
             _write_folder(folder, lambda: encode(adapter, Destination(folder, model, base)))
     except ConfigError as error:
-        raise FormatError(f"Adapter {adapter.name!r} cannot be saved to '{path}': {error}") from error
+        raise FormatError(
+            f"Adapter {adapter.name!r} cannot be saved to '{path}': {error}") from error
 
 
 def read_adapter(
     path: str | os.PathLike[str], name: str | None = None, model: nn.Module | None = None,
     allow_nonfinite: bool = False,
 ) -> Decoded:
-    """Return the adapter in a file, all of it checked, and the fingerprint of its base if it is kept.
+    """Return the adapter in a file, all of it checked, and its base's fingerprint if it is kept.
 
     `name` chooses among several adapters of one folder; `model` helps where a format does not tell
     all by itself.
     """
     path = Path(path)
-    rows = _fitting(path)
+    rows = _accepting(path)
     if not path.exists():
         raise FormatError(f"There is no file '{path}'.")
     try:
@@ -115,15 +121,15 @@ def read_adapter(
     return decoded
 
 
-def _fitting(path: Path) -> list[Format]:
-    """The formats that a path may be of, all read as the first one is; FormatError where none is."""
+def _accepting(path: Path) -> list[Format]:
+    """The formats that a path may be of, which are all read as the first is; else FormatError."""
     if "\0" in str(path):
         raise FormatError(f"No path has a NUL character, as {str(path)!r} has.")
-    rows = [row for row in FORMATS if row.fits(path)]
+    rows = [row for row in FORMATS if row.accepts(path)]
     if not rows:
         known = ", ".join(f"{row.form} ({row.name})" for row in FORMATS if row.encode is not None)
-        raise FormatError(f"The path '{path}' names no known format by its ending: use {known}; a folder "
-                          "of another name must be there already.")
+        raise FormatError(f"The path '{path}' names no known format by its ending: use {known}; a "
+                          "folder of another name must be there already.")
     return [row for row in rows if row.read is rows[0].read]
 
 

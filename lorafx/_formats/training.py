@@ -14,18 +14,20 @@ from .._storage.safetensors_files import NUMBERS
 
 
 PREFIX = "lorafx:"  # no tensor of an adapter has such a name
+_PARTS = {"step", "kind", "groups", "state", "random"}
 _A_TENSOR: dict[str, Any] = {}  # what stands in JSON for an entry that is a tensor
 
 
 def pack(training: Training) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return (what JSON holds, {name: tensor}) of a training state; ConfigError for what is neither."""
+    """Return (what JSON holds, {name: tensor}) of a training state, or raise ConfigError."""
     tensors = {_random_name(place): state for place, state in training.random.items()}
     plain: dict[str, dict[str, Any]] = {}
     for name, entries in training.state.items():
         plain[name] = {}
         for key, value in entries.items():
             if not isinstance(key, str) or not key.isidentifier():
-                raise ConfigError(f"the optimizer keeps {shown(key)} of '{name}', which is not a name.")
+                raise ConfigError(f"the optimizer keeps {shown(key)} of '{name}', which is not a "
+                                  "name.")
             if isinstance(value, Tensor):
                 tensors[_state_name(key, name)] = value.detach()
                 plain[name][key] = _A_TENSOR
@@ -43,7 +45,7 @@ def unpack(about: Any, tensors: Mapping[str, Tensor], names: set[str]) -> Traini
 
     ValueError, TypeError, AttributeError or KeyError unless all of it is sound.
     """
-    if about.keys() != {"step", "kind", "groups", "state", "random"} or type(about["kind"]) is not str:
+    if about.keys() != _PARTS or type(about["kind"]) is not str:
         raise ValueError("the training state does not have the parts of one")
     if type(about["step"]) is not int or not 0 <= about["step"] < 2**63:
         raise ValueError(f"{shown(about['step'])} is not a number of steps")
@@ -57,7 +59,7 @@ def unpack(about: Any, tensors: Mapping[str, Tensor], names: set[str]) -> Traini
         groups.append((_options(group["options"]), list_of_names(group["names"])))
         listed += group["names"]
     state = {name: _entries(name, entries, left) for name, entries in about["state"].items()}
-    if len(set(listed)) != len(listed) or not set(listed) <= names or not state.keys() <= set(listed):
+    if len(set(listed)) != len(listed) or not state.keys() <= set(listed) <= names:
         raise ValueError("the optimizer's names are not those of the adapter's tensors, each once")
     if left:
         raise ValueError(f"the tensor {min(left)!r} is not in the training state")
@@ -93,14 +95,16 @@ def _options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _json_value(what: str, value: Any) -> Any:
     """The value, if JSON gives it back as it is but for tuples; else a ConfigError."""
-    for part in value if isinstance(value, (list, tuple)) else [value]:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    for part in parts:
         plain = part is None or type(part) in (bool, str)
         if type(part) is float:
             plain = math.isfinite(part)
         elif type(part) is int:
             plain = abs(part) < 2**63
         if not plain:
-            raise ConfigError(f"{what} is {shown(part)}, and a file keeps tensors, finite numbers and texts.")
+            raise ConfigError(f"{what} is {shown(part)}, and a file keeps tensors, finite numbers "
+                              "and texts.")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Which nodes of a graph can be computed together: those on one value, between which nothing may change it."""
+"""Nodes of a graph that can be computed together, as nothing between them changes their input."""
 
 import functools
 import inspect
@@ -19,7 +19,7 @@ _registered: set[Callable[..., Any]] = set()
 
 
 def pure(function: Function) -> Function:
-    """Declare that a function, which a graph may call, writes into none of its arguments; for use as a decorator."""
+    """Declare, as a decorator, that a function writes into none of its arguments."""
     _registered.add(function)
     return function
 
@@ -27,10 +27,11 @@ def pure(function: Function) -> Function:
 def groups(
     members: Mapping[fx.Node, fx.Node], takes: Callable[[fx.Node, fx.Node], bool]
 ) -> list[list[fx.Node]]:
-    """Return the members that can be computed where the first of each group is, as nothing changes their value between.
+    """Return the groups of members that can be computed where the first of each group is.
 
-    The members are given in the graph's order, each with this value. A node between two of them that may change it
-    ends a group, unless the group `takes` the node (given the value) as a member that is none of these.
+    The members are given in the graph's order, each with the value that it is computed from. A node
+    between two of them that may change this value ends a group, unless the group `takes` the node
+    (given the value) as a member that is none of these.
     """
     by_value: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for member, value in members.items():
@@ -45,12 +46,17 @@ def groups(
     return found
 
 
+def items_of(graph: fx.Graph, node: fx.Node, count: int) -> list[fx.Node]:
+    """Return new nodes for the items of what a node gives, in the order of their numbers."""
+    return [graph.call_function(operator.getitem, (node, index)) for index in range(count)]
+
+
 def _groups_of(
     value: fx.Node, sharing: list[fx.Node], takes: Callable[[fx.Node, fx.Node], bool]
 ) -> list[list[fx.Node]]:
-    """The groups among the members that share one value; the last nodes of each may be none of the members."""
+    """The groups among the members that share one value; the last nodes may be no members."""
     found, group = [], list[fx.Node]()
-    fresh: set[fx.Node] = set()  # the members and what is computed from them alone
+    fresh: set[fx.Node] = set()  # the members and what is computed from them only
     for node in _span(sharing):
         if node in sharing or group and takes(node, value):
             group.append(node)
@@ -96,7 +102,7 @@ def may_write(node: fx.Node) -> bool:
 
 @functools.cache
 def _pure_functions() -> frozenset[Any]:
-    """The functions of torch and operator that compute a value; those that write end in an underscore."""
+    """The functions of torch and operator that compute a value; those that write end in `_`."""
     found: set[Any] = {getattr}
     for functions in torch.overrides.get_overridable_functions().values():
         found |= {function for function in functions if not function.__name__.endswith("_")}
@@ -108,12 +114,12 @@ def _pure_functions() -> frozenset[Any]:
     return frozenset(found - written)
 
 
-_WRITERS = frozenset("""setitem delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub
-    itruediv ixor""".split())
+_WRITERS = frozenset("""setitem delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior
+    ipow irshift isub itruediv ixor""".split())
 
 
 def _sets_a_flag(function: Any, node: fx.Node) -> bool:
-    """True if an argument asks a function to write: into `out`, `inplace`, or a table that it renormalises."""
+    """True if an argument asks a function to write, be it into a table that it renormalises."""
     given = dict(node.kwargs)
     if isinstance(function, types.FunctionType):
         given |= dict(zip(inspect.signature(function).parameters, node.args))

@@ -1,4 +1,4 @@
-"""The graph of a region: an `fx.Graph` that may read any attribute of a module, and that pickles flat."""
+"""The graph of a region: an `fx.Graph` that reads any attribute of a module, and pickles flat."""
 
 import dataclasses
 import inspect
@@ -9,14 +9,14 @@ from torch.fx.node import map_aggregate
 
 
 class RegionGraph(fx.Graph):
-    """A graph whose `get_attr` nodes may read any attribute of a module (None, a number), not only tensors."""
+    """A graph whose `get_attr` nodes may read any attribute: None, a number, a tensor."""
 
     def lint(self) -> None:
         owner, self.owning_module = self.owning_module, None
         try:
             super().lint()
-            for node in self.nodes if owner is not None else ():
-                if node.op in ("get_attr", "call_module"):
+            for node in self.nodes:
+                if owner is not None and node.op in ("get_attr", "call_module"):
                     _check(owner, str(node.target))
         finally:
             self.owning_module = owner
@@ -27,22 +27,27 @@ class RegionGraph(fx.Graph):
         return graph
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A flat list of nodes that name their arguments: pickling the linked nodes themselves would recurse."""
+        """A flat list of nodes that name their arguments: pickling linked nodes would recurse."""
 
         def named(argument: Any) -> Any:
             return NodeName(argument.name) if isinstance(argument, fx.Node) else argument
 
-        nodes = [(node.op, node.target, map_aggregate((node.args, node.kwargs), named), node.name)
-                 for node in self.nodes]
+        nodes: list[tuple[str, Any, Any, str]] = []
+        for node in self.nodes:
+            arguments = map_aggregate((node.args, node.kwargs), named)
+            nodes.append((node.op, node.target, arguments, node.name))
         return _from_nodes, (nodes,)
 
 
 def _check(owner: Any, target: str) -> None:
-    """Raise AttributeError unless a module has this attribute; a property, which might do something, is not read."""
+    """Raise AttributeError unless a module has this attribute.
+
+    A property, which might do something, is not read.
+    """
     *path, name = target.split(".")
     for part in path:
-        held = owner._modules.get(part) if isinstance(owner, nn.Module) else None
-        owner = getattr(owner, part) if held is None else held
+        child = owner._modules.get(part) if isinstance(owner, nn.Module) else None
+        owner = getattr(owner, part) if child is None else child
     if not isinstance(inspect.getattr_static(type(owner), name, None), property):
         getattr(owner, name)
 

@@ -14,7 +14,7 @@ from torch import fx
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One way of writing a linear call: a function or method whose arguments, in order, are named in `signature`.
+    """One way of writing a linear call: a function or method, its arguments as in `signature`.
 
     `transposed` means that the weight argument is (in, out), y = x W, and not (out, in), y = x W^T.
     """
@@ -26,11 +26,14 @@ class Rule:
 
     def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by their names; none if some have other names."""
-        given = dict(zip(self.signature, args)) | {_SPELLINGS.get(name, name): kwargs[name] for name in kwargs}
-        return given if given.keys() <= set(self.signature) and len(args) <= len(self.signature) else {}
+        given = dict(zip(self.signature, args))
+        for name, value in kwargs.items():
+            given[_SPELLINGS.get(name, name)] = value
+        fits = given.keys() <= set(self.signature) and len(args) <= len(self.signature)
+        return given if fits else {}
 
     def operands(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The input and the weight among the arguments of a call; None, None if it has arguments of other names."""
+        """The input and the weight of a call; None, None if it has arguments of other names."""
         given = self.named(args, kwargs)
         return given.get("input"), given.get("weight")
 
@@ -56,8 +59,10 @@ RULES: dict[Any, Rule] = {rule.target: rule for rule in (
 
 
 class Role(NamedTuple):
-    """What an argument of a function is to it: a weight, (in, out) if `transposed`, perhaps of several equal blocks of
-    rows that are weights by themselves."""
+    """A weight among a function's arguments, (in, out) if `transposed`.
+
+    `blocks` names equal blocks of its rows that are weights by themselves, if it has some.
+    """
 
     transposed: bool = False
     blocks: tuple[str, ...] = ()
@@ -66,35 +71,45 @@ class Role(NamedTuple):
 # Functions that make linear calls of no rule: {function: {argument that is a weight: Role}}.
 COMPOSITES: dict[Any, dict[str, Role]] = {
     F.multi_head_attention_forward: {
-        "in_proj_weight": Role(blocks=("q", "k", "v")), "q_proj_weight": Role(), "k_proj_weight": Role(),
-        "v_proj_weight": Role(), "out_proj_weight": Role()},
+        "in_proj_weight": Role(blocks=("q", "k", "v")), "q_proj_weight": Role(),
+        "k_proj_weight": Role(), "v_proj_weight": Role(), "out_proj_weight": Role()},
     F.grouped_mm: {"mat_b": Role(transposed=True)},
 }
 
 
-def roles(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, Role]]:
+def roles(
+    function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[Any, Role]]:
     """(argument, Role) of each weight among the arguments of a call."""
     if function in COMPOSITES:
         given = {**dict(zip(inspect.signature(function).parameters, args)), **kwargs}
-        yield from ((given[name], role) for name, role in COMPOSITES[function].items() if name in given)
+        for name, role in COMPOSITES[function].items():
+            if name in given:
+                yield given[name], role
 
 
 # The names that torch gives some of these arguments.
-_SPELLINGS = {"mat1": "input", "mat2": "weight", "other": "weight", "batch1": "input", "batch2": "weight"}
+_SPELLINGS = {"mat1": "input", "mat2": "weight", "other": "weight",
+              "batch1": "input", "batch2": "weight"}
 
-# Ways of transposing a matrix: {target: the other arguments with which it does, as a set of alternatives}.
+# Ways of transposing a matrix: {target: alternatives of the other arguments with which it does}.
 _SWAPS = ((0, 1), (1, 0), (-1, -2), (-2, -1))
 TRANSPOSES: dict[Any, tuple[tuple[Any, ...], ...]] = {
     getattr: (("T",), ("mT",)), "t": ((),), torch.t: ((),), torch.ops.aten.t.default: ((),),
     "transpose": _SWAPS, torch.transpose: _SWAPS, torch.ops.aten.transpose.int: _SWAPS,
-    "permute": ((1, 0), ((1, 0),)), torch.permute: (((1, 0),),), torch.ops.aten.permute.default: (([1, 0],),),
+    "permute": ((1, 0), ((1, 0),)), torch.permute: (((1, 0),),),
+    torch.ops.aten.permute.default: (([1, 0],),),
 }
-SWAPS_BY_NAME = frozenset({"T", "mT", "t", "transpose", "permute", "swapaxes"})  # where only the name is known
+# Where only the name is known.
+SWAPS_BY_NAME = frozenset({"T", "mT", "t", "transpose", "permute", "swapaxes"})
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearCall:
-    """The parts of a node that computes x W^T + b, or x W + b if `transposed`; `weight` is the node of W itself."""
+    """The parts of a node that computes x W^T + b, or x W + b if `transposed`.
+
+    `weight` is the node of W itself, not of a transpose.
+    """
 
     rule: Rule
     input: fx.Node
@@ -117,7 +132,7 @@ def linear_call(node: fx.Node) -> LinearCall | None:
 
 
 def untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
-    """The node of the matrix that this one is a transpose of, if it is, and whether it is."""
+    """The node of the matrix that this one is a transpose of, if it is, and True if it is."""
     swapped = False
     while is_transpose(node):
         node, swapped = node.all_input_nodes[0], not swapped
@@ -125,42 +140,53 @@ def untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
 
 
 def is_transpose(node: fx.Node) -> bool:
-    """Whether this node is the transpose of its first argument, taken as a matrix."""
+    """True if this node is the transpose of its first argument, taken as a matrix."""
     return node.args[1:] in TRANSPOSES.get(node.target, ())
 
 
-def readers_of(node: fx.Node, path: tuple[fx.Node, ...] = ()) -> Iterator[tuple[tuple[fx.Node, ...], fx.Node]]:
-    """What uses a matrix, each with the transposes through which it does."""
+def matrix_users(
+    node: fx.Node, transposes: tuple[fx.Node, ...] = ()
+) -> Iterator[tuple[tuple[fx.Node, ...], fx.Node]]:
+    """(transposes on the way, user) of all that uses a matrix, as it is or transposed."""
     for user in node.users:
         if is_transpose(user):
-            yield from readers_of(user, (*path, user))
+            yield from matrix_users(user, (*transposes, user))
         else:
-            yield path, user
+            yield transposes, user
 
 
 def blocks_of(node: fx.Node, width: int) -> dict[str, tuple[int, int]]:
-    """The blocks into which a graph splits the last dimension of a value, {name: (start, length)}: by chunk and split.
+    """{name: (start, length)} of the blocks into which chunk and split cut the last dimension.
 
     A block goes by the name of the variable to which forward assigns it, and by its number.
     """
-    found = {}
+    found: dict[str, tuple[int, int]] = {}
     for user in node.users:
         lengths = _lengths(user, width)
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
-        for item in [item for part in user.users for item in (part, *part.users)] if lengths else ():
-            if item.target is operator.getitem and isinstance(item.args[1], int):
-                at = range(len(lengths))[item.args[1]]
-                name = re.sub(r"_\d+$", "", item.name)
-                found[name if name != "getitem" else str(at)] = starts[at], lengths[at]
-        blocks = {str(i): block for i, block in enumerate(zip(starts, lengths))}
-        found |= {name: block for name, block in blocks.items() if block not in found.values()}
+        if not lengths:
+            continue
+        blocks: list[tuple[int, int]] = []
+        start = 0
+        for length in lengths:
+            blocks.append((start, length))
+            start += length
+        for part in user.users:
+            for item in (part, *part.users):
+                if item.target is operator.getitem and isinstance(item.args[1], int):
+                    number = range(len(lengths))[item.args[1]]
+                    name = re.sub(r"_\d+$", "", item.name)
+                    found[name if name != "getitem" else str(number)] = blocks[number]
+        for number, block in enumerate(blocks):
+            if block not in found.values():
+                found[str(number)] = block
     return found
 
 
 def _lengths(node: fx.Node, width: int) -> list[int]:
-    """The lengths of the parts into which this node cuts its first argument's last dimension, [] if it does not."""
+    """The lengths of the parts into which a node cuts the last dimension of its argument, or []."""
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    size = node.args[1] if node.args[1:] else node.kwargs.get("chunks", node.kwargs.get("split_size", 0))
+    named = node.kwargs.get("chunks", node.kwargs.get("split_size", 0))
+    size = node.args[1] if node.args[1:] else named
     dim = node.args[2] if node.args[2:] else node.kwargs.get("dim", 0)
     if name not in ("chunk", "split") or dim != -1 or not size:
         return []
@@ -172,39 +198,53 @@ def _lengths(node: fx.Node, width: int) -> list[int]:
 
 
 # Reading these of a tensor computes nothing with its values.
-METADATA = frozenset("""dtype device shape size ndim dim numel layout stride element_size is_contiguous requires_grad
-    is_meta is_cuda is_cpu new_zeros new_ones new_empty new_full new_tensor""".split())
+METADATA = frozenset("""
+    dtype device shape size ndim dim numel layout stride element_size is_contiguous requires_grad
+    is_meta is_cuda is_cpu new_zeros new_ones new_empty new_full new_tensor
+""".split())
 
 
 def only_metadata(node: fx.Node) -> bool:
-    """Whether this node asks its first argument for its shape, dtype or the like, and nothing more."""
-    return node.args[1] in METADATA if node.target is getattr else node.op == "call_method" and node.target in METADATA
+    """True if a node asks its first argument for its shape, dtype or the like, and nothing more."""
+    if node.target is getattr:
+        return node.args[1] in METADATA
+    return node.op == "call_method" and node.target in METADATA
 
 
-def computed_from(
-    node: fx.Node, made: Mapping[fx.Node, LinearCall]
+def weight_sources(
+    node: fx.Node, linear_calls: Mapping[fx.Node, LinearCall]
 ) -> Iterator[tuple[fx.Node, bool, tuple[str, ...]]]:
-    """(get_attr, transposed, blocks of rows) of each tensor from which a weight of this node is computed."""
-    call = made.get(node)
+    """(get_attr, transposed, blocks of rows) of each tensor from which a weight is computed."""
+    call = linear_calls.get(node)
     if call is not None and call.weight.op != "get_attr":
-        yield from ((source, call.transposed, ()) for source in sources_of(call.weight))
+        for source in attribute_sources(call.weight):
+            yield source, call.transposed, ()
     for weight, role in roles(node.target, node.args, node.kwargs):
         if isinstance(weight, fx.Node):
             matrix, swapped = untransposed(weight)
-            yield from ((source, role.transposed != swapped, role.blocks) for source in sources_of(matrix))
-    rule = RULES.get(node.target) if call is None and node.op in ("call_function", "call_method") else None
+            for source in attribute_sources(matrix):
+                yield source, role.transposed != swapped, role.blocks
+    is_call = node.op in ("call_function", "call_method")
+    rule = RULES.get(node.target) if call is None and is_call else None
     if rule is not None and rule.transposed:  # w @ x
-        x, other = rule.operands(node.args, node.kwargs)
-        if isinstance(x, fx.Node) and isinstance(other, fx.Node) and not sources_of(other):
-            yield from ((source, False, ()) for source in sources_of(x))
+        left, right = rule.operands(node.args, node.kwargs)
+        are_nodes = isinstance(left, fx.Node) and isinstance(right, fx.Node)
+        if are_nodes and not attribute_sources(right):
+            for source in attribute_sources(left):
+                yield source, False, ()
 
 
-def sources_of(node: fx.Node) -> list[fx.Node]:
-    """The attributes from which a value is computed, if from nothing else: no input, no module's output."""
+def attribute_sources(node: fx.Node) -> list[fx.Node]:
+    """The attributes from which a value is computed, if from nothing else: no input, no module."""
     if node.op == "get_attr":
         return [node]
     if node.op not in ("call_function", "call_method") or node.target is getattr:
         return []
-    arguments = [argument for argument in node.all_input_nodes if not only_metadata(argument)]
-    found = [sources_of(argument) for argument in arguments]
-    return [source for sources in found for source in sources] if all(found) else []
+    sources: list[fx.Node] = []
+    for argument in node.all_input_nodes:
+        if not only_metadata(argument):
+            found = attribute_sources(argument)
+            if not found:
+                return []
+            sources += found
+    return sources

@@ -1,4 +1,4 @@
-"""What the Python of a graph break does with the weights of a model."""
+"""What a model does with weights in the Python of graph breaks and in plain attributes."""
 
 import functools
 import inspect
@@ -10,86 +10,100 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .body import ITEM, Chain, Product
+from .functions import closure_values, package
+from .modules import Place
 from .rules import SWAPS_BY_NAME
-from .source import ITEM, Facts, Names, Product, enclosed, facts_of, package
+from .source import analysis_of
 
 
-Place = tuple[nn.Module, str]  # owner, attribute
-
-
-def products(module: nn.Module, method: str = "forward") -> Iterator[tuple[Place, Product]]:
+def products_of(module: nn.Module, method: str = "forward") -> Iterator[tuple[Place, Product]]:
     """The weights that the module's Python uses in linear calls of its own."""
-    cls: Any = type(module)
-    facts = facts_of(cls, method)
-    for product in facts.products:
-        for owner, attribute, rest in _resolved(module, product.names):
-            if ITEM in rest and _dimensions(owner, attribute) < 3:
+    for product in analysis_of(module, method).products:
+        for place, rest in _tensors_along(module, product.chain):
+            if ITEM in rest and _dimensions(place) < 3:
                 continue  # rows looked up in a table
             swapped = sum(name in SWAPS_BY_NAME for name in rest) % 2 == 1
-            yield (owner, attribute), product._replace(transposed=product.transposed != swapped)
-    for child, name in _methods(module, facts):
-        yield from products(child, name)
+            yield place, product._replace(transposed=product.transposed != swapped)
+    for child, name in _methods_called(module, method):
+        yield from products_of(child, name)
 
 
-def fetched(module: nn.Module, method: str = "forward") -> Iterator[nn.Module]:
+def modules_fetched(module: nn.Module, method: str = "forward") -> Iterator[nn.Module]:
     """The modules whose weights the module's Python fetches past their attributes."""
-    cls: Any = type(module)
-    facts = facts_of(cls, method)
-    for names in facts.fetches:
-        yield from (found for found in _modules(module, names))
-    for child, name in _methods(module, facts):
-        yield from fetched(child, name)
+    for chain in analysis_of(module, method).fetches:
+        yield from _modules_at(module, chain)
+    for child, name in _methods_called(module, method):
+        yield from modules_fetched(child, name)
 
 
-def _methods(module: nn.Module, facts: Facts) -> Iterator[tuple[nn.Module, str]]:
-    for names in facts.calls:
-        for child in _modules(module, names[:-1]):
-            method = inspect.getattr_static(type(child), names[-1], None)
-            if isinstance(method, types.FunctionType) and package(method) != "torch":
-                yield child, names[-1]
+def _methods_called(module: nn.Module, method: str) -> Iterator[tuple[nn.Module, str]]:
+    """(child, name) of the methods that users wrote and that this one calls of children."""
+    for *owner, name in analysis_of(module, method).calls:
+        for child in _modules_at(module, tuple(owner)):
+            function = inspect.getattr_static(type(child), name, None)
+            if isinstance(function, types.FunctionType) and package(function) != "torch":
+                yield child, name
 
 
-def _modules(module: nn.Module, names: Names) -> list[nn.Module]:
-    """The modules that a chain comes to."""
+def _modules_at(module: nn.Module, chain: Chain) -> list[nn.Module]:
+    """The modules to which a chain of attributes and items leads."""
     found = [module]
-    for name in names:
-        found = [child for parent in found for child in (
-            parent._modules.values() if name == ITEM else (parent._modules.get(name),)) if child is not None]
+    for name in chain:
+        children: list[nn.Module | None] = []
+        for parent in found:
+            if name == ITEM:
+                children += parent._modules.values()
+            else:
+                children.append(parent._modules.get(name))
+        found = [child for child in children if child is not None]
     return found
 
 
-def _resolved(module: nn.Module, names: Names) -> Iterator[tuple[nn.Module, str, Names]]:
-    """(owner, attribute, what follows) for each tensor that a chain goes through."""
-    for at, name in enumerate(names):
-        for owner in _modules(module, names[:at]):
+def _tensors_along(module: nn.Module, chain: Chain) -> Iterator[tuple[Place, Chain]]:
+    """Each tensor that a chain comes by, and what follows it in the chain."""
+    for at, name in enumerate(chain):
+        for owner in _modules_at(module, chain[:at]):
+            registered = name in owner._parameters or name in owner._buffers
             if name == ITEM:
-                keys = list(owner._parameters)
-            elif name in owner._parameters or name in owner._buffers or parametrize.is_parametrized(owner, name):
-                keys = [name]
+                attributes = list(owner._parameters)
+            elif registered or parametrize.is_parametrized(owner, name):
+                attributes = [name]
             else:
-                keys = []
-            yield from ((owner, key, names[at + 1:]) for key in keys)
+                attributes = []
+            for attribute in attributes:
+                yield Place(owner, attribute), chain[at + 1:]
 
 
-def _dimensions(owner: nn.Module, attribute: str) -> int:
-    tensor = owner._parameters.get(attribute)
+def _dimensions(place: Place) -> int:
+    tensor = place.module._parameters.get(place.attribute)
     return 2 if tensor is None else tensor.ndim
 
 
-def weights_kept(module: nn.Module) -> Iterator[Place]:
-    """The weights that plain attributes of a module hold: in a list, a bound method or a partial function."""
-    kept = {id(held) for name, value in vars(module).items() if name not in TABLES
-            for held in reached(value) if isinstance(held, nn.Parameter)}
-    for owner in module.modules() if kept else ():
-        yield from ((owner, name) for name, parameter in owner._parameters.items() if id(parameter) in kept)
+MODULE_STATE = frozenset(vars(nn.Module()))  # nn.Module's own: parameters, submodules, hooks
 
 
-TABLES = frozenset(vars(nn.Module()))  # nn.Module's own: parameters, submodules, hooks
+def weights_in_attributes(module: nn.Module) -> Iterator[Place]:
+    """The weights that plain attributes hold: in a list, a bound method or a partial function."""
+    found: set[int] = set()
+    for name, value in vars(module).items():
+        if name not in MODULE_STATE:
+            for part in values_in(value):
+                if isinstance(part, nn.Parameter):
+                    found.add(id(part))
+    if not found:
+        return
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if id(parameter) in found:
+                yield Place(owner, name)
 
 
-def reached(value: Any, depth: int = 4) -> Iterator[Any]:
-    """A value and what it holds: items, arguments of a partial, closures and defaults of a function, attributes."""
+def values_in(value: Any, depth: int = 4) -> Iterator[Any]:
+    """A value and what it holds: items, attributes, a partial's arguments, closures, defaults."""
     yield value
+    if depth == 0:
+        return
     parts: list[Any] = []
     if isinstance(value, (list, tuple, set, frozenset)):
         parts = list(value)
@@ -98,8 +112,11 @@ def reached(value: Any, depth: int = 4) -> Iterator[Any]:
     elif isinstance(value, functools.partial):
         parts = [value.func, value.args, value.keywords]
     elif isinstance(value, types.FunctionType):
-        parts = [*enclosed(value), value.__defaults__, value.__kwdefaults__]
-    elif not isinstance(value, (nn.Module, torch.Tensor, type, types.ModuleType, types.MethodType)):
+        parts = [*closure_values(value), value.__defaults__, value.__kwdefaults__]
+    elif not isinstance(value, _OPAQUE):
         parts = list(getattr(value, "__dict__", {}).values())
-    for part in parts if depth else ():
-        yield from reached(part, depth - 1)
+    for part in parts:
+        yield from values_in(part, depth - 1)
+
+
+_OPAQUE = (nn.Module, torch.Tensor, type, types.ModuleType, types.MethodType)

@@ -1,9 +1,10 @@
-"""The addend of a matrix, s L R, and its mathematics: all that the rest of lorafx knows of what a branch adds.
+"""The addend of a matrix, s L R, and its mathematics: what the rest of lorafx knows of a branch.
 
-Of a weight W (out, in), L is B (out, rank) and R is A (rank, in). Another kind of branch would be another class with
-these methods, in a file of its own: its part of a linear call's output, of a product with the matrix on either side,
-of the matrix itself, dense or in place, its gradients, and its norm. `fused` and `merged` compute the same for many
-addends at once, out of the reach of autograd.
+Of a weight W (out, in), L is B (out, rank) and R is A (rank, in). Another kind of branch would be
+another class with these methods, in a file of its own: its part of a linear call's output, of a
+product with the matrix on either side, of the matrix itself, dense or in place, its gradients, and
+its norm. `fused` and `merged` compute the same for many addends at once, out of the reach of
+autograd.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,10 @@ from .dropout import dropped
 
 
 class Addend(NamedTuple):
-    """s L R, an addend of a matrix (..., m, n), or of the block of it that begins at `start` along `axis`, -2 or -1."""
+    """s L R, an addend of a matrix (..., m, n), or of a block of its rows or columns.
+
+    The block begins at `start` along `axis`, -2 or -1.
+    """
 
     left: Tensor  # (..., m, rank)
     right: Tensor  # (..., rank, n)
@@ -63,7 +67,7 @@ class Addend(NamedTuple):
         return matrix.narrow(self.axis, self.start, self.size)
 
     def rows(self, start: int, length: int) -> "Addend | None":
-        """The addend of the rows [start, start + length) of the matrix; None if it does not reach them."""
+        """The addend of the rows [start, start + length) of the matrix; None if it has none."""
         if self.axis == -1:
             return self._replace(left=self.left.narrow(-2, start, length))
         first, last = max(start, self.start), min(start + length, self.start + self.size)
@@ -77,8 +81,8 @@ class Addend(NamedTuple):
     def add_to_output(self, y: Tensor, x: Tensor) -> Tensor:
         """y + s (x R^T) L^T, in y's dtype.
 
-        The factors are cast to x's dtype, never x to theirs: they are the narrow side, so that no copy of an
-        activation is saved for the backward pass.
+        The factors are cast to x's dtype, never x to theirs: they are the narrow side, so that no
+        copy of an activation is saved for the backward pass.
         """
         if self.axis == -1 and self.size != x.size(-1):
             x = x.narrow(-1, self.start, self.size)
@@ -98,7 +102,7 @@ class Addend(NamedTuple):
         return torch.cat([y[..., :self.start], block, y[..., end:]], dim=-1)
 
     def add_into_output(self, y: Tensor, rows: Tensor) -> None:
-        """y += s (rows R^T) L^T in place, y (N, out), rows (N, in), all of one dtype, L as long as y is wide."""
+        """y += s (rows R^T) L^T in place, y (N, out), rows (N, in), for a left of all out rows."""
         y.addmm_(F.linear(rows, self.right), self.left.t(), alpha=self.scale)
 
     # The matrix M, (..., m, n), as it is multiplied.
@@ -126,7 +130,7 @@ class Addend(NamedTuple):
         return torch.add(y, added, alpha=self.scale)
 
     def add_to_chosen_rows(self, rows: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """M[i] + s L[i] R for `rows` = M[i], where the addend is as large as M and `choose` takes rows of a matrix."""
+        """M[i] + s L[i] R for `rows` = M[i]; `choose` takes these rows of any such matrix."""
         h = choose(self.left.to(rows.dtype))  # (..., rank)
         return torch.add(rows, h @ self.right.to(rows.dtype), alpha=self.scale)
 
@@ -159,8 +163,9 @@ def padded(block: Tensor, axis: int, start: int, length: int) -> Tensor:
 def norm(addends: Sequence[Addend]) -> float:
     """Return the Frobenius norm of sum s L R, all of one shape, in float64.
 
-    The sum is L R with the L's side by side, (..., m, ranks), and the R's stacked, (..., ranks, n). With L = Q1 R1 and
-    R^T = Q2 R2 its norm is that of the small R1 R2^T, which loses no digits as Gram matrices would.
+    The sum is L R with the L's side by side, (..., m, ranks), and the R's stacked, (..., ranks, n).
+    With L = Q1 R1 and R^T = Q2 R2 its norm is that of the small R1 R2^T, which loses no digits as
+    Gram matrices would.
     """
     left = torch.cat([addend.scale * addend.left.double() for addend in addends], -1)
     right = torch.cat([addend.right.double() for addend in addends], -2)

@@ -30,7 +30,7 @@ def addends_of(calls: Sequence[Linear]) -> list[Addend]:
 
 
 def split_by_rank(matrix: Tensor, addends: Sequence[Addend], dim: int = 1) -> Sequence[Tensor]:
-    """Return the parts, each as long as its addend's rank, of a matrix that is R long in this dimension."""
+    """Return the parts, each as long as its addend's rank, of a matrix that joins all ranks."""
     if len(addends) == 1:
         return (matrix,)
     return matrix.split_with_sizes([addend.right.shape[0] for addend in addends], dim=dim)

@@ -1,4 +1,4 @@
-"""Dropout of x, y = x m / (1 - p) with m a mask of bits, and masks packed eight to a byte; on tensors only."""
+"""Dropout, x m / (1 - p) with m a mask of bits, and masks packed eight to a byte."""
 
 import torch
 import torch.nn.functional as F

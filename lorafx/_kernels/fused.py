@@ -1,14 +1,14 @@
-"""Linear calls with branches on one x as one autograd.Function: y_k = x W_k^T + b_k + sum s (x A^T) B^T.
+"""One autograd.Function for linear calls on one x: y_k = x W_k^T + b_k + sum s (x A^T) B^T.
 
-With rows x (N, in), R the ranks of all addends together, h = x cat(A)^T (N, R) and G = [s dY B] (N, R), by the chain
-rule
+With rows x (N, in), R the ranks of all addends together, h = x cat(A)^T (N, R), and
+G = [s dY B] (N, R), by the chain rule
 
     dA = G^T x      dB = s dY^T h      dX = sum dY_k W_k + G cat(A)
 
-so x is read once for all ranks, nothing of the size of an output is made but the outputs, and x and h are all that is
-saved. If A and B are wider than x, these products are computed in their dtype and rounded to x's only where they are
-added to y and dX; then some rows of x, y, dX and dY are cast at a time, never all. A is an addend's `right`, B its
-`left`.
+so x is read once for all ranks, nothing of the size of an output is made but the outputs, and x and
+h are all that is saved. If A and B are wider than x, these products are computed in their dtype and
+rounded to x's only where they are added to y and dX; then some rows of x, y, dX and dY are cast at
+a time, never all. A is an addend's `right`, B its `left`.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class CallPlan(NamedTuple):
 
     @staticmethod
     def of(calls: Sequence[Linear], merged: bool, dropout: float) -> "CallPlan":
-        """The plan of calls whose addends all drop out with one probability; `merged`: W + sum s B A is formed."""
+        """The plan of calls whose addends drop out alike; `merged` forms W + sum s B A."""
         scales = []
         for call in calls:
             scales.append(tuple([(a.scale / (1 - dropout), a.start) for a in call.addends]))
@@ -85,8 +85,10 @@ class CallPlan(NamedTuple):
         return weight
 
 
-def fused(x: Tensor, plan: CallPlan, tensors: Sequence[Tensor], differentiable: bool) -> list[Tensor]:
-    """Return the results of the plan's calls of these tensors, through the Function if they are `differentiable`."""
+def fused(
+    x: Tensor, plan: CallPlan, tensors: Sequence[Tensor], differentiable: bool
+) -> list[Tensor]:
+    """Return the results of the plan's calls of these tensors, `differentiable` if so asked."""
     if differentiable:
         return list(_apply(x, plan, *tensors))
     return _compute(x, plan, plan.calls(tensors), saving=False)[0]
@@ -123,7 +125,7 @@ _apply: Any = apply_of(_Linears)  # `linears` has asked about transforms
 def _compute(
     x: Tensor, plan: CallPlan, calls: Sequence[Linear], saving: bool
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """The results, none of them a view; h (N, R) and the mask (N, in) of dropout, where they are needed."""
+    """The results, none of them a view; h (N, R) and dropout's mask (N, in), where needed."""
     outputs = [_not_a_view(F.linear(x, plan.weight(call), call.bias)) for call in calls]
     if plan.merged and not saving:
         return outputs, None, None
@@ -181,7 +183,10 @@ def _gradients(
 def _fill_g(
     dY: Tensor | None, addend: Addend, g: Tensor, half: Tensor, B: Tensor
 ) -> Tensor | None:
-    """Fill g = s dY B, (N, rank), and return dB = s dY^T h, (length, rank); zeros and None for an unused output."""
+    """Fill g = s dY B, (N, rank), and return dB = s dY^T h, (length, rank).
+
+    They are zeros and None for an output that was not used.
+    """
     if dY is None:
         g.zero_()
         return None
@@ -196,7 +201,8 @@ def _differentiable(
 ) -> tuple[Tensor | None, ...]:
     """The gradients, by operators that can be differentiated again or mapped over.
 
-    Each place has an alias of its own: a factor may stand in several, and x may be computed from the factors.
+    Each place has an alias of its own: a factor may stand in several, and x may be computed from
+    the factors.
     """
     with torch.enable_grad():
         x, *tensors = (t.view_as(t) if isinstance(t, Tensor) else t for t in (x, *tensors))
@@ -230,13 +236,19 @@ def _own(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
+# from so many rows on, factors of fewer columns than this are laid out by columns
 MANY_ROWS, FEW_COLUMNS = 256, 16
 
 
 def _in_columns(Bs: Sequence[Tensor], rows: int) -> Sequence[Tensor]:
-    """The B, laid out by columns where few of them would make a product with rows up to ten times as slow on a CPU."""
+    """The B, laid out by columns where that makes a product with rows up to ten times as fast.
+
+    It does on a CPU, where they have few columns.
+    """
     ranks = {B.shape[1] for B in Bs}
-    if rows < MANY_ROWS or len(ranks) > 1 or max(ranks) >= FEW_COLUMNS or Bs[0].device.type != "cpu":
+    if rows < MANY_ROWS or len(ranks) > 1 or max(ranks) >= FEW_COLUMNS:
+        return Bs
+    if Bs[0].device.type != "cpu":
         return Bs
     joined = torch.cat([B.t() for B in Bs], dim=1)  # (rank, sum of lengths)
     return [part.t() for part in joined.split_with_sizes([B.shape[0] for B in Bs], dim=1)]
@@ -251,5 +263,5 @@ def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _not_a_view(y: Tensor) -> Tensor:
-    """The same tensor as a view of none: what a Function returns as a view could not be written into."""
+    """The same tensor as no view: a view that a Function returns could not be written into."""
     return unsafe_view(y, y.shape) if y._is_view() else y

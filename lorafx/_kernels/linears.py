@@ -1,8 +1,9 @@
-"""Linear calls on one x, y_k = x W_k^T + b_k + sum s (x A^T) B^T, and the choice of how they are computed.
+"""How linear calls on one x, y_k = x W_k^T + b_k + sum s (x A^T) B^T, are computed: the choice.
 
-The Function of `fused` computes all of them and their gradients, but for a small call by itself, which plain operators
-compute in less time. Where that Function cannot go (transforms, compilers, tensor subclasses, trained base weights)
-plain operators compute the same. For many rows W + sum s B A is formed.
+The Function of `fused` computes all of them and their gradients, but for a small call by itself,
+which plain operators compute in less time. Where that Function cannot go (transforms, compilers,
+tensor subclasses, trained base weights) plain operators compute the same. For many rows
+W + sum s B A is formed.
 """
 
 from collections.abc import Sequence
@@ -18,20 +19,22 @@ from .fused import FEW_COLUMNS, MANY_ROWS, CallPlan, fused
 from .plain import by_operators, in_place
 from .private import any_autocast, caching, no_autocast, tracing, transforming
 
-# Below this many elements of x and y together, the passes over them that the Function saves take less time than its
-# Python: then torch's own derivative is used (benchmarks/step.py --rule: float32, two CPU cores).
+# Below this many elements of x and y together, the passes over them that the Function saves take
+# less time than its Python: then torch's own derivative is used (benchmarks/step.py --rule:
+# float32, two CPU cores).
 SMALL_BELOW = 1 << 19
 
-# W + s B A is formed, and no addend computed by itself, when the rows of x are this many times as many as would make
-# the FLOPs of both equal, N (in + out) = 2 in out. Beyond that of FLOPs, since small products run at a lower speed
-# (benchmarks/step.py --rule: float32, two CPU cores).
+# W + s B A is formed, and no addend computed by itself, when the rows of x are this many times as
+# many as would make the FLOPs of both equal, N (in + out) = 2 in out. Beyond that of FLOPs, since
+# small products run at a lower speed (benchmarks/step.py --rule: float32, two CPU cores).
 MERGE_FROM = 4.0
 
 
 def linears(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
-    """Return [x W^T + b + sum s (x A^T) B^T for each call], each (..., out), for x (..., in); in x's dtype.
+    """Return [x W^T + b + sum s (x A^T) B^T for each call], each (..., out), for x (..., in).
 
-    A and B may be wider than x and W. Each addend drops out elements of x of its own, unless all are `shared`.
+    The results have x's dtype. A and B may be wider than x and W. Each addend drops out elements of
+    x of its own, unless all are `shared`.
     """
     if not any([call.addends for call in calls]):
         return [F.linear(x, call.weight, call.bias) for call in calls]
@@ -47,7 +50,7 @@ def linears(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
 
 
 def _is_plain(x: Tensor, calls: Sequence[Linear]) -> bool:
-    """True if the Function can compute these: plain tensors on one device, a frozen base, no transform, no tracer."""
+    """True for plain tensors on one device, a frozen base, no transform and no tracer."""
     if torch.compiler.is_compiling() or type(x) not in PLAIN:
         return False
     if transforming() or tracing() or caching():
@@ -71,7 +74,7 @@ def _is_plain(x: Tensor, calls: Sequence[Linear]) -> bool:
 
 
 def _chosen(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
-    """The results, computed in the way that takes the least time for these shapes."""
+    """The results, computed as takes the least time for these shapes."""
     addends = addends_of(calls)
     rates = {addend.dropout for addend in addends}
     masks = rates != {0.0} and len(addends) > 1  # more than one is needed
@@ -96,7 +99,7 @@ def _any_requires_grad(addends: Sequence[Addend]) -> bool:
 
 
 def is_small(x: Tensor, call: Linear) -> bool:
-    """True if, by shapes, plain operators that add into the fresh output are faster, as exact, and save no more."""
+    """True if, by shapes, adding into the fresh output is faster, as exact, and saves no more."""
     out, width = call.weight.shape
     rows = x.numel() // width
     if rows * (out + width) >= SMALL_BELOW or x.dtype not in (torch.float32, torch.float64):
@@ -112,7 +115,8 @@ def is_small(x: Tensor, call: Linear) -> bool:
 
 
 def merges(x: Tensor, calls: Sequence[Linear], share: float = 1.0) -> bool:
-    """True if, by shapes, forming W + s B A is faster, and as exact: not where products round float32 operands.
+    """True if, by shapes, forming W + s B A is faster, and as exact: not where products round
+    float32 operands.
 
     It is from `share` of the usual number of rows on.
     """
@@ -132,6 +136,6 @@ def merges(x: Tensor, calls: Sequence[Linear], share: float = 1.0) -> bool:
 
 
 def full_precision(device: str) -> bool:
-    """True if products of float32 matrices are float32 products on this kind of device, not TF32 or bfloat16."""
+    """True if this kind of device multiplies float32 matrices as such, not as TF32 or bfloat16."""
     settings: dict[str, Any] = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
     return device in settings and settings[device].matmul.fp32_precision in ("none", "ieee")

@@ -1,4 +1,4 @@
-"""y_k = x (W_k + B_k A_k)^T + b_k for compilers to trace: neither the sums nor their gradients are kept."""
+"""y_k = x (W_k + B_k A_k)^T + b_k for compilers: neither sums nor their gradients are kept."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ def merged_linears(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None],
     factors: list[tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, ...]:
-    """Return [x (W + B A)^T + b for each], (..., out), of x (..., in); the factors are (A, B), the scale in B."""
+    """Return [x (W + B A)^T + b for each], (..., out), of x (..., in) and (A, B), s within B."""
     flat = [tensor for pair in factors for tensor in pair]
     outputs: tuple[Tensor, ...] = _MergedLinears.apply(  # type: ignore[no-untyped-call]
         x, len(weights), *weights, *biases, *flat)
@@ -19,7 +19,7 @@ def merged_linears(
 
 
 class _MergedLinears(torch.autograd.Function):
-    """(x, count, W, ..., b, ..., A, B, A, B, ...) -> y, ..., differentiable in x and the A and B."""
+    """(x, count, W, ..., b, ..., A, B, A, B, ...) -> y, ..., differentiable in x, A and B."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int, *tensors: Any) -> tuple[Tensor, ...]:

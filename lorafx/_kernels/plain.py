@@ -1,4 +1,4 @@
-"""y_k = x W_k^T + b_k + sum s (x R^T) L^T by plain operators, which torch differentiates: for all, or for one small call."""
+"""y_k = x W_k^T + b_k + sum s (x R^T) L^T by plain operators, which torch differentiates."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ def by_operators(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
 
 
 def in_place(x: Tensor, call: Linear) -> Tensor:
-    """Return the result of one call, into which addends as long as the output are added in place."""
+    """Return the result of one call; addends as long as the output are added in place."""
     # in the shape of x, whose rows by themselves may be added up in another order
     y = F.linear(x, call.weight, call.bias)
     if x.ndim == 2:

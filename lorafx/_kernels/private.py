@@ -1,11 +1,13 @@
 """Every private name of torch that lorafx uses: why it does, and what happens where torch lacks it.
 
-A name is looked up once, when lorafx is imported, so that lorafx can be imported whatever torch has. In the place of
-what is missing stands something public, or the answer on which the slower and always right way is taken, or what says
-so when it is used. Not listed are the attributes of torch's objects (`_parameters`, `_version`, `_is_view()`).
+A name is looked up once, when lorafx is imported, so that lorafx can be imported whatever torch
+has. In the place of what is missing stands something public, or the answer on which what is slower
+and always right is done, or what says so when it is used. Not listed are the attributes of torch's
+objects (`_parameters`, `_version`, `_is_view()`).
 """
 
 import contextlib
+import operator
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -55,17 +57,19 @@ def transforming() -> bool:
     return forward_ad._current_level >= 0
 
 
-# The vectorised backward pass of torch.autograd.grad(is_grads_batched=True) takes no in-place operators.
-# Without it: the gradients are always computed by operators that can be mapped over.
+# The vectorised backward pass of torch.autograd.grad(is_grads_batched=True) takes no in-place
+# operators. Without it: the gradients are always computed by operators that can be mapped over.
 is_legacy_batched: Callable[[Tensor], bool] = _optional(
     "torch._C:_functorch.is_legacy_batchedtensor", lambda tensor: True)
 
 # torch.jit.trace must see operators. Without it: torch.jit.is_tracing asks the same in more time.
 _jit_state: Callable[[], Any] = _optional(
-    "torch._C:_get_tracing_state", lambda: is_jit_tracing() or None)  # type: ignore[no-untyped-call]
+    "torch._C:_get_tracing_state",
+    lambda: is_jit_tracing() or None)  # type: ignore[no-untyped-call]
 
-# make_fx must see operators, and selective checkpointing keeps what they return, which therefore must not be written
-# into; both are dispatch modes. Without one of these: any dispatch mode is taken for such a one.
+# make_fx must see operators, and selective checkpointing keeps what they return, which therefore
+# must not be written into; both are dispatch modes. Without one of these: any dispatch mode is
+# taken for such a one.
 _mode_count: Callable[[], int] = _optional("torch._C:_len_torch_dispatch_stack", lambda: 1)
 _modes: Callable[[], list[Any]] = _optional(
     "torch.utils._python_dispatch:_get_current_dispatch_mode_stack",
@@ -86,13 +90,14 @@ def tracing() -> bool:
 
 
 def caching() -> bool:
-    """True if selective checkpointing keeps results of operators, which must not be written into."""
+    """True if selective checkpointing keeps what operators return: it must not change."""
     if _mode_count() == 0:
         return False
     return any(mode is None or isinstance(mode, _CACHING) for mode in _modes())
 
 
-# One question for all kinds of devices. Without it: torch.is_autocast_enabled(kind) is always asked.
+# One question for all kinds of devices. Without it: torch.is_autocast_enabled(kind) is always
+# asked.
 any_autocast: Callable[[], bool] = _optional("torch._C:_is_any_autocast_enabled", lambda: True)
 
 
@@ -112,8 +117,8 @@ no_autocast: Callable[[], contextlib.AbstractContextManager[None]] = _optional(
 
 # Tensors.
 
-# A view that autograd does not take for one, so that it may be returned from a Function and written into.
-# Without it: a copy.
+# A view that autograd does not take for one, so that it may be returned from a Function and written
+# into. Without it: a copy.
 unsafe_view: Callable[[Tensor, Iterable[int]], Tensor] = _optional(
     "torch:ops.aten._unsafe_view.default", lambda tensor, shape: tensor.reshape(shape).clone())
 
@@ -132,24 +137,25 @@ def _subclass(cls: type[Tensor], data: Tensor, requires_grad: bool) -> Tensor:
     return data.detach().as_subclass(cls).requires_grad_(requires_grad)
 
 
-# A Parameter of the caller's class on other data. Without it: Tensor.as_subclass, which calls its __torch_function__.
+# A Parameter of the caller's class on other data. Without it: Tensor.as_subclass, which calls its
+# __torch_function__.
 make_subclass: Callable[[type[Any], Tensor, bool], Any] = _optional(
     "torch:Tensor._make_subclass", _subclass)
 
 # The kernel of stacks of experts, which their Python calls by this name. Without it: nobody can.
 grouped_mm: Any = _optional("torch:_grouped_mm", object())
 
-# What tells one storage from another. Without it: its address, which all storages without memory share.
-storage_key: Callable[[Any], int] = (
-    (lambda storage: storage._cdata) if _optional("torch:UntypedStorage._cdata", None) is not None
-    else torch.UntypedStorage.data_ptr)
+# What tells one storage from another. Without it: the id of its object, which lives as long.
+storage_key: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
+if _optional("torch:UntypedStorage._cdata", None) is None:
+    storage_key = id
 
 
-def writes(operator: Any) -> bool:
-    """True if an operator of torch.ops writes into an argument. Without its schema: if its name says so."""
-    schema = getattr(operator, "_schema", None)
+def writes(overload: Any) -> bool:
+    """True if an operator of torch.ops writes into an argument. Without a schema: by its name."""
+    schema = getattr(overload, "_schema", None)
     if schema is None:
-        return str(operator.__name__).partition(".")[0].endswith("_")
+        return str(overload.__name__).partition(".")[0].endswith("_")
     return bool(schema.is_mutable)
 
 
@@ -190,19 +196,26 @@ def has_compiled_call(module: nn.Module) -> bool:
 
 # Tracing and compiling.
 
+class _NoDispatchMode:
+    __enter__ = _lacking("torch.utils._python_dispatch.TorchDispatchMode", "tracing")
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 else:
-    # Tracing refuses to compute with real tensors. Without it: nothing can be traced, and every module is a graph break.
-    TorchDispatchMode = _optional("torch.utils._python_dispatch:TorchDispatchMode", type(
-        "TorchDispatchMode", (), {"__enter__": _lacking(
-            "torch.utils._python_dispatch.TorchDispatchMode", "traces"), "__exit__": lambda *_: None}))
+    # Tracing refuses to compute with real tensors.
+    # Without it: nothing can be traced, and every module is a graph break.
+    TorchDispatchMode = _optional(
+        "torch.utils._python_dispatch:TorchDispatchMode", _NoDispatchMode)
 
 
 def compiler_pass() -> tuple[Any, Callable[..., bytes]]:
-    """The class of a pass for inductor, and the hash of its sources; imports the compiler, which takes a second.
+    """Return the class of a pass for inductor, and what hashes its source files.
 
-    Without it: `lorafx.compile_options` says so.
+    It imports the compiler, which takes a second. Without them: `lorafx.compile_options` says so.
     """
     try:
         from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files

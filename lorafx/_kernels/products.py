@@ -1,6 +1,7 @@
 """Products of a long matrix with a narrow one that may be wider in dtype; on tensors only.
 
-A long matrix, (N, k) with many rows, is cast some rows at a time, so that its copy stays in a cache.
+A long matrix, (N, k) with many rows, is cast some rows at a time, so that its copy stays in a
+cache.
 """
 
 import math
@@ -12,7 +13,7 @@ from torch import Tensor
 def product(
     left: Tensor, right: Tensor, scale: float = 1.0, out: Tensor | None = None
 ) -> Tensor:
-    """Return scale * left right, (N, k) (k, R), in right's dtype, to which rows of left are cast some at a time."""
+    """Return scale * left right, (N, k) (k, R), in right's dtype; left is cast by rows."""
     if left.dtype == right.dtype and out is None and scale == 1:
         return left @ right
     out = right.new_empty(left.shape[0], right.shape[1]) if out is None else out
@@ -24,7 +25,7 @@ def product(
 
 
 def transposed_product(narrow: Tensor, long: Tensor) -> Tensor:
-    """Return narrow^T long, (N, R) (N, k), as (R, k) in narrow's dtype, to which rows of long are cast likewise."""
+    """Return narrow^T long, (N, R) (N, k), as (R, k) in narrow's dtype; long is cast by rows."""
     if narrow.dtype != long.dtype:
         out = narrow.new_zeros(narrow.shape[1], long.shape[1])
         for rows in _blocks(long):
@@ -42,7 +43,10 @@ def transposed_product(narrow: Tensor, long: Tensor) -> Tensor:
 def both_products(
     long: Tensor, right: Tensor, narrow: Tensor, scale: float, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return scale * long right, (N, k) (k, R), in `out`, and narrow^T long, (N, R) (N, k); rows are cast once."""
+    """Return scale * long right, in `out`, and narrow^T long; rows of long are cast once.
+
+    The shapes are long (N, k), right (k, R), narrow (N, R).
+    """
     if long.dtype == narrow.dtype:
         return product(long, right, scale, out), transposed_product(narrow, long)
     found = narrow.new_zeros(narrow.shape[1], long.shape[1])
@@ -54,7 +58,7 @@ def both_products(
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """Add scale * left right, (N, R) (R, k), to the target, (N, k), rounded once; its rows are cast likewise."""
+    """Add scale * left right, (N, R) (R, k), to the target, (N, k), rounded once, by rows."""
     if target.dtype == right.dtype:
         target.addmm_(left, right, alpha=scale)
         return

@@ -9,14 +9,17 @@ from torch import Tensor
 
 
 class Scratch:
-    """Tensors on memory that is kept, a piece for each use, as the system takes its time to give new memory."""
+    """Tensors on memory that is kept, a piece for each use: new memory takes time to get."""
 
     def __init__(self) -> None:
-        self._held: dict[Any, Tensor] = {}
+        self._memory: dict[Any, Tensor] = {}
 
-    def empty(self, use: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-        """A contiguous tensor, not initialised, of the memory for this use; what it held before is lost."""
+    def empty(
+        self, use: str, shape: Sequence[int], dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """A contiguous tensor, not initialised, on this use's memory; what was there is lost."""
         count, key = math.prod(shape), (use, dtype, device)
-        if key not in self._held or self._held[key].numel() < count:
-            self._held[key] = torch.empty(count, dtype=dtype, device=device)
-        return self._held[key][:count].view(tuple(shape))
+        if key not in self._memory or self._memory[key].numel() < count:
+            self._memory[key] = torch.empty(count, dtype=dtype, device=device)
+        return self._memory[key][:count].view(tuple(shape))

@@ -49,9 +49,10 @@ def rows_at_a_time(shape: Sequence[int]) -> int:
 def folded(
     matrix: Tensor, addends: Sequence[Addend], scratch: Scratch, total: Tensor | None = None
 ) -> Tensor:
-    """Return W + sum s L R, (..., m, n), summed in float32 or wider and rounded once, new or in `total`.
+    """Return W + sum s L R, (..., m, n), rounded once to W's dtype, or to that of `total`, in it.
 
-    That happens some rows at a time, in the result itself or, if that is narrow, in a wide buffer.
+    It is summed in float32 or wider, some rows at a time, in the result itself or, if that is
+    narrow, in a wide buffer.
     """
     if type(matrix) is not Tensor:  # rows of a sharded one are no views of it
         return whole(matrix, addends)

@@ -1,9 +1,9 @@
 """What Python reads of an adapted weight: W + sum s B A, as a tensor that multiplies by its parts.
 
-A branch lives in a graph, beside the linear call that uses its weight. Python that no graph holds reads the weight
-itself, `layer.weight`, and must see the adapter too. It gets an `AdaptedWeight`: products with it, its transposes and
-its rows are computed in parts, x W^T + s (x A^T) B^T, which no dtype rounds away; whatever else is done with it, is
-done with the sum.
+A branch lives in a graph, beside the linear call that uses its weight. Python that no graph holds
+reads the weight itself, `layer.weight`, and must see the adapter too. It gets an `AdaptedWeight`:
+products with it, its transposes and its rows are computed in parts, x W^T + s (x A^T) B^T, which no
+dtype rounds away; whatever else is done with it, is done with the sum.
 """
 
 import functools
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from .._errors import AdaptedWeightError
 from .._graph.rules import RULES, Rule
 from .._kernels.addend import Addend
-from .._kernels.private import (
-    grouped_mm, tree_iter, tree_map, without_torch_function, wrapper_subclass, writes)
+from .._kernels.private import grouped_mm, tree_iter, tree_map, wrapper_subclass, writes
 from .._kernels.weights import rows_of, whole
 from .readers import reader
-from .torch_functions import functions_named, without_override, writes_in_place
+from .sums import WRITING_IS_LOST, plainly
+from .torch_functions import Args, Kwargs, functions_named, without_override, writes_in_place
 
 
 NARROW = (torch.float16, torch.bfloat16)
 
 
 class AdaptedWeight(Tensor):
-    """W + sum s L R without being computed: `matrix` is W, and `label` what to call it in errors."""
+    """W + sum s L R, not computed: `matrix` is W, and `label` what to call it in errors."""
 
     matrix: Tensor
     addends: tuple[Addend, ...]
@@ -92,13 +92,13 @@ class AdaptedWeight(Tensor):
             raise AdaptedWeightError(
                 f"{args[0].label.capitalize()} is adapted, so that what Python reads of it cannot "
                 "be another module's Parameter: tie weights before lorafx.inject.")
-        return _plainly(func, args, kwargs)
+        return plainly(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types_: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """What reaches an operator has not been computed in parts: it gets the sum, or W if only W's shape matters."""
+        """What reaches an operator gets the sum, or W if only W's shape matters."""
         name = func.overloadpacket.__name__
         if writes(func):
             for value in tree_iter((args[:1], kwargs)):
@@ -116,39 +116,12 @@ class AdaptedWeight(Tensor):
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
     def _refuse_writing(self) -> NoReturn:
-        raise AdaptedWeightError(_WRITING_IS_LOST.format(self.label))
+        raise AdaptedWeightError(WRITING_IS_LOST.format(self.label))
 
 
 def _is_registering(frame: types.FrameType | None) -> bool:
     """True if this is the frame in which nn.Module registers a Parameter."""
     return frame is not None and frame.f_code is nn.Module.register_parameter.__code__
-
-
-_WRITING_IS_LOST = (
-    "Something writes into {}, which is adapted: what Python reads of it is W + s B A, and what is "
-    "written there would be lost. Write into W, `frozen_...` of the same module, load a "
-    "state_dict, or do it before lorafx.inject.")
-
-
-class SumView(Tensor):
-    """A view of the sum W + sum s L R, into which nothing may be written: it is a temporary."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        in_place = args and isinstance(args[0], cls) and writes_in_place(func)
-        if in_place or isinstance(kwargs.get("out"), cls):
-            raise AdaptedWeightError(_WRITING_IS_LOST.format("a view of a weight"))
-        return _plainly(func, args, kwargs)
-
-
-def _plainly(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call as on plain tensors; what it returns is one, but a view remains unwritable."""
-    with without_torch_function():
-        result = func(*args, **kwargs)
-        if type(result) in (Tensor, SumView) and result._is_view():
-            return result.as_subclass(SumView)
-    return result
 
 
 def _wrapped(matrix: Tensor, addends: tuple[Addend, ...], label: str) -> AdaptedWeight:
@@ -162,7 +135,7 @@ def _wrapped(matrix: Tensor, addends: tuple[Addend, ...], label: str) -> Adapted
 
 
 class _Join(torch.autograd.Function):
-    """(W, L, R, L, R, ...) -> AdaptedWeight; the backward pass is that of the sum, for uses that need all of it."""
+    """(W, L, R, L, R, ...) -> AdaptedWeight; its backward pass is that of the sum."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, about: Any, *factors: Tensor) -> Tensor:
@@ -180,18 +153,18 @@ class _Join(torch.autograd.Function):
 
 
 # What gives the same matrix in another place, dtype or order, or some of its rows: {function: how}.
-_Same = Callable[[AdaptedWeight, Any, tuple[Any, ...], dict[str, Any]], Any]
+_Same = Callable[[AdaptedWeight, Any, Args, Kwargs], Any]
 
 
-def _cast(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _cast(weight: AdaptedWeight, func: Any, args: Args, kwargs: Kwargs) -> Any:
     return weight.of_same(func(weight.matrix, *args, **kwargs), weight.addends)
 
 
-def _detached(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _detached(weight: AdaptedWeight, func: Any, args: Args, kwargs: Kwargs) -> Any:
     return weight.of_same(weight.matrix.detach(), [a.detached for a in weight.addends])
 
 
-def _transposed(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _transposed(weight: AdaptedWeight, func: Any, args: Args, kwargs: Kwargs) -> Any:
     matrix = func(weight.matrix, *args, **kwargs)
     if matrix.shape == weight.matrix.mT.shape and matrix.stride() == weight.matrix.mT.stride():
         return weight.of_same(matrix, [a.transposed for a in weight.addends])
@@ -200,7 +173,7 @@ def _transposed(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs:
     return _on_sum(weight, func, args, kwargs)
 
 
-def _items(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _items(weight: AdaptedWeight, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """Some matrices of a stack (..., m, n), or the rows of one that a slice takes."""
     plain = isinstance(args[0], (int, slice, list)) or isinstance(args[0], Tensor) and (
         args[0].ndim < 2 and (args[0].dtype != torch.bool or args[0].ndim == 1))
@@ -213,7 +186,7 @@ def _items(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict
     return _on_sum(weight, func, args, kwargs)
 
 
-def _pieces(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _pieces(weight: AdaptedWeight, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """chunk and split by rows."""
     lengths = [piece.shape[0] for piece in func(weight.matrix, *args, **kwargs)]
     dim = kwargs.get("dim", args[1] if args[1:] else 0)
@@ -228,22 +201,24 @@ def _rows(weight: AdaptedWeight, start: int, length: int) -> Tensor:
     return weight.of_same(weight.matrix.narrow(0, start, length), addends)
 
 
-def _on_sum(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _plainly(func, (weight, *args), kwargs)
+def _on_sum(weight: AdaptedWeight, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    return plainly(func, (weight, *args), kwargs)
 
 
-_SAME: dict[Any, _Same] = {
-    **dict.fromkeys(functions_named(*"to float double half bfloat16 type type_as contiguous clone cuda cpu".split()), _cast),
-    **dict.fromkeys(functions_named("detach", "data"), _detached),
-    **dict.fromkeys(functions_named("T", "mT", "t", "transpose", "swapaxes", "permute"), _transposed),
-    **dict.fromkeys(functions_named("__getitem__"), _items),
-    **dict.fromkeys(functions_named("chunk", "split", "split_with_sizes"), _pieces),
-}
+_SAME: dict[Any, _Same] = {}
+for _names, _same in (
+    ("to float double half bfloat16 type type_as contiguous clone cuda cpu", _cast),
+    ("detach data", _detached),
+    ("T mT t transpose swapaxes permute", _transposed),
+    ("__getitem__", _items),
+    ("chunk split split_with_sizes", _pieces),
+):
+    _SAME |= dict.fromkeys(functions_named(*_names.split()), _same)
 _FLAG = functions_named("requires_grad")
 _GRADIENT = functions_named("grad_fn")
 
 
-def _by_rule(rule: Rule, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _by_rule(rule: Rule, func: Any, args: Args, kwargs: Kwargs) -> Any:
     x, weight = rule.operands(args, kwargs)
     if isinstance(weight, AdaptedWeight) and _is_unadapted(x):
         y = _with_matrix(weight, func, args, kwargs)
@@ -263,7 +238,7 @@ def _is_unadapted(x: Any) -> bool:
     return isinstance(x, Tensor) and not isinstance(x, AdaptedWeight)
 
 
-def _with_matrix(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _with_matrix(weight: AdaptedWeight, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """The same call with W in the place of this W + sum s L R, which may not be the only one."""
     def matrix(value: Any) -> Any:
         return weight.matrix if value is weight else value
@@ -271,8 +246,11 @@ def _with_matrix(weight: AdaptedWeight, func: Any, args: tuple[Any, ...], kwargs
     return func(*tree_map(matrix, args), **tree_map(matrix, kwargs))
 
 
-def _grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """x M for groups of rows of x, each with its own matrix; the kernel wants ranks that are multiples of 16 bytes."""
+def _grouped(func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """x M for groups of rows of x, each with its own matrix.
+
+    The kernel wants ranks that are multiples of 16 bytes.
+    """
     x, weight = (*args, None, None)[:2]
     if not isinstance(weight, AdaptedWeight) or not _is_unadapted(x):
         return None
@@ -288,7 +266,7 @@ def _grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return y
 
 
-def _lookup(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _lookup(func: Any, args: Args, kwargs: Kwargs) -> Any:
     """Rows of a matrix by their numbers: W[i] + s L[i] R."""
     given = (*args, None, None, -1, False, False)[:5] if len(args) < 3 else args
     weight, indices, padding, scaled, sparse = given
@@ -314,7 +292,7 @@ def _called(target: Any) -> Any:
     return Tensor.__matmul__ if target is operator.matmul else target
 
 
-_Product = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+_Product = Callable[[Any, Args, Kwargs], Any]
 _PRODUCTS: dict[Any, _Product] = {grouped_mm: _grouped, torch.embedding: _lookup}
 for _rule in RULES.values():
     _PRODUCTS[_called(_rule.target)] = functools.partial(_by_rule, _rule)

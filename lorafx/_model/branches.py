@@ -1,4 +1,4 @@
-"""The modules that hold adapters inside a model, and what its Python reads of a weight beside which they stand."""
+"""The modules that hold adapters inside a model: branches beside linear calls, trained modules."""
 
 from collections.abc import Iterable, Mapping
 
@@ -14,9 +14,9 @@ from .._kernels.addend import Addend
 
 
 class Factors(LorafxModule):
-    """One adapter at one site: A (rank, in), B (out, rank), scale s; or stacks of A and B, one for each expert.
+    """One adapter at one site: A (rank, in), B (out, rank) and the scale s; or stacks of A and B.
 
-    `rounding`, `dropout` and `share_dropout` are as in its config.
+    A stack has one for each expert. `rounding`, `dropout` and `share_dropout` are as in its config.
     """
 
     def __init__(self, A: Tensor, B: Tensor, scale: float, config: LoRAConfig) -> None:
@@ -38,11 +38,12 @@ class Factors(LorafxModule):
 
 
 class Branch(LorafxModule):
-    """All adapters at one site. Called with the linear call's input and output: y + sum w s (x A^T) B^T.
+    """All adapters at one site: given a linear call's x and y, it is y + sum w s (x A^T) B^T.
 
-    The sum runs over the active adapters, w being the weight that `activate` gave each; with none it returns y itself.
-    A call of the transposed weight, as a decoder makes that shares its encoder's, is `reverse`: y + sum w s (x B) A.
-    At a site that is some rows of a weight, the sum goes to (or, in reverse, x comes from) those features alone.
+    The sum runs over the active adapters, w being the weight that `activate` gave each; with none
+    it returns y itself. A call of the transposed weight, as a decoder makes that shares its
+    encoder's, is `reverse`: y + sum w s (x B) A. At a site that is some rows of a weight, the sum
+    goes to (or, in reverse, x comes from) those features only.
     """
 
     def __init__(self, transposed: bool = False, rows: tuple[int, int] | None = None) -> None:
@@ -61,12 +62,14 @@ class Branch(LorafxModule):
     def addends(
         self, weights: Mapping[str, float] | None = None, stored: bool = False
     ) -> list[Addend]:
-        """What adapters add to W (out, in), each with its weight: those given that are here, or the active ones.
+        """Return what adapters add to W (out, in): the active, or those of {adapter: weight} here.
 
-        `stored`: what they add to the weight as it is stored, which is (in, out) at a transposed site.
+        `stored` means W as the model stores it, which is (in, out) at a transposed site.
         """
-        start, found = self.rows[0] if self.rows else 0, []
-        for name, weight in self._active if weights is None else weights.items():
+        start = self.rows[0] if self.rows else 0
+        chosen = self._active if weights is None else weights.items()
+        found = []
+        for name, weight in chosen:
             if name not in self._modules:
                 continue
             factors: Factors = self._modules[name]  # type: ignore[assignment]
@@ -77,7 +80,7 @@ class Branch(LorafxModule):
 
 
 class Trained(LorafxModule):
-    """The parameters of one base module that adapters train whole, a set for each of these adapters.
+    """The parameters of one base module that adapters train whole, a set for each adapter.
 
     `used` names the set that stands in the place of the base's own.
     """
@@ -88,7 +91,8 @@ class Trained(LorafxModule):
 
     def sets(self) -> dict[str, dict[str, nn.Parameter]]:
         """{adapter: {name: Parameter}}."""
-        return {name: module._parameters for name, module in self._modules.items()}  # type: ignore[union-attr, misc]
+        return {name: module._parameters  # type: ignore[misc]
+                for name, module in self._modules.items() if module is not None}
 
     def choose(self, adapters: Iterable[str]) -> str | None:
         """The adapter among these that has a set."""
@@ -110,7 +114,7 @@ def branches_after(region: nn.Module, node: fx.Node) -> list[fx.Node]:
     return []
 
 
-def through_branches(region: nn.Module, node: fx.Node) -> fx.Node:
+def after_branches(region: nn.Module, node: fx.Node) -> fx.Node:
     """Return the node itself, or the last of the branches that follow it."""
     return [node, *branches_after(region, node)][-1]
 
@@ -128,7 +132,7 @@ def branches(model: nn.Module) -> dict[str, Branch]:
 
 
 def new_pair(config: LoRAConfig, site: Site, weight: Tensor) -> Pair:
-    """Return fresh A (rank, in), drawn from torch's default generator, and B (out, rank), zero, for one site's weight.
+    """Return a fresh A (rank, in), drawn from torch's default generator, and B (out, rank), zero.
 
     A stack of experts has stacks of both, (experts, rank, in) and (experts, out, rank).
     """

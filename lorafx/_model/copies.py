@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
@@ -18,7 +17,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def keep_attributes(module: fx.GraphModule) -> None:
-    """Let copies and pickles of a caller's GraphModule keep the attributes that its graph does not read.
+    """Let copies and pickles of a caller's GraphModule keep what its graph does not read.
 
     Its class is its own, made by fx for this one instance.
     """
@@ -47,9 +46,10 @@ def _rebuilt(rebuild: Callable[..., fx.GraphModule], arguments: tuple[Any, ...])
 
 
 def share(model: M, ejecting: bool = False) -> M:
-    """A copy of the model's structure on the same weights: new Parameters on the old storage, other tensors cloned.
+    """A copy of the model's structure on the same weights.
 
-    `ejecting` undoes `convert` and `adapt` in the copy, and leaves out what lorafx added to these modules.
+    Its Parameters are new ones on the old storage, its other tensors are cloned. `ejecting` undoes
+    `convert` and `adapt` in the copy, and leaves out what lorafx added to these modules.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -69,8 +69,8 @@ def share(model: M, ejecting: bool = False) -> M:
             twin = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
         raise UnsupportedModelError(
-            f"This {type(model).__name__} cannot be copied: {error}. Remove the attribute that holds it, or give its "
-            "class a __deepcopy__.") from error
+            f"This {type(model).__name__} cannot be copied: {error}. Remove the attribute that "
+            "holds it, or give its class a __deepcopy__.") from error
     finally:
         EJECTING.reset(token)
     for module in graphs:
@@ -92,16 +92,24 @@ def _copy_attributes(module: nn.Module, twin: nn.Module, memo: dict[int, Any]) -
 
 
 def _check_shared(model: nn.Module, twin: nn.Module) -> None:
-    """A class with a __deepcopy__ of its own may have made new weights; training those would waste memory unseen."""
+    """Raise unless the copy has all weights of the model, on the same storage.
+
+    A class with a __deepcopy__ of its own may have made new weights; training those would waste
+    memory unseen.
+    """
     twins = dict(twin.named_parameters(remove_duplicate=False))
-    ours = {parameter for module in model.modules() if isinstance(module, LorafxModule) for parameter in module.parameters()}
+    ours: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, LorafxModule):
+            ours.update(module.parameters())
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter in ours:
             continue
         if name not in twins or _key(twins[name]) != _key(parameter):
             raise UnsupportedModelError(
-                f"Copying this {type(model).__name__} did not keep the weight '{name}': some class on the way has a "
-                "__deepcopy__ that makes new weights. Let it pass `memo` on to copy.deepcopy.")
+                f"Copying this {type(model).__name__} did not keep the weight '{name}': some class "
+                "on the way has a __deepcopy__ that makes new weights. Let it pass `memo` on to "
+                "copy.deepcopy.")
 
 
 def _key(tensor: Tensor) -> int:
@@ -109,9 +117,11 @@ def _key(tensor: Tensor) -> int:
 
 
 class _CopyNonLeaves(TorchFunctionMode):
-    """Lets deepcopy pass over tensors that an autograd graph made (caches, old-style weight_norm), by their values."""
+    """Lets deepcopy copy tensors that autograd made, as caches and weight_norm hold, by value."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
             tensor, memo = args
             return memo.setdefault(id(tensor), tensor.detach().clone())

@@ -1,4 +1,4 @@
-"""The states of the random generators that training draws from: torch's, Python's, and numpy's where it is loaded."""
+"""The states of the random generators that training draws from: torch's, Python's, and numpy's."""
 
 import importlib.util
 import json
@@ -14,59 +14,65 @@ from torch import Tensor, nn
 from .._errors import ConfigError
 
 
-def places(model: nn.Module) -> set[str]:
-    """Where torch draws random numbers for a model: on the CPU, and on the GPUs that hold its parameters."""
-    devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
-    for device in devices:
-        if device.type != "cuda":
-            raise ConfigError(f"the state of the random numbers of '{device}' cannot be kept: train on cpu or cuda.")
-    return {"cpu", *map(str, devices)}
+def devices_of(model: nn.Module) -> set[str]:
+    """The devices on which torch draws random numbers for a model: the CPU, and its GPUs."""
+    devices = {"cpu"}
+    for parameter in model.parameters():
+        if parameter.device.type == "cuda":
+            devices.add(str(parameter.device))
+        elif parameter.device.type not in ("cpu", "meta"):
+            raise ConfigError(f"the state of the random numbers of '{parameter.device}' cannot be "
+                              "kept: train on cpu or cuda.")
+    return devices
 
 
 def states(model: nn.Module) -> dict[str, Tensor]:
-    """{place: state} of all generators: uint8, 1-D."""
-    found = {place: _torch_state(place) for place in sorted(places(model))}
+    """{device or library: state} of all generators: uint8, 1-D; numpy's where it is loaded."""
+    found: dict[str, Tensor] = {}
+    for device in sorted(devices_of(model)):
+        on_cpu = device == "cpu"
+        found[device] = torch.get_rng_state() if on_cpu else torch.cuda.get_rng_state(device)
     found["python"] = _to_bytes(random.getstate())
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         state = numpy.random.get_state(legacy=False)
         if state["bit_generator"] != "MT19937":
-            raise ConfigError(f"the state of numpy's {state['bit_generator']} cannot be kept: use its own MT19937.")
+            raise ConfigError(f"the state of numpy's {state['bit_generator']} cannot be kept: use "
+                              "its own MT19937.")
         state["state"]["key"] = state["state"]["key"].tolist()
         found["numpy"] = _to_bytes(state)
     return found
 
 
 def check(found: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, TypeError, LookupError, OverflowError or RuntimeError unless generators take these states."""
-    for place, state in found.items():
-        if place == "python":
+    """Raise unless generators take these states; none is set.
+
+    The errors are ValueError, TypeError, LookupError, OverflowError and RuntimeError.
+    """
+    for name, state in found.items():
+        if name == "python":
             random.Random().setstate(_python_state(state))
-        elif place == "numpy":
+        elif name == "numpy":
             numpy = _numpy()
             if numpy is not None:
                 numpy.random.RandomState().set_state(_numpy_state(state))
         else:
-            torch.Generator(place).set_state(state)
+            torch.Generator(name).set_state(state)
 
 
 def set_states(found: Mapping[str, Tensor]) -> None:
     """Continue all generators from states that were checked."""
-    for place, state in found.items():
-        if place == "python":
+    for name, state in found.items():
+        if name == "python":
             random.setstate(_python_state(state))
-        elif place == "numpy":
+        elif name == "numpy":
             numpy = _numpy()
             if numpy is not None:
                 numpy.random.set_state(_numpy_state(state))
-        elif place == "cpu":
+        elif name == "cpu":
             torch.set_rng_state(state)
         else:
-            torch.cuda.set_rng_state(state, place)
-
-
-def _torch_state(place: str) -> Tensor:
-    return torch.get_rng_state() if place == "cpu" else torch.cuda.get_rng_state(place)
+            torch.cuda.set_rng_state(state, name)
 
 
 def _python_state(state: Tensor) -> Any:
@@ -84,9 +90,10 @@ def _numpy_state(state: Tensor) -> Any:
 
 
 def _check_mersenne_twister(words: Any, position: Any, gauss: Any) -> None:
-    """Raise ValueError unless this is a state of MT19937: numpy reads past the end of a short one."""
-    whole = type(words) is list and len(words) == 624 and type(position) is int and 0 <= position <= 624
-    if not whole or not all(type(word) is int and 0 <= word < 2**32 for word in words):
+    """Raise ValueError unless this is a state of MT19937: numpy reads past a short one's end."""
+    whole = type(words) is list and len(words) == 624
+    inside = type(position) is int and 0 <= position <= 624
+    if not whole or not inside or any(type(w) is not int or not 0 <= w < 2**32 for w in words):
         raise ValueError("the state of a Mersenne twister is damaged")
     if type(gauss) is not float or not math.isfinite(gauss):
         raise ValueError("the number that waits in a random generator is damaged")
@@ -94,7 +101,8 @@ def _check_mersenne_twister(words: Any, position: Any, gauss: Any) -> None:
 
 def _numpy() -> Any:
     """numpy, or None where it is not installed, so that nothing can draw from it."""
-    return importlib.import_module("numpy") if importlib.util.find_spec("numpy") is not None else None
+    installed = importlib.util.find_spec("numpy") is not None
+    return importlib.import_module("numpy") if installed else None
 
 
 def _to_bytes(state: Any) -> Tensor:

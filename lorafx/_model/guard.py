@@ -1,4 +1,4 @@
-"""Refuses models whose rewrite would not be sound: wrapped, compiled, patched, lazy, or adapted by another library."""
+"""Refuses models whose rewrite would not be sound: wrapped, compiled, patched, lazy, or adapted."""
 
 import sys
 import types
@@ -9,64 +9,95 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._errors import AdapterError, UnsupportedModelError
 from .._graph.modules import LorafxModule, hooks
-from .._graph.scan import TABLES, reached
+from .._graph.scan import MODULE_STATE, values_in
 from .record import find_injection
 
 
-# (module, class, what it is, what to do): looked up only where that module is loaded, so nothing is imported for it.
+# (module, class, what it is, what to do). A class is looked up only where its module is loaded, so
+# that nothing is imported for it.
 FOREIGN = (
-    ("torch.nn.parallel.distributed", "DistributedDataParallel", "wrapped for data-parallel training",
-     "inject into model.module and wrap the result"),
-    ("torch.nn.parallel.data_parallel", "DataParallel", "wrapped for data-parallel training",
-     "inject into model.module and wrap the result"),
-    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", "sharded by FSDP",
-     "inject first and shard the result"),
-    ("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule", "sharded by FSDP",
-     "inject first and shard the result"),
-    ("torch._dynamo.eval_frame", "OptimizedModule", "compiled", "inject into model._orig_mod and compile the result"),
-    ("torch.jit._script", "ScriptModule", "a TorchScript module", "inject into the Python model it came from"),
-    ("peft.peft_model", "PeftModel", "adapted by PEFT", "start from the base model, model.unload()"),
-    ("peft.tuners.tuners_utils", "BaseTuner", "adapted by PEFT", "start from the base model, model.unload()"),
-    ("peft.tuners.tuners_utils", "BaseTunerLayer", "adapted by PEFT", "start from the base model, model.unload()"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel",
+     "wrapped for data-parallel training", "inject into model.module and wrap the result"),
+    ("torch.nn.parallel.data_parallel", "DataParallel",
+     "wrapped for data-parallel training", "inject into model.module and wrap the result"),
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel",
+     "sharded by FSDP", "inject first and shard the result"),
+    ("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule",
+     "sharded by FSDP", "inject first and shard the result"),
+    ("torch._dynamo.eval_frame", "OptimizedModule",
+     "compiled", "inject into model._orig_mod and compile the result"),
+    ("torch.jit._script", "ScriptModule",
+     "a TorchScript module", "inject into the Python model it came from"),
+    ("peft.peft_model", "PeftModel",
+     "adapted by PEFT", "start from the base model, model.unload()"),
+    ("peft.tuners.tuners_utils", "BaseTuner",
+     "adapted by PEFT", "start from the base model, model.unload()"),
+    ("peft.tuners.tuners_utils", "BaseTunerLayer",
+     "adapted by PEFT", "start from the base model, model.unload()"),
 )
 
 
 def check_model(model: nn.Module) -> None:
     """Raise unless the model is one that `inject` can copy and rewrite."""
     if find_injection(model) is not None:
-        raise AdapterError(f"This {type(model).__name__} is injected already: lorafx.add gives it another adapter.")
-    foreign = [(getattr(sys.modules[where], name), what, instead) for where, name, what, instead in FOREIGN
+        raise AdapterError(f"This {type(model).__name__} is injected already: lorafx.add gives it "
+                           "another adapter.")
+    foreign = [(getattr(sys.modules[where], name), what, instead)
+               for where, name, what, instead in FOREIGN
                if hasattr(sys.modules.get(where), name)]
     members = {*model.modules(), *model.parameters()}
     for path, module in model.named_modules():
-        place = f"'{path}' ({type(module).__name__})" if path else f"This {type(module).__name__}"
+        label = (f"'{path}' ({type(module).__name__})" if path
+                 else f"This {type(module).__name__}")
         for cls, what, instead in foreign:
             if isinstance(module, cls):
-                raise UnsupportedModelError(f"{place} is {what}: {instead}.")
+                raise UnsupportedModelError(f"{label} is {what}: {instead}.")
         if find_injection(module) is not None or isinstance(module, LorafxModule):
-            raise UnsupportedModelError(f"{place} is part of an injected model: eject that, or inject only the whole.")
-        for name, held in _closures(module):
-            if held in members:
-                raise UnsupportedModelError(f"{place} holds a function, {name}, that closes over a part of the "
-                                            "model, which a copy would still use: set it on the injected model.")
-        if "forward" in vars(module) and any(True for _ in module.parameters()):
-            raise UnsupportedModelError(f"{place} has a forward of its own, patched in by another tool, which a copy "
-                                        "would still run on the original's layers: inject before patching.")
-        if vars(module).get("_compiled_call_impl") is not None:
-            raise UnsupportedModelError(f"{place} is compiled: call .compile() on the injected model instead.")
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
-                raise UnsupportedModelError(f"{place} is lazy, its '{name}' has no shape yet: run one batch through "
-                                            "the model first.")
-            if tensor is not None and tensor.is_inference():
-                raise UnsupportedModelError(f"{place} was made in inference mode, so that autograd cannot use its "
-                                            f"'{name}': load the model outside of torch.inference_mode().")
+            raise UnsupportedModelError(f"{label} is part of an injected model: eject that, or "
+                                        "inject only the whole.")
+        for name, part in _closures(module):
+            if part in members:
+                raise UnsupportedModelError(
+                    f"{label} holds a function, {name}, that closes over a part of the model, "
+                    "which a copy would still use: set it on the injected model.")
+        _check_call(module, label)
+        _check_tensors(module, label)
+
+
+def _check_call(module: nn.Module, label: str) -> None:
+    """Raise if calling a module runs something else than its class's forward."""
+    if "forward" in vars(module) and any(True for _ in module.parameters()):
+        raise UnsupportedModelError(
+            f"{label} has a forward of its own, patched in by another tool, which a copy would "
+            "still run on the original's layers: inject before patching.")
+    if vars(module).get("_compiled_call_impl") is not None:
+        raise UnsupportedModelError(f"{label} is compiled: call .compile() on the injected model "
+                                    "instead.")
+
+
+def _check_tensors(module: nn.Module, label: str) -> None:
+    """Raise if a tensor of a module has no values yet, or none that autograd can use."""
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+            raise UnsupportedModelError(f"{label} is lazy, its '{name}' has no shape yet: run one "
+                                        "batch through the model first.")
+        if tensor is not None and tensor.is_inference():
+            raise UnsupportedModelError(
+                f"{label} was made in inference mode, so that autograd cannot use its '{name}': "
+                "load the model outside of torch.inference_mode().")
 
 
 def _closures(module: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
-    """(name, part) for each module or Parameter that a function in an attribute or a hook of this one closes over."""
-    plain = {f"'{name}'": value for name, value in vars(module).items() if name not in TABLES}
-    for name, value in (*plain.items(), *((f"hook {i}", hook) for i, hook in enumerate(hooks(module)))):
-        for function in reached(value):
+    """(name, part) of each module or Parameter that a function of this module closes over.
+
+    The functions are those in its attributes and its hooks.
+    """
+    values = {f"'{name}'": value for name, value in vars(module).items()
+              if name not in MODULE_STATE}
+    values |= {f"hook {number}": hook for number, hook in enumerate(hooks(module))}
+    for name, value in values.items():
+        for function in values_in(value):
             if isinstance(function, types.FunctionType):
-                yield from ((name, held) for held in reached(function) if isinstance(held, (nn.Module, nn.Parameter)))
+                for part in values_in(function):
+                    if isinstance(part, (nn.Module, nn.Parameter)):
+                        yield name, part

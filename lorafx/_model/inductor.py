@@ -1,9 +1,8 @@
-"""The pass that joins branches in the graphs that the compiler captures, before it derives their gradients."""
+"""The pass that joins branches in graphs that a compiler captured, before it derives gradients."""
 
 import operator
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from torch import Tensor, fx
 
 from .. import _kernels
 from .._graph import groups as grouping
-from .._graph.groups import groups
+from .._graph.groups import groups, items_of
 from .._kernels.addend import Addend
 from .._kernels.calls import Linear
 from .._kernels.linears import full_precision, merges
@@ -36,22 +35,35 @@ class BranchNodes(NamedTuple):
 
     @property
     def linear(self) -> fx.Node | None:
-        """The linear call of x that gives y, if nothing else uses that and its weight is the graph's input."""
+        """The linear call of x that gives y, if nothing else uses it, of the graph's inputs."""
         y = self.sum.args[0]
-        if isinstance(y, fx.Node) and y.target is F.linear and y.args[0] is self.x and len(y.users) == 1:
-            return y if all(_is_input(argument) for argument in y.args[1:]) and not y.kwargs else None
-        return None
+        if not isinstance(y, fx.Node) or y.target is not F.linear or y.args[0] is not self.x:
+            return None
+        if len(y.users) > 1 or y.kwargs or not all(map(_is_input, y.args[1:])):
+            return None
+        return y
 
 
 class JoinBranches(_CompilerPass):  # type: ignore[misc, valid-type]
-    """Branches of one x: x A_1^T, x A_2^T, ... become parts of x cat(A_1, A_2, ...)^T; or, with the linear calls beside
-    which they stand, x (W_1 + s_1 B_1 A_1)^T, ..., where that is faster and as exact."""
+    """Of branches of one x, x A_1^T, x A_2^T, ... become parts of x cat(A_1, A_2, ...)^T.
+
+    Or, with the linear calls beside which they stand, they become x (W_1 + s_1 B_1 A_1)^T, ...,
+    where that is faster and as exact.
+    """
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite the graph in place."""
-        found = [branch for node in graph.find_nodes(op="call_function", target=torch.add) for branch in _found(node)]
-        members = {node: branch.x for branch in found for node in (branch.half, branch.linear) if node is not None}
-        for group in groups({node: members[node] for node in graph.nodes if node in members}, lambda *_: False):
+        found = []
+        inputs: dict[fx.Node, fx.Node] = {}  # of the products that may be computed together
+        for node in graph.find_nodes(op="call_function", target=torch.add):
+            branch = _branch_ending_in(node)
+            if branch is not None:
+                found.append(branch)
+                inputs[branch.half] = branch.x
+                if branch.linear is not None:
+                    inputs[branch.linear] = branch.x
+        members = {node: inputs[node] for node in graph.nodes if node in inputs}
+        for group in groups(members, lambda *_: False):
             here = [branch for branch in found if branch.half in group]
             if here and all(branch.linear in group for branch in here) and _forms_weights(here):
                 _form_weights(graph, here, group[0])
@@ -64,29 +76,43 @@ class JoinBranches(_CompilerPass):  # type: ignore[misc, valid-type]
         return _hash_of_files(_SOURCES, precision)
 
 
-def _found(node: fx.Node) -> Iterator[BranchNodes]:
+def _branch_ending_in(node: fx.Node) -> BranchNodes | None:
     """The branch that ends in this sum, if one does."""
     other = node.args[1] if len(node.args) == 2 and not node.kwargs else None
-    if not isinstance(other, fx.Node) or other.target is not F.linear or len(other.args) != 2:
-        return
+    if not _is_product(other) or len(other.users) != 1:
+        return None
     half, B = other.args
-    if not isinstance(half, fx.Node) or len(half.users) != 1 or len(other.users) != 1:
-        return
-    split = half.args[0] if half.target is operator.getitem else None
-    joined = split.args[0] if isinstance(split, fx.Node) and split.target == "split_with_sizes" else None
-    product = half if joined is None else joined
-    if not isinstance(product, fx.Node) or product.target is not F.linear or len(product.args) != 2:
-        return
+    if not isinstance(half, fx.Node) or len(half.users) != 1:
+        return None
+    product, joined = _product_of(half)
+    if not _is_product(product):
+        return None
     x, A = product.args
-    if joined is not None and isinstance(A, fx.Node) and A.target is torch.cat:  # joined in a region
+    if joined and isinstance(A, fx.Node) and A.target is torch.cat:  # joined in a region
         A = A.args[0][half.args[1]]  # type: ignore[index]
-    if isinstance(x, fx.Node) and isinstance(A, fx.Node) and isinstance(B, fx.Node) and _is_input(A) and _is_input(B):
-        yield BranchNodes(x, A, B, half, other, node)
+    if not isinstance(x, fx.Node) or not isinstance(A, fx.Node) or not isinstance(B, fx.Node):
+        return None
+    return BranchNodes(x, A, B, half, other, node) if _is_input(A) and _is_input(B) else None
+
+
+def _is_product(value: Any) -> TypeGuard[fx.Node]:
+    """True if a node is x W^T."""
+    return isinstance(value, fx.Node) and value.target is F.linear and len(value.args) == 2
+
+
+def _product_of(half: fx.Node) -> tuple[Any, bool]:
+    """The node that computes x A^T, and whether it does for several A of which `half` is a part."""
+    split = half.args[0] if half.target is operator.getitem else None
+    if isinstance(split, fx.Node) and split.target == "split_with_sizes":
+        return split.args[0], True
+    return half, False
 
 
 def _is_input(value: Any) -> bool:
-    """Whether this is an input of the graph, perhaps cast or scaled, or None."""
-    while isinstance(value, fx.Node) and value.target in ("to", operator.mul) and len(value.all_input_nodes) == 1:
+    """True if this is an input of the graph, perhaps cast or scaled, or None."""
+    while isinstance(value, fx.Node) and value.target in ("to", operator.mul):
+        if len(value.all_input_nodes) != 1:
+            break
         value = value.args[0]
     return value is None or isinstance(value, fx.Node) and value.op == "placeholder"
 
@@ -104,7 +130,8 @@ def _forms_weights(branches: list[BranchNodes]) -> bool:
             return False  # its gradient is not computed there
         addend = Addend(_value(branch.B), _value(branch.A), 1.0)
         calls.append(Linear(_value(weight), None, [addend]))
-    return isinstance(x.numel(), int) and merges(x, calls, share=0.5)  # nothing adds into y in place here
+    # from fewer rows on than elsewhere, as nothing adds into y in place here
+    return isinstance(x.numel(), int) and merges(x, calls, share=0.5)
 
 
 def _operands(branch: BranchNodes) -> tuple[fx.Node, fx.Node | None]:
@@ -116,13 +143,16 @@ def _operands(branch: BranchNodes) -> tuple[fx.Node, fx.Node | None]:
 
 
 def _form_weights(graph: fx.Graph, branches: list[BranchNodes], first: fx.Node) -> None:
-    """Put one `merged_linears` in the place of some branches and the linear calls beside which they stand."""
-    linears = [_operands(branch) for branch in branches]
-    factors = [tuple(_before(first, factor) for factor in (branch.A, branch.B)) for branch in branches]
+    """Put one `merged_linears` in the place of branches and the linear calls beside them."""
+    weights, biases, factors = [], [], []
+    for branch in branches:
+        weight, bias = _operands(branch)
+        weights.append(weight)
+        biases.append(bias)
+        factors.append((_before(first, branch.A), _before(first, branch.B)))
     with graph.inserting_before(first):
-        node = graph.call_function(merged_linears, (
-            branches[0].x, [W for W, _ in linears], [bias for _, bias in linears], factors))
-        results = [graph.call_function(operator.getitem, (node, index)) for index in range(len(branches))]
+        operands = (branches[0].x, weights, biases, factors)
+        results = items_of(graph, graph.call_function(merged_linears, operands), len(branches))
     for branch, result in zip(branches, results):
         branch.sum.replace_all_uses_with(result)
         _erase(graph, branch.sum)
@@ -137,14 +167,14 @@ def _join_products(graph: fx.Graph, branches: list[BranchNodes]) -> None:
         A = graph.call_function(torch.cat, (factors,))  # (R, in)
         h = graph.call_function(F.linear, (branches[0].x, A))  # (..., R)
         parts = graph.call_method("split_with_sizes", (h, ranks), {"dim": -1})
-        results = [graph.call_function(operator.getitem, (parts, index)) for index in range(len(branches))]
+        results = items_of(graph, parts, len(branches))
     for branch, result in zip(branches, results):
         branch.half.replace_all_uses_with(result)
         _erase(graph, branch.half)
 
 
 def _before(place: fx.Node, factor: fx.Node) -> fx.Node:
-    """An input of the graph, perhaps cast or scaled, which now happens before a place in the graph."""
+    """An input of the graph, perhaps cast or scaled, moved before a place in the graph."""
     if factor.op != "placeholder" and place < factor:
         _before(place, factor.all_input_nodes[0])
         place.prepend(factor)

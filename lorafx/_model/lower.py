@@ -1,19 +1,19 @@
 """What a region runs: its graph, in which linear calls and their branches are computed together.
 
-A graph says y = F.linear(x, W, b) and then branch(x, y). It runs as one call of `adapted_linear`; and several of these
-on one x, or calls of modules that do nothing else, run as one call of `joined`. The graph itself stays as it is.
+A graph says y = F.linear(x, W, b) and then branch(x, y). It runs as one call of `adapted_linear`;
+and several of these on one x, or calls of modules that do nothing else, run as one call of
+`joined`. The graph itself stays as it is.
 """
 
 import copy
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .._graph.groups import groups, pure
+from .._graph.groups import groups, items_of, pure
 from .._graph.modules import submodule
 from .._graph.rules import linear_call
 from .._kernels.calls import PLAIN, Linear
@@ -23,7 +23,7 @@ from .branches import Branch, branches_after
 
 
 class Forward(NamedTuple):
-    """The names of the tensors and branches of a module whose forward is one adapted linear call of its input."""
+    """The attributes of a module whose forward is one adapted linear call of its input."""
 
     weight: str
     bias: str | None
@@ -44,8 +44,9 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Br
 def joined(x: Tensor, *members: Any) -> list[Tensor]:
     """Return what each member gives for x: a module, or the linear call (W, b, branches).
 
-    The linear calls are computed together, unless something is hooked to one of them, or one is sharded, patched,
-    compiled or replaced by itself. Other modules that stand between them are called in their turn.
+    The linear calls are computed together, unless something is hooked to one of them, or one is
+    sharded, patched, compiled or replaced by itself. Other modules that stand between them are
+    called in their turn.
     """
     calls = [_call(member) for member in members]
     together = [call for call in calls if call is not None]
@@ -54,7 +55,8 @@ def joined(x: Tensor, *members: Any) -> list[Tensor]:
         return [_by_itself(x, member) for member in members]
     if len(together) == len(members):
         return linears(x, together)
-    if torch.compiler.is_compiling() or x.is_inference() or transforming():  # no version of x to watch
+    watched = not (torch.compiler.is_compiling() or x.is_inference() or transforming())
+    if not watched:  # x has no version that would tell of a change
         return [_by_itself(x, member) for member in members]
     results, version = linears(x, together), x._version
     outputs: list[Tensor] = []
@@ -77,7 +79,8 @@ def _call(member: Any) -> Linear | None:
         forward = linear_forward(member)
         if forward is None or not _is_bare(member):
             return None
-        weight, bias = getattr(member, forward.weight), forward.bias and getattr(member, forward.bias)
+        weight = getattr(member, forward.weight)
+        bias = forward.bias and getattr(member, forward.bias)
         branches = [getattr(member, name) for name in forward.branches]
     if type(weight) not in PLAIN or not all(map(_is_bare, branches)):
         return None
@@ -103,7 +106,7 @@ def linear_forward(module: Any) -> Forward | None:
 
 
 def lower(module: nn.Module, graph: fx.Graph, join: bool) -> fx.Graph:
-    """Return the graph that a module runs for this one; the same if there is nothing to compute together."""
+    """Return the graph that a module runs for this one; the same if nothing is joined in it."""
     branched = any(isinstance(submodule(module, str(node.target)), Branch)
                    for node in graph.find_nodes(op="call_module"))
     if not branched and not (join and _shared(module, graph)):
@@ -111,7 +114,10 @@ def lower(module: nn.Module, graph: fx.Graph, join: bool) -> fx.Graph:
     lowered = copy.deepcopy(graph)
     for node in list(lowered.nodes):
         _fuse(module, lowered, node)
-    members: dict[fx.Node, Any] = {node: node.args[0] for node in lowered.nodes if _is_member(module, node)}
+    members: dict[fx.Node, Any] = {}
+    for node in lowered.nodes:
+        if _is_member(module, node):
+            members[node] = node.args[0]
     if join:
         for group in groups(members, _is_called_with):
             _join_group(lowered, group)
@@ -124,14 +130,16 @@ def joins(module: nn.Module, graph: fx.Graph) -> bool:
 
 
 def forward_of(graph: fx.Graph) -> Forward | None:
-    """Return what a lowered graph computes, if that is one adapted linear call of its only input and no more."""
+    """Return what a lowered graph computes, if that is one adapted linear call of its input."""
     inputs, outputs = graph.find_nodes(op="placeholder"), graph.find_nodes(op="output")
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     if len(calls) != 1 or calls[0].target is not adapted_linear or outputs[0].args != (calls[0],):
         return None
     x, *operands = calls[0].args
-    names = [None if node is None else str(node.target) for node in operands if node is None or node.op == "get_attr"]
-    if inputs != [x] or len(names) != len(operands) or any(name and "." in name for name in names):
+    if inputs != [x] or not _are_attributes(operands):
+        return None
+    names = [None if node is None else str(node.target) for node in operands]
+    if any(name is not None and "." in name for name in names):
         return None
     weight, bias, *branches = names
     return Forward(weight, bias, tuple(branches))  # type: ignore[arg-type]
@@ -141,7 +149,9 @@ def _fuse(module: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
     """Put one `adapted_linear` in the place of a linear call and the branches that follow it."""
     call = linear_call(node)
     following = branches_after(module, node) if call is not None else []
-    if call is None or not following or any(user.args != (call.input, user.args[1]) for user in following):
+    if call is None or not following:
+        return
+    if any(user.args != (call.input, user.args[1]) for user in following):
         return  # some is called in reverse
     given = call.rule.named(node.args, node.kwargs)
     weight, bias = given["weight"], given.get("bias")
@@ -159,7 +169,7 @@ def _fuse(module: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _is_called_with(node: fx.Node, value: fx.Node) -> bool:
-    """True if a node calls a module with this value alone."""
+    """True if a node calls a module with this value only."""
     return node.op == "call_module" and node.args == (value,) and not node.kwargs
 
 
@@ -170,12 +180,16 @@ def _shared(module: nn.Module, graph: fx.Graph) -> bool:
 
 
 def _is_member(module: nn.Module, node: fx.Node) -> bool:
-    """True if a node is an adapted linear call that can be joined with others: of its first argument."""
+    """True if a node is an adapted linear call of its first argument, and so can be joined."""
     if node.op == "call_module":
         called = submodule(module, str(node.target))
         return linear_forward(called) is not None and len(node.args) == 1 and not node.kwargs
-    operands: list[Any] = [*node.args[1:]]
-    return node.target is adapted_linear and all(operand is None or operand.op == "get_attr" for operand in operands)
+    return node.target is adapted_linear and _are_attributes(node.args[1:])
+
+
+def _are_attributes(operands: Iterable[Any]) -> bool:
+    """True if all are read from modules, or None."""
+    return all(operand is None or operand.op == "get_attr" for operand in operands)
 
 
 def _join_group(graph: fx.Graph, members: list[fx.Node]) -> None:
@@ -187,9 +201,10 @@ def _join_group(graph: fx.Graph, members: list[fx.Node]) -> None:
                 operands.append(graph.get_attr(str(member.target)))
             else:
                 given: list[Any] = [*member.args[1:]]
-                operands.append(tuple(operand and graph.get_attr(str(operand.target)) for operand in given))
+                read = [operand and graph.get_attr(str(operand.target)) for operand in given]
+                operands.append(tuple(read))
         node = graph.call_function(joined, (members[0].args[0], *operands))
-        results = [graph.call_function(operator.getitem, (node, index)) for index in range(len(members))]
+        results = items_of(graph, node, len(members))
     for member, result in zip(members, results):
         result.meta = member.meta.copy()
         member.replace_all_uses_with(result)

@@ -12,7 +12,7 @@ from .._kernels.private import transforming
 from .._kernels.weights import whole
 from .adapted_weight import NARROW, AdaptedWeight
 from .branches import Branch, Trained
-from .readers import Answer, answer_to, reader
+from .readers import Answer, answer_to, module_of, reader
 
 
 FROZEN_PREFIX = "frozen_"
@@ -25,7 +25,8 @@ def adapted_names(owner: nn.Module) -> tuple[str, ...]:
 
 
 def original_name(owner: nn.Module, attribute: str) -> str:
-    """Return the name of the tensor that an attribute reads: `weight` for an adapted module's `frozen_weight`."""
+    """Return the name of the tensor that an attribute reads: `weight` for an adapted module's
+    `frozen_weight`."""
     name = attribute.removeprefix(FROZEN_PREFIX)
     return name if name in adapted_names(owner) else attribute
 
@@ -50,15 +51,17 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
 
 
 def adapted(owner: nn.Module, attribute: str) -> Tensor:
-    """Return what Python reads of a module under this name: W + sum s B A, over the active adapters at its sites.
+    """Return what Python reads of a module under this name: W + sum s B A, over the active adapters
+    at its sites.
 
-    It is an `AdaptedWeight`, or the sum itself where no subclass of Tensor can go: in functions that are being
-    compiled, transformed or differentiated forward, and for readers that ask for it. A compiler cannot see who reads.
+    It is an `AdaptedWeight`, or the sum itself where no subclass of Tensor can go: in functions
+    that are being compiled, transformed or differentiated forward, and for readers that ask for it.
+    A compiler cannot see who reads.
     """
     compiling = torch.compiler.is_compiling()
     answer = Answer.ADAPTED
     if not compiling:
-        answer = answer_to(reader())
+        answer = answer_to(module_of(reader()))
         if answer is Answer.PARAMETER:
             return base_tensor(owner, attribute)  # type: ignore[no-any-return]
     matrix = base_or_trained(owner, attribute)

@@ -1,4 +1,4 @@
-"""The region class, an `fx.GraphModule` that keeps its user's class, and the copy of a model that shares weights."""
+"""The classes of injected modules: a region is an `fx.GraphModule` that keeps its user's class."""
 
 import abc
 import contextvars
@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, fx, nn
 
+from .._graph.functions import package
 from .._graph.modules import LorafxModule
 from .lower import Forward, forward_of, lower
 from .readers import GENERATED
@@ -21,16 +22,20 @@ from .reading import FROZEN_PREFIX, adapted, adapted_names, base_or_trained
 # What `fx.GraphModule` keeps on an instance beside the module's own attributes.
 _STATE: dict[str, Any] = {
     "meta": dict, "_replace_hooks": list, "_create_node_hooks": list, "_erase_node_hooks": list,
-    "_deepcopy_hooks": list, "_tracer_extras": dict, "_tracer_cls": lambda: None, "shape_env": lambda: None,
+    "_deepcopy_hooks": list, "_tracer_extras": dict, "_tracer_cls": lambda: None,
+    "shape_env": lambda: None,
     "_joining": lambda: True}  # this one is ours
-_RESERVED = frozenset({*_STATE, "graph", "_graph", "code", "_code", "recompile", "_user_class", "_linear"})
-_COPYING = frozenset("""__deepcopy__ __copy__ __reduce__ __reduce_ex__ __getstate__ __setstate__ __new__
-    __getattribute__ __init_subclass__""".split())
-EJECTING = contextvars.ContextVar("ejecting", default=False)  # whether copies are to be of the user's classes
+_RESERVED = frozenset({
+    *_STATE, "graph", "_graph", "code", "_code", "recompile", "_user_class", "_linear"})
+_COPYING = frozenset("""
+    __deepcopy__ __copy__ __reduce__ __reduce_ex__ __getstate__ __setstate__ __new__
+    __getattribute__ __init_subclass__
+""".split())
+EJECTING = contextvars.ContextVar("ejecting", default=False)  # True: copies are the user's classes'
 
 
 class Adapted(nn.Module):
-    """A module of which Python reads adapted weights: `weight` is W + s B A, and `frozen_weight` W itself.
+    """A module of which Python reads adapted weights: `weight` is W + s B A, `frozen_weight` is W.
 
     Its class derives from the user's, which keeps precedence; `_adapted` names the tensors.
     """
@@ -43,10 +48,10 @@ class Adapted(nn.Module):
         return cls._user_class(*args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> Any:
-        """As nn.Module does it, but for its call of __new__: a replica has no parameters of its own."""
+        """As nn.Module does it, but for its call of __new__: a replica has no own parameters."""
         twin = copy.copy(self)
-        own = {"_parameters": {}, "_buffers": self._buffers.copy(), "_modules": self._modules.copy()}
-        twin.__dict__.update(own, _is_replica=True)
+        twin.__dict__.update(_parameters={}, _buffers=self._buffers.copy(),
+                             _modules=self._modules.copy(), _is_replica=True)
         return twin
 
     def __copy__(self) -> "Adapted":
@@ -54,14 +59,16 @@ class Adapted(nn.Module):
         twin.__dict__.update(self.__dict__)
         return twin
 
-    __deepcopy__ = None  # by __reduce__: a parent that hands attributes on must not hand on a way to be copied
+    # By __reduce__: a parent that hands its child's attributes on must not hand this on.
+    __deepcopy__ = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         if not EJECTING.get():
             return _blank, (self._user_class, self._adapted), self.__dict__
         ours = (*_STATE, "_graph") if isinstance(self, Region) else ()
         state = {name: value for name, value in self.__dict__.items() if name not in ours}
-        state["_modules"] = {name: child for name, child in self._modules.items() if not isinstance(child, LorafxModule)}
+        state["_modules"] = {name: child for name, child in self._modules.items()
+                             if not isinstance(child, LorafxModule)}
         return object.__new__, (self._user_class,), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -73,8 +80,8 @@ class Adapted(nn.Module):
 class Region(Adapted, fx.GraphModule):  # type: ignore[misc]  # copies are made in another way
     """A module whose forward is generated from `graph`, as it is lowered; `code` shows it.
 
-    All regions of one user class with the same code share one class, made by `recompile`: compiled layer by layer,
-    they share one compiled forward too.
+    All regions of one user class with the same code share one class, made by `recompile`: compiled
+    layer by layer, they share one compiled forward too.
     """
 
     _python_code: fx.graph.PythonCode
@@ -89,17 +96,21 @@ class Region(Adapted, fx.GraphModule):  # type: ignore[misc]  # copies are made 
 
 
 def is_plain_graph(module: nn.Module) -> TypeGuard[fx.GraphModule]:
-    """Whether this is a GraphModule of the caller's, with a class of its own, and no region."""
+    """True for a GraphModule of the caller's, which is not a region."""
     return isinstance(module, fx.GraphModule) and not isinstance(module, Region)
 
 
 def _blank(user_class: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    return object.__new__(_derived(user_class, names, None))
+    return object.__new__(_derived(user_class, names))
 
 
 def convert(module: nn.Module, graph: fx.Graph, join: bool) -> None:
-    """Make this very module a region: its forward is now the graph's. `join`: compute calls on one value together."""
-    module.__dict__.update({name: make() for name, make in _STATE.items()} | module.__dict__)
+    """Make this very module a region: its forward is now the graph's.
+
+    `join`: compute linear calls on one value together.
+    """
+    for name, make in _STATE.items():
+        module.__dict__.setdefault(name, make())
     module.__dict__.update(_graph=graph, _joining=join)
     graph.owning_module = module  # type: ignore[assignment]
     cls: Any = type(module)
@@ -107,7 +118,8 @@ def convert(module: nn.Module, graph: fx.Graph, join: bool) -> None:
     code = lowered.python_code(root_module="self")
     if lowered is not graph:
         code._lineno_map = {}  # from lines to nodes of `graph`, for a compiler's messages
-    module.__class__ = _derived(getattr(cls, "_user_class", cls), adapted_names(module), code, forward_of(lowered))
+    user_class = getattr(cls, "_user_class", cls)
+    module.__class__ = _derived(user_class, adapted_names(module), code, forward_of(lowered))
 
 
 def adapt(module: nn.Module, attribute: str) -> None:
@@ -115,18 +127,20 @@ def adapt(module: nn.Module, attribute: str) -> None:
     cls: Any = type(module)
     if attribute in adapted_names(module):
         return
-    names = (*adapted_names(module), attribute)
-    code, forward = (cls._python_code, cls._linear) if issubclass(cls, Region) else (None, None)
-    module.__class__ = _derived(getattr(cls, "_user_class", cls), names, code, forward)
+    names, user_class = (*adapted_names(module), attribute), getattr(cls, "_user_class", cls)
+    if issubclass(cls, Region):
+        module.__class__ = _derived(user_class, names, cls._python_code, cls._linear)
+    else:
+        module.__class__ = _derived(user_class, names)
 
 
 def why_not_region(module: nn.Module) -> str | None:
     """Why this module could not become a region even though its forward can be traced, or None."""
-    taken = sorted(_RESERVED & (vars(module).keys() | module._modules.keys() | module._parameters.keys()))
+    attributes = vars(module).keys() | module._modules.keys() | module._parameters.keys()
+    taken = sorted(_RESERVED & attributes)
     if taken:
         return f"its attribute '{taken[0]}' is one that a graph module needs"
-    cls: Any = type(module)
-    return _why_not_defined(cls, _RESERVED) or why_not_adapted(cls)
+    return _why_not_defined(type(module), _RESERVED) or why_not_adapted(module)
 
 
 def _why_not_defined(cls: type, names: frozenset[str]) -> str | None:
@@ -137,15 +151,23 @@ def _why_not_defined(cls: type, names: frozenset[str]) -> str | None:
     for name in sorted(names):
         for definer in cls.__mro__:
             value = vars(definer).get(name)
-            made_by = value.__module__ if isinstance(value, types.FunctionType) else definer.__module__
-            if value is not None and made_by.partition(".")[0] not in ("torch", "typing", "builtins", "lorafx"):
+            function = value if isinstance(value, types.FunctionType) else definer
+            if value is not None and package(function) not in _STANDARD:
                 return f"{definer.__name__} defines '{name}' itself"
     return None
 
 
+_STANDARD = ("torch", "typing", "builtins", "lorafx")
+
+
+def why_not_adapted(module: nn.Module) -> str | None:
+    """Why no class can be derived from this module's, or None."""
+    cls: Any = type(module)
+    return _why_not_derived(cls)
+
+
 @functools.lru_cache(maxsize=None)
-def why_not_adapted(user_class: type) -> str | None:
-    """Why no class can be derived from this one, or None."""
+def _why_not_derived(user_class: type) -> str | None:
     if issubclass(user_class, Adapted):
         return None
     if type(user_class) not in (type, abc.ABCMeta):
@@ -162,12 +184,13 @@ def why_not_adapted(user_class: type) -> str | None:
 
 
 def _make_class(user_class: type, base: type[Adapted], namespace: dict[str, Any]) -> type[Adapted]:
-    copying = {name: value for name, value in vars(Adapted).items() if name in _COPYING}
-    about = {"__module__": user_class.__module__, "__qualname__": user_class.__qualname__,
-             "__doc__": user_class.__doc__, "_user_class": user_class}
-    bases = (base,) if issubclass(base, user_class) else (user_class, base)  # the former for a plain nn.Module
-    made: type[Adapted] = types.new_class(user_class.__name__, bases,
-                                          exec_body=lambda n: n.update(copying | about | namespace))
+    contents = {name: value for name, value in vars(Adapted).items() if name in _COPYING}
+    contents |= {"__module__": user_class.__module__, "__qualname__": user_class.__qualname__,
+                 "__doc__": user_class.__doc__, "_user_class": user_class, **namespace}
+    plain = issubclass(base, user_class)  # as of a plain nn.Module
+    bases = (base,) if plain else (user_class, base)
+    made: type[Adapted] = types.new_class(
+        user_class.__name__, bases, exec_body=lambda own: own.update(contents))
     return made
 
 
@@ -176,21 +199,26 @@ _SERIAL = itertools.count()
 
 
 def _derived(
-    user_class: type[nn.Module], names: tuple[str, ...], code: fx.graph.PythonCode | None,
+    user_class: type[nn.Module], names: tuple[str, ...], code: fx.graph.PythonCode | None = None,
     forward: Forward | None = None,
 ) -> type[Adapted]:
     """The class, one for each user class, set of adapted names and generated forward."""
-    source = None if code is None else (code.src, tuple(sorted((n, id(value)) for n, value in code.globals.items())))
+    source: Any = None
+    if code is not None:
+        identities = sorted((name, id(value)) for name, value in code.globals.items())
+        source = code.src, tuple(identities)
     key = user_class, names, source
     if key not in _CLASSES:
         namespace: dict[str, Any] = {"_adapted": names}
         for name in names:
-            namespace |= {name: _adapted_property(name), FROZEN_PREFIX + name: _frozen_property(name)}
+            namespace[name] = _adapted_property(name)
+            namespace[FROZEN_PREFIX + name] = _frozen_property(name)
         if code is not None:
             namespace |= _compiled(user_class, code) | {"_linear": forward}
         made = _make_class(user_class, Adapted if code is None else Region, namespace)
         if code is not None:
-            weakref.finalize(made, linecache.cache.pop, namespace["forward"].__code__.co_filename, None)
+            filename = namespace["forward"].__code__.co_filename
+            weakref.finalize(made, linecache.cache.pop, filename, None)
         _CLASSES[key] = made
         return made
     return _CLASSES[key]
@@ -202,8 +230,8 @@ def _compiled(user_class: type[nn.Module], code: fx.graph.PythonCode) -> dict[st
     linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
     names = dict(code.globals)
     exec(compile(source, filename, "exec"), names)
-    return {"forward": names["forward"], "_code": source, "_python_code": code, "_lineno_map": code._lineno_map,
-            "_prologue_start": code._prologue_start}
+    return {"forward": names["forward"], "_code": source, "_python_code": code,
+            "_lineno_map": code._lineno_map, "_prologue_start": code._prologue_start}
 
 
 def _adapted_property(name: str) -> property:

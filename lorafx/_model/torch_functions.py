@@ -1,4 +1,4 @@
-"""How functions of torch meet a subclass of Tensor: which of them write, and how to run those that are in Python."""
+"""How functions of torch meet a subclass of Tensor: which write, and how to run Python ones."""
 
 import types
 from typing import Any
@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Args = tuple[Any, ...]  # of a call
+Kwargs = dict[str, Any]
 _WRITING = frozenset("""__set__ __setitem__ __delitem__ __iadd__ __isub__ __imul__ __itruediv__
     __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__ __ilshift__ __irshift__""".split())
 
 
 def writes_in_place(func: Any) -> bool:
-    """True if a function of torch or method of Tensor writes into its first argument, by its name."""
+    """True if, by its name, a function of torch or Tensor writes into its first argument."""
     name = getattr(func, "__name__", "")
     return name in _WRITING or name.endswith("_") and not name.endswith("__")
 
@@ -30,9 +32,10 @@ def functions_named(*names: str) -> list[Any]:
 
 
 def without_override(func: Any) -> types.FunctionType | None:
-    """Return a Python function of torch as it runs on plain tensors, so that what it calls meets the subclass instead.
+    """Return a Python function of torch as it runs on plain tensors.
 
-    None if it does not ask whether an argument overrides it, or is no such function.
+    What it calls meets the subclass in its place. None if it does not ask whether an argument
+    overrides it, or is not written in Python.
     """
     if not isinstance(func, types.FunctionType) or "__class__" in func.__code__.co_freevars:
         return None

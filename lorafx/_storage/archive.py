@@ -1,4 +1,4 @@
-"""What torch.save writes, one storage in memory at a time: torch lays the file out, then its data is put in.
+"""What torch.save writes, one storage in memory at a time: torch lays it out, data is put in.
 
 The file is a zip archive whose members `<name>/data/<number>` are the storages, each stored as it
 is, in the order in which pickling meets them.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from .._kernels.private import storage_key
 from .streams import CHUNK, Advance, one_behind, tensor_bytes
 
 
@@ -20,18 +21,19 @@ Source = Callable[[], Iterator[Tensor]]  # gives the content of a storage in con
 
 
 def storages_of(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
-    """Return the storages of these tensors, each once, by their addresses, in the order of their members."""
+    """Return the storages of these tensors, each once, by address, in the order of members."""
     storages = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
+        storages[storage_key(storage)] = storage
     return storages
 
 
 def save_archive(
-    tensors: dict[str, Tensor], sources: Mapping[int, Source], file: io.BufferedWriter, advance: Advance
+    tensors: dict[str, Tensor], sources: Mapping[int, Source], file: io.BufferedWriter,
+    advance: Advance,
 ) -> None:
-    """Write a file that torch.load reads as these tensors; storages that `sources` has are not read but filled."""
+    """Write a file that torch.load reads as these tensors; `sources` fill storages in it."""
     with torch.serialization.skip_data():
         torch.save(tensors, file.name)
     storages = storages_of(tensors.values())

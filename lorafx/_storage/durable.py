@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, whatever happens to processes and disks."""
+"""Files and folders written whole or not at all, whatever happens to processes and disks."""
 
 import contextlib
 import errno
@@ -16,10 +16,11 @@ from .locks import lock, locked_folder, unlock
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that whatever happens on the way, the old one or the new one stands there, whole and on the disk.
+    """Write a file so that, whatever happens, the old or the new one is there, whole, on the disk.
 
-    It goes to a temporary file in the same folder, is flushed, and renamed. Missing folders are made, links are
-    followed, and permissions kept. What killed processes left of such temporary files of this path is removed first.
+    It goes to a temporary file in the same folder, is flushed, and renamed. Missing folders are
+    made, links are followed, and permissions kept. Temporary files of this path that killed
+    processes left are removed first.
     """
     with _unchanged(path):
         path = _real(path)
@@ -29,11 +30,12 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_folder(folder: Path, contents: Callable[[], Mapping[str, bytes]]) -> None:
-    """Write files into a folder, which appears with all of them if it is not there yet; an error changes nothing.
+    """Write files into a folder, which appears with all of them if it is not there yet.
 
-    In one that is there they are replaced in their order, all of them on the disk already: a process that is killed
-    meanwhile leaves the first ones new and the others old, of which a reader must make sense. `contents` is called when
-    no other process writes there, so that it may look at what there is.
+    An error changes nothing. In a folder that is there files are replaced in their order, all of
+    them on the disk already: a process that is killed meanwhile leaves the first ones new and the
+    others old, of which a reader must make sense. `contents` is called when no other process writes
+    there, so that it may look at what there is.
     """
     with _unchanged(folder):
         folder, folders = _real(folder), {folder.parent}
@@ -42,7 +44,11 @@ def write_folder(folder: Path, contents: Callable[[], Mapping[str, bytes]]) -> N
                 files = {_real(folder / name): content for name, content in contents().items()}
                 for path in (folder, *files):
                     _prepare(path)
-                _replace({path: content for path, content in files.items() if _differs(path, content)})
+                changed_files = {}
+                for path, content in files.items():
+                    if _differs(path, content):
+                        changed_files[path] = content
+                _replace(changed_files)
             folders |= {path.parent for path in files}
     for changed in folders:
         sync_folder(changed)
@@ -50,12 +56,13 @@ def write_folder(folder: Path, contents: Callable[[], Mapping[str, bytes]]) -> N
 
 @contextlib.contextmanager
 def _unchanged(path: Path) -> Iterator[None]:
-    """Let what keeps a path from being written say so."""
+    """Let an error say that it keeps this path from being written."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(error.errno, f"'{path}' cannot be written, and stays as it was: {reason}") from error
+        message = f"'{path}' cannot be written, and stays as it was: {reason}"
+        raise OSError(error.errno, message) from error
 
 
 def _real(path: Path) -> Path:
@@ -67,19 +74,22 @@ def _real(path: Path) -> Path:
 
 
 def _replace(files: Mapping[Path, bytes]) -> None:
-    """Put files in place of what is there, one after the other once all are on the disk, or after an error none."""
+    """Put files in place of what is there, in order, once all are on the disk; on an error none."""
     with contextlib.ExitStack() as stack:
-        new = {path: stack.enter_context(_written(path, content)) for path, content in files.items()}
+        new = {}
+        for path, content in files.items():
+            new[path] = stack.enter_context(_written(path, content))
         first, last = list(new)[:-1], list(new)[-1:]
         old = {path: path.read_bytes() if path.exists() else None for path in first}
         try:
             for path, temporary in new.items():
                 os.replace(temporary, path)
-                if path in first:
-                    _flush_folder(path.parent)  # else a power cut might leave a later one new and this one old
+                if path in first:  # else a power cut might leave a later one new and this one old
+                    _flush_folder(path.parent)
         except BaseException:
             if any(new[path].exists() for path in last):
-                _put_back({path: content for path, content in old.items() if not new[path].exists()})
+                replaced = [path for path in old if not new[path].exists()]
+                _put_back({path: old[path] for path in replaced})
             raise
 
 
@@ -97,12 +107,13 @@ def _put_back(old: Mapping[Path, bytes | None]) -> None:
                 with _written(path, content) as temporary:
                     os.replace(temporary, path)
         except OSError as error:
-            raise FormatError(f"'{path}' is written, but not all that belongs to it, and what was there cannot be put "
-                              f"back: {error.strerror or error}; save again.") from error
+            raise FormatError(
+                f"'{path}' is written, but not all that belongs to it, and what was there cannot "
+                f"be put back: {error.strerror or error}; save again.") from error
 
 
 def _appear(folder: Path, contents: Mapping[str, bytes]) -> bool:
-    """Make a folder that has these files at once; False if another process has made one meanwhile."""
+    """Make a folder that has these files at once; False if another process has made one."""
     _prepare(folder)
     with _temporary(folder, _open_folder) as (temporary, _):
         _replace({temporary / name: content for name, content in contents.items()})
@@ -118,12 +129,13 @@ def _appear(folder: Path, contents: Mapping[str, bytes]) -> bool:
 
 @contextlib.contextmanager
 def _written(path: Path, content: bytes) -> Iterator[Path]:
-    """A new file beside a path, whole and on the disk, with the owner and permissions of what is at the path."""
+    """A new file beside a path, on the disk, with the owner and permissions of what is there."""
     old = path.stat() if path.exists() else None
     mode = 0o666 if old is None else stat.S_IMODE(old.st_mode)
     flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
     with _temporary(path, lambda name: os.open(name, flags, mode)) as (temporary, handle):
-        with open(handle, "wb", closefd=os.name != "posix") as file:  # elsewhere an open file cannot be renamed
+        # elsewhere an open file cannot be renamed
+        with open(handle, "wb", closefd=os.name != "posix") as file:
             if old is not None:
                 if os.name == "posix":
                     with contextlib.suppress(OSError):  # as a rule only root may give files away
@@ -136,7 +148,7 @@ def _written(path: Path, content: bytes) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _temporary(path: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
-    """What `make` makes and opens beside a path, gone after the context, with a lock that ends with this process."""
+    """What `make` makes and opens beside a path, locked, gone after the context."""
     while True:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         handle, ours = make(temporary), False
@@ -161,11 +173,12 @@ def _open_folder(folder: Path) -> int:
     while True:
         folder.mkdir()
         with contextlib.suppress(FileNotFoundError):  # another process took it for abandoned
-            return os.open(folder, os.O_RDONLY) if os.name == "posix" else -1  # elsewhere it cannot be opened
+            # elsewhere a folder cannot be opened
+            return os.open(folder, os.O_RDONLY) if os.name == "posix" else -1
 
 
 def _prepare(path: Path) -> None:
-    """Make the folder of a path, and remove its temporary files whose processes have ended: they can be locked."""
+    """Make the folder of a path, and remove its temporary files that no process has locked."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if os.name != "posix":
         return
@@ -203,9 +216,10 @@ def sync_folder(folder: Path) -> None:
         _flush_folder(folder)
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(error.errno, f"What was saved in '{folder}' is there, whole, but its name may not be on the disk "
-                                   f"yet, so that a power cut could bring back what was there before: {reason}"
-                      ) from error
+        message = (
+            f"What was saved in '{folder}' is there, whole, but its name may not be on the disk "
+            f"yet, so that a power cut could bring back what was there before: {reason}")
+        raise OSError(error.errno, message) from error
 
 
 def _flush_folder(folder: Path) -> None:
@@ -214,7 +228,8 @@ def _flush_folder(folder: Path) -> None:
         try:
             os.fsync(handle)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some shared disks have no such thing
+            # some shared disks have no such thing
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
             os.close(handle)

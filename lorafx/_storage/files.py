@@ -12,7 +12,7 @@ from .safetensors_files import load_safetensors, open_safetensors
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a .safetensors file, on the CPU, and its header's metadata; all of it is checked first."""
+    """Return the tensors of a .safetensors file, on the CPU, and its metadata; all is checked."""
     with _readable(path):
         tensors, header = load_safetensors(path)
         return tensors, header.metadata
@@ -25,14 +25,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file that torch.save wrote, by name, on the CPU; nothing else in it is let in."""
+    """Return the named tensors of a file that torch.save wrote, on the CPU; it has nothing else."""
     with _readable(path):
         return load_pickle(path)
 
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Let an adapter's file that the system does not let in be a FormatError, as a damaged one is."""
+    """Let an adapter's file that the system refuses be a FormatError, as a damaged one is."""
     try:
         yield
     except OSError as error:

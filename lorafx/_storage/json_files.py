@@ -11,7 +11,7 @@ _DEEPEST = 100  # objects and lists in each other, in JSON
 
 
 def parse_json(text: str) -> Any:
-    """Return what JSON holds; ValueError if an object has one key twice, of which a parser would silently drop one."""
+    """Return what JSON holds; ValueError if an object has a key twice: one would be lost."""
     return json.loads(text, object_pairs_hook=_distinct)
 
 
@@ -25,7 +25,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the dict in a JSON file, of which every text can be written again, and which recursion can walk."""
+    """Return the dict in a JSON file, every text of which can be written again."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         _check_depth(value)

@@ -16,7 +16,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # as on some shared 
 
 
 def lock(handle: int) -> bool | None:
-    """Lock an open file or folder without waiting; False if another has the lock, None if there are no locks."""
+    """Lock an open file or folder at once; False if another has the lock, None without locks."""
     if sys.platform == "win32":
         return None
     try:
@@ -45,7 +45,7 @@ def is_at(handle: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Write to a folder while no other process does, where the system can lock one; waits up to PATIENCE."""
+    """Write to a folder while no other process does, if it can be locked; wait up to PATIENCE."""
     if os.name != "posix":
         yield
         return
@@ -53,7 +53,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
     while True:
         handle = os.open(folder, os.O_RDONLY)
         try:
-            if lock(handle) is not False and os.path.samestat(os.fstat(handle), folder.stat()):
+            if lock(handle) is not False and is_at(handle, folder):
                 yield
                 return
         finally:

@@ -1,4 +1,4 @@
-"""What torch.save wrote, read where it is a dict of named tensors, once its archive is known to hold what it claims.
+"""Dicts of named tensors that torch.save wrote, read once their archive holds what it claims.
 
 torch.load reads it, which with weights_only looks up and calls nothing but what makes tensors.
 """
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from .._adapter.adapter import check_plain
 from .._adapter.config import shown
 from .._errors import FormatError
+from .._kernels.private import storage_key
 from .reading import check_tensor_name, reading
 
 
 def load_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
-    """Return the named tensors of a file, on the CPU, plain ones of which each has its own memory or its own view of it.
+    """Return the named tensors of a file, on the CPU: plain ones, none of them expanded.
 
     All of an adapter's file is read and held against its checksums; no tensor may be larger than
     the file or stand there twice. A checkpoint's is `mapped`: its tensors are read from the disk
@@ -34,28 +35,27 @@ def load_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
         archive = _open_archive(file)
         if mapped:
             content = _load(path, mmap=archive is not None)
-        elif archive is not None:
-            content = _load_whole(file, archive)
+        elif archive is None:
+            raise ValueError("it is not an archive, as torch.save has written them since torch "
+                             "1.6; load it by torch.load, and save it again")
         else:
-            raise ValueError("it is not an archive, as torch.save has written them since torch 1.6; load it by "
-                             "torch.load, and save it again")
-        if not isinstance(content, dict):
-            raise FormatError(f"'{path}' holds a {type(content).__name__}, not a dict of named tensors.")
-        parts = _parts_with_tensors(content)
-        if parts:
-            names = ", ".join(repr(".".join(keys)[:80]) for keys in parts[:3])
-            first = "".join(f"[{shown(key)}]" for key in parts[0])
-            which = "that part" if len(parts) == 1 else "the part that is meant"
-            raise FormatError(f"'{path}' holds tensors under {names}: save {which} by itself, "
-                              f"torch.save(content{first}, ...).")
+            _check_checksums(archive)
+            file.seek(0)
+            content = _load(file)
+        _check_flat(path, content)
+        if archive is not None and not mapped:
+            _check_sizes(content, archive, os.fstat(file.fileno()).st_size)
         for name, value in content.items():
-            if not isinstance(name, str) or not isinstance(value, Tensor) or mapped and isinstance(value, nn.Parameter):
-                raise FormatError(f"'{path}' holds {shown(name)}, a {type(value).__name__}, where only named tensors "
-                                  "are read: save the state_dict by itself.")
+            plain = isinstance(value, Tensor) and not (mapped and isinstance(value, nn.Parameter))
+            if not isinstance(name, str) or not plain:
+                kind = type(value).__name__
+                raise FormatError(f"'{path}' holds {shown(name)}, a {kind}, where only named "
+                                  "tensors are read: save the state_dict by itself.")
             if not mapped:
                 check_tensor_name(name)
             check_plain(name, value)
-    return content if mapped else dict(content)  # with the versions of modules that a state_dict has
+    # a state_dict has the versions of its modules too
+    return content if mapped else dict(content)
 
 
 def _open_archive(file: BinaryIO) -> zipfile.ZipFile | None:
@@ -74,42 +74,58 @@ def _open_archive(file: BinaryIO) -> zipfile.ZipFile | None:
     claimed = 0
     for member in members:
         claimed += member.file_size
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size or claimed > size:
+        stored = member.compress_type == zipfile.ZIP_STORED
+        if not stored or member.file_size != member.compress_size or claimed > size:
             raise ValueError("its archive is compressed or claims more than the file holds")
     return archive
 
 
-def _load_whole(file: BinaryIO, archive: zipfile.ZipFile) -> Any:
-    """What an archive holds, once its checksums are right; no tensor of a dict is larger than the file."""
+def _check_checksums(archive: zipfile.ZipFile) -> None:
+    """Raise ValueError if a byte of an archive's members has changed."""
     damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"the checksum of its member {damaged[:80]!r} is wrong")
-    file.seek(0)
-    content = _load(file)
-    if not isinstance(content, dict) or _parts_with_tensors(content):
-        return content
-    size = os.fstat(file.fileno()).st_size
+
+
+def _check_sizes(content: dict[Any, Any], archive: zipfile.ZipFile, size: int) -> None:
+    """Raise ValueError if tensors are not what the archive of this size holds, each once."""
     storages = set()
     for name, value in content.items():
         if isinstance(value, Tensor):
-            storages.add(value.untyped_storage()._cdata)
+            storages.add(storage_key(value.untyped_storage()))
             if value.nbytes > size:
-                raise ValueError(f"{str(name)[:80]!r} claims {value.numel()} elements, and the file has {size} bytes")
+                raise ValueError(f"{str(name)[:80]!r} claims {value.numel()} elements, and the "
+                                 f"file has {size} bytes")
     data = [name for name in archive.namelist() if name.partition("/")[2].startswith("data/")]
     if len(storages) < len(data):
         raise ValueError("it names a tensor twice, or holds more data than its tensors have")
-    return content
+
+
+def _check_flat(path: Path, content: Any) -> None:
+    """Raise FormatError unless it is a dict, with no tensors in a part: {"model": {...}}."""
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise FormatError(f"'{path}' holds a {kind}, not a dict of named tensors.")
+    parts = _parts_with_tensors(content)
+    if parts:
+        names = ", ".join(repr(".".join(keys)[:80]) for keys in parts[:3])
+        first = "".join(f"[{shown(key)}]" for key in parts[0])
+        which = "that part" if len(parts) == 1 else "the part that is meant"
+        raise FormatError(f"'{path}' holds tensors under {names}: save {which} by itself, "
+                          f"torch.save(content{first}, ...).")
 
 
 def _parts_with_tensors(content: dict[Any, Any], depth: int = 3) -> list[list[str]]:
-    """Where a training run's checkpoint, {"epoch": 3, "model": {...}}, has dicts of named tensors: their keys."""
+    """Where a checkpoint of a training run has dicts of named tensors: their keys."""
     parts: list[list[str]] = []
     for key, value in content.items():
-        if isinstance(key, str) and isinstance(value, dict):
-            if any(isinstance(name, str) and isinstance(inner, Tensor) for name, inner in value.items()):
-                parts.append([key])
-            elif depth > 1:
-                parts += [[key, *keys] for keys in _parts_with_tensors(value, depth - 1)]
+        if not isinstance(key, str) or not isinstance(value, dict):
+            continue
+        named = [inner for name, inner in value.items() if isinstance(name, str)]
+        if any(isinstance(inner, Tensor) for inner in named):
+            parts.append([key])
+        elif depth > 1:
+            parts += [[key, *keys] for keys in _parts_with_tensors(value, depth - 1)]
     return parts
 
 

@@ -1,4 +1,4 @@
-"""A file that others wrote: whatever is wrong with its content becomes a FormatError that names it."""
+"""Files that others wrote: whatever is wrong with one becomes a FormatError that names it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ LONGEST_NAME = 500  # characters of a tensor's name
 
 @contextlib.contextmanager
 def reading(path: Path, otherwise: str) -> Iterator[BinaryIO]:
-    """Open a file for a parser, whose errors become FormatErrors; what the system says stays an OSError.
+    """Open a file for a parser, whose errors become FormatErrors; an OSError stays one.
 
     `otherwise` is what the file may be if it is not damaged: "not a safetensors file".
     """
@@ -24,7 +24,7 @@ def reading(path: Path, otherwise: str) -> Iterator[BinaryIO]:
             yield file
     except (MemoryError, OSError, FormatError):
         raise
-    except Exception as error:  # damaged bytes make the parsers of JSON, zip and pickle raise anything
+    except Exception as error:  # damaged bytes make parsers of JSON, zip and pickle raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         reason = "".join(character if character.isprintable() else "?" for character in reason)
         raise FormatError(f"'{path}' is damaged or {otherwise}: {reason}.") from error

@@ -1,8 +1,8 @@
-"""Safetensors files: a header's length (8 bytes, little-endian), the header, JSON, and the bytes of all tensors.
+"""Safetensors files: a header's length (8 bytes, little-endian), the header, JSON, and the data.
 
 All that a header claims is held against the file's size before any data is read, by one function,
-whether an adapter is loaded or a checkpoint is merged. That is so of files written here too, and
-equal tensors and metadata are equal bytes.
+whether an adapter is loaded or a checkpoint is merged. What is written is a function of tensors and
+metadata, to the byte.
 """
 
 import io
@@ -41,7 +41,7 @@ _LONGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its dtype as the file calls it, its shape, and its bytes, [begin, end) of the file."""
+    """A tensor of a file: its dtype as the file calls it, its shape, its bytes, file[begin:end]."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """What a header says, which is true: tensors in the order of their bytes, all of the file's, and its metadata."""
+    """A header whose claims are true: tensors, in the order of their bytes, and metadata."""
 
     path: Path
     entries: Mapping[str, Entry]
@@ -66,7 +66,7 @@ class SafetensorsFile:
 # Reading.
 
 def open_safetensors(path: Path) -> SafetensorsFile:
-    """Return what a file's header says, once it accounts for every byte; dtypes may be ones that torch lacks.
+    """Return what a file's header says, once that accounts for every byte; torch may lack dtypes.
 
     Raises:
         FormatError: it does not. OSError: as the system says.
@@ -76,9 +76,9 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, Tensor], SafetensorsFile]:
-    """Return all tensors of a file, on the CPU, each in memory of its own, and what its header says; raises as above.
+    """Return all tensors of a file, on the CPU, each in memory of its own, and its header.
 
-    Names that no line can show are errors too, as are dtypes other than NUMBERS.
+    It raises as `open_safetensors`, and for names that no line can show and dtypes but NUMBERS.
     """
     with reading(path, "not a safetensors file") as file:
         header = read_header(path, file, loading=True)
@@ -86,7 +86,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], SafetensorsFile]:
 
 
 def read_header(path: Path, file: BinaryIO, loading: bool) -> SafetensorsFile:
-    """Return the header of an open file; ValueError if its claims are not true, or not of what can be loaded."""
+    """Return the header of an open file; ValueError if it is not true, or not loadable."""
     size = os.fstat(file.fileno()).st_size
     first = file.read(8)
     length = int.from_bytes(first, "little")
@@ -98,7 +98,8 @@ def read_header(path: Path, file: BinaryIO, loading: bool) -> SafetensorsFile:
         raise ValueError("its header is not a JSON object")
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
+    strings = isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values())
+    if not strings:
         raise ValueError("its metadata is not an object of strings")
     "".join((*header, *metadata, *metadata.values())).encode()  # halves of surrogate pairs raise
     entries = []
@@ -123,7 +124,8 @@ def _entry(name: str, fields: Any, begin: int, size: int, loading: bool) -> Entr
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     known = [*(NUMBERS if loading else _BITS)]
     if not isinstance(code, str) or code not in known:
-        raise ValueError(f"'{name}' has dtype {str(code)[:40]!r}, which is none of {', '.join(known)}")
+        raise ValueError(
+            f"'{name}' has dtype {str(code)[:40]!r}, which is none of {', '.join(known)}")
     if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
             and all(type(offset) is int and 0 <= offset <= size - begin for offset in offsets)):
         raise ValueError(f"the shape or the place of '{name}' is not within the file")
@@ -132,7 +134,8 @@ def _entry(name: str, fields: Any, begin: int, size: int, loading: bool) -> Entr
     # what is loaded may be multiplied: no other length of an empty tensor may be huge
     limit = 8 * size if loading else 1 << 63
     if math.prod(length or 1 for length in shape) * _BITS[code] > limit:
-        raise ValueError(f"a shape of {len(shape)} dimensions claims more than the file's {size} bytes")
+        raise ValueError(
+            f"a shape of {len(shape)} dimensions claims more than the file's {size} bytes")
     start, end = offsets
     if math.prod(shape) * _BITS[code] != 8 * (end - start):
         raise ValueError(f"'{name}' has {end - start} bytes, which is not what its shape and dtype "
@@ -149,9 +152,11 @@ def _read_tensor(file: BinaryIO, entry: Entry) -> Tensor:
     return flat.view(entry.shape)
 
 
-def read_rows(file: io.BufferedReader, entry: Entry, scratch: Scratch, shape: Sequence[int], start: int,
-              length: int) -> Tensor:
-    """Return `length` rows of a tensor of an open file, from `start` on, the tensor seen with this shape."""
+def read_rows(
+    file: io.BufferedReader, entry: Entry, scratch: Scratch, shape: Sequence[int], start: int,
+    length: int,
+) -> Tensor:
+    """Return `length` rows of a tensor of an open file, seen with a shape, from `start` on."""
     rows = scratch.empty("rows", (min(length, shape[0] - start), *shape[1:]), DTYPES[entry.dtype])
     if rows.nbytes:
         file.seek(entry.begin + start * (entry.size // shape[0]))
@@ -181,8 +186,10 @@ def same_bytes(files: Iterable[SafetensorsFile], first: str, second: str) -> boo
 
 # Writing.
 
-def header_bytes(entries: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
-    """Return what a file begins with, for tensors in this order: (name, dtype, shape, bytes) of each."""
+def header_bytes(
+    entries: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]
+) -> bytes:
+    """Return what a file begins with, for tensors in this order: name, dtype, shape, bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape, size in entries:
@@ -194,20 +201,21 @@ def header_bytes(entries: Iterable[tuple[str, str, tuple[int, ...], int]], metad
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return the content of a file of these tensors, a function of nothing but them and the metadata.
+    """Return the content of a file of these tensors, a function of only them and the metadata.
 
     The layout is that of safetensors.torch.save, wide dtypes first and then by name, but for the
     metadata, which keeps its order; there a hash that differs from process to process orders it.
     Tensors may have any device and strides, and share memory.
 
     Raises:
-        ConfigError: a dtype is none of DTYPES. UnicodeEncodeError: a text has half of a surrogate pair.
+        ConfigError: a dtype is none of DTYPES. UnicodeEncodeError: a text has half of a surrogate
+            pair.
     """
     order = {dtype: place for place, dtype in enumerate(NAMES)}
     for name, tensor in tensors.items():
         if tensor.dtype not in order:
-            raise ConfigError(f"'{name}' has dtype {tensor.dtype}, and a file keeps {', '.join(DTYPES)}: convert "
-                              "it first.")
+            raise ConfigError(f"'{name}' has dtype {tensor.dtype}, and a file keeps "
+                              f"{', '.join(DTYPES)}: convert it first.")
     entries, contents = [], []
     for name in sorted(tensors, key=lambda name: (order[tensors[name].dtype], name.encode())):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -19,7 +19,7 @@ Advance = Callable[[int], object]  # is called with the number of bytes that hav
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU; the view keeps the tensor."""
+    """Return the bytes of a contiguous tensor on the CPU; the view keeps the tensor."""
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
     size = tensor.numel() * tensor.element_size()
     if not size:
@@ -31,7 +31,10 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 @contextlib.contextmanager
 def one_behind() -> Iterator[Callable[..., None]]:
-    """A function that lets another thread make a call, once the one before is done: one is written, one computed."""
+    """Yield a function by which another thread makes a call, once the one before is done.
+
+    So one tensor is written while the next is computed.
+    """
     with ThreadPoolExecutor(1) as pool:
         under_way: list[Future[Any]] = [pool.submit(int)]
 
@@ -44,13 +47,15 @@ def one_behind() -> Iterator[Callable[..., None]]:
 
 
 def write_all(file: io.BufferedWriter, content: memoryview, advance: Advance) -> None:
-    """Write bytes, and say how many."""
+    """Write bytes, and call `advance` with their number."""
     for start in range(0, len(content), CHUNK):
         file.write(content[start:start + CHUNK])
     advance(len(content))
 
 
-def copy_bytes(source: io.BufferedReader, target: io.BufferedWriter, begin: int, count: int, advance: Advance) -> None:
+def copy_bytes(
+    source: io.BufferedReader, target: io.BufferedWriter, begin: int, count: int, advance: Advance
+) -> None:
     """Append bytes of one file, from `begin` on, to another."""
     source.seek(begin)
     buffer = memoryview(bytearray(min(CHUNK, count)))
@@ -64,5 +69,5 @@ def copy_bytes(source: io.BufferedReader, target: io.BufferedWriter, begin: int,
 
 
 def nbytes(shape: Iterable[int], dtype: torch.dtype) -> int:
-    """The bytes of a tensor."""
+    """Return the number of bytes of a tensor."""
     return math.prod(shape) * dtype.itemsize

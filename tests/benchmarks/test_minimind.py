@@ -4,15 +4,22 @@ import pickle
 
 import pytest
 import torch
-from minimind import Config, MiniMind
 
 import lorafx
+from common.minimind import MiniMind
+from common.minimind_layers import Config
 from tests.support.oracle import frozen, randomise
 
 CONFIGS = {
-    "dense": Config(hidden=24, layers=2, heads=3, kv_heads=1, vocabulary=31, max_length=32, dropout=0.1),
-    "no flash": Config(hidden=24, layers=2, heads=3, kv_heads=1, vocabulary=31, max_length=32, flash=False),
-    "experts": Config(hidden=24, layers=2, heads=3, kv_heads=3, vocabulary=31, max_length=32, experts=3),
+    "dense": Config(
+        hidden=24, layers=2, heads=3, kv_heads=1, vocabulary=31, max_length=32, dropout=0.1
+    ),
+    "no flash": Config(
+        hidden=24, layers=2, heads=3, kv_heads=1, vocabulary=31, max_length=32, flash=False
+    ),
+    "experts": Config(
+        hidden=24, layers=2, heads=3, kv_heads=3, vocabulary=31, max_length=32, experts=3
+    ),
 }
 TOKENS = torch.randint(31, (2, 7), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])
@@ -25,7 +32,9 @@ def model(request):
 
 def test_a_cache_changes_nothing(model):
     for mask in (None, MASK):
-        with_cache, without = (model.generate(TOKENS, 9, mask=mask, use_cache=use) for use in (True, False))
+        with_cache, without = (
+            model.generate(TOKENS, 9, mask=mask, use_cache=use) for use in (True, False)
+        )
         assert torch.equal(with_cache, without) and with_cache.shape == (2, 16)
 
 

@@ -5,23 +5,25 @@ import json
 import merge
 import pytest
 import step
-import step_cells
-import step_gate
-import step_report
-import step_rule
 import torch
 import torch.nn.functional as F
-from step_contenders import (
-    BASE, CONTENDERS, LORAFX, LORAFX_NARROW, NOISE, PATCHED, PEFT, PEFT_WIDE, compiled, contend,
-    draw, names_for, patched,
-)
-from step_gate import TOLERANCE, Errors, errors, verdict
-from step_measure import Operators, interleaved, peak_bytes, ratio, saved, share
-from step_models import MODELS, targets
-from step_run import measure
 from torch import nn
 
 import lorafx
+from common.contenders import (
+    BASE, CONTENDERS, LORAFX, LORAFX_NARROW, NOISE, PATCHED, PEFT, PEFT_WIDE, compiled, draw,
+    make_contender, names_for, patched)
+from common.counting import Operators, peak_bytes, saved
+from common.models import MODELS, targets
+from common.timing import interleaved, ratio, share
+from merge_parts import report as merge_report
+from merge_parts import run as merge_run
+from step_parts import cells as step_cells
+from step_parts import gate as step_gate
+from step_parts import report as step_report
+from step_parts import rule as step_rule
+from step_parts.gate import TOLERANCE, Errors, errors, verdict
+from step_parts.run import measure
 from tests.support.internals import internal
 
 CPU = torch.device("cpu")
@@ -70,7 +72,7 @@ WRONG = {
 
 @pytest.mark.parametrize("way, reason", WRONG.values(), ids=WRONG)
 def test_the_gate(way, reason):
-    found = measure(EAGER, CPU, ways={**CONTENDERS, PATCHED: way})["rows"]
+    found = measure(EAGER, CPU, methods={**CONTENDERS, PATCHED: way})["rows"]
     assert reason in found[PATCHED]["void"] and "step" not in found[PATCHED]
     assert all(not row["void"] and "step" in row for name, row in found.items() if name != PATCHED)
 
@@ -83,11 +85,13 @@ def test_the_gate_by_numbers():
     assert not verdict(Errors(0.05, 0.01, 0.01, 0.09), torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", [name for name in CONTENDERS if name not in (PEFT_WIDE, LORAFX_NARROW)])
+@pytest.mark.parametrize(
+    "name", [name for name in CONTENDERS if name not in (PEFT_WIDE, LORAFX_NARROW)]
+)
 def test_all_contenders_compute_the_same(name):
     """In float64, where nothing hides behind rounding, and to the same A and B."""
     given = step_cells.task(step_cells.Cell("tiny encoder", 2, 8, 2, "square", torch.float64), CPU)
-    contender = contend(name, CONTENDERS[name], given.base, given.adapters)
+    contender = make_contender(name, CONTENDERS[name], given.base, given.adapters)
     output = step_gate.step(contender, given.x, given.labels)
     found = step_gate.result(contender, given.x, output)
     assert list(contender.pairs) == ([] if name in (BASE, NOISE) else targets(given.base, "square"))
@@ -107,13 +111,15 @@ def test_saved_bytes():
     with saved(base) as sizes:
         base(x)
     assert sizes == {}  # a frozen layer saves its own weight alone
-    model = contend(PATCHED, patched, base, draw(base, ["0"], 2)).model
+    model = make_contender(PATCHED, patched, base, draw(base, ["0"], 2)).model
     with saved(model) as sizes:
         output = model(x)
     assert sorted(sizes.values()) == [4 * 7 * 2, 4 * 7 * 3]  # h and x
     with saved(nn.Module()) as sizes:
         kept = output.sin(), output[1:].cos(), output.mT.exp()
-    assert sorted(sizes.values()) == [4 * 7 * 5, 4 * 7 * 5] and kept  # one storage, of all views, and exp's result
+    assert (
+        sorted(sizes.values()) == [4 * 7 * 5, 4 * 7 * 5] and kept
+    )  # one storage, of all views, and exp's result
 
 
 def test_operators():
@@ -157,35 +163,69 @@ def test_statistics():
     assert ratio([3 * time for time in base], base) == (3, 3, 3)
     middle, low, high = ratio([1.0, 2.2, 5.0, 1.3, 2.2, 4.0], base)
     assert middle == pytest.approx(1.1) and 1 <= low < middle < high <= 1.3
-    assert share([1.2 * time for time in base], [1.4 * time for time in base], base) == pytest.approx([0.5] * 3)
+    assert share(
+        [1.2 * time for time in base], [1.4 * time for time in base], base
+    ) == pytest.approx([0.5] * 3)
 
 
 def test_the_cells():
     grid = step_cells.grid()
     assert {cell.model for cell in grid} == {name for name in MODELS if not name.startswith("tiny")}
-    assert {cell.batch * cell.length for cell in grid} == {128, 512, 2048, 4096} and len(set(grid)) == len(grid)
-    assert {cell.rank for cell in grid} == {4, 16, 64} and {cell.targets for cell in grid} == {"square", "linear"}
+    assert {cell.batch * cell.length for cell in grid} == {128, 512, 2048, 4096} and len(
+        set(grid)
+    ) == len(grid)
+    assert {cell.rank for cell in grid} == {4, 16, 64} and {cell.targets for cell in grid} == {
+        "square",
+        "linear",
+    }
     assert {(cell.dtype, cell.compiled) for cell in grid} == {
         (dtype, graph) for dtype in (torch.float32, torch.bfloat16) for graph in (False, True)}
     assert all(cell.dtype in TOLERANCE for cell in (*grid, *step_cells.DEFAULT))
-    assert step_cells.DEFAULT[0].label == "MiniMind 26M, 2,048 tokens, rank 16, linear, float32, eager"
-    sizes = {name: sum(parameter.numel() for parameter in family.build(family.width, family.layers).parameters())
-             for name, family in MODELS.items() if name.startswith("MiniMind")}
-    assert {name: round(size / 1e6) for name, size in sizes.items()} == {"MiniMind 26M": 26, "MiniMind 104M": 104}
+    assert (
+        step_cells.DEFAULT[0].label == "MiniMind 26M, 2,048 tokens, rank 16, linear, float32, eager"
+    )
+    sizes = {
+        name: sum(
+            parameter.numel()
+            for parameter in family.build(family.width, family.layers).parameters()
+        )
+        for name, family in MODELS.items()
+        if name.startswith("MiniMind")
+    }
+    assert {name: round(size / 1e6) for name, size in sizes.items()} == {
+        "MiniMind 26M": 26,
+        "MiniMind 104M": 104,
+    }
 
 
 def test_step(tmp_path, capsys):
     paths = tmp_path / "out" / "step.json", tmp_path / "out" / "step.png"
-    found = step.main(["--tiny", "--backend", "aot_eager", "--json", str(paths[0]), "--png", str(paths[1])])
+    found = step.main(
+        ["--tiny", "--backend", "aot_eager", "--json", str(paths[0]), "--png", str(paths[1])]
+    )
     written = json.loads(paths[0].read_text())
-    assert written["machine"].keys() >= {"date", "torch", "peft", "lorafx", "processor", "cores", "threads", "device"}
+    assert written["machine"].keys() >= {
+        "date",
+        "torch",
+        "peft",
+        "lorafx",
+        "processor",
+        "cores",
+        "threads",
+        "device",
+    }
     assert [cell["label"] for cell in written["cells"]] == [cell.label for cell in step_cells.TINY]
     for cell, made in zip(step_cells.TINY, written["cells"]):
         assert list(made["rows"]) == names_for(cell.dtype)
         assert len(made["shares"]) == (3 if cell.dtype == torch.bfloat16 else 1)
-        counted = COUNTED | ({"compile_seconds", "graphs", "breaks"} if cell.compiled else {"operators", "forward"})
+        counted = COUNTED | (
+            {"compile_seconds", "graphs", "breaks"} if cell.compiled else {"operators", "forward"}
+        )
         assert all(row.keys() == counted and not row["void"] for row in made["rows"].values())
-        assert all(len(row["step"]["times"]) == 3 == len(row["step"]["ratio"]) for row in made["rows"].values())
+        assert all(
+            len(row["step"]["times"]) == 3 == len(row["step"]["ratio"])
+            for row in made["rows"].values()
+        )
     assert paths[1].read_bytes().startswith(b"\x89PNG") and len(found["cells"]) == 3
     printed = capsys.readouterr().out
     assert "lorafx, dtype of the base adds " in printed and step_report.LEGEND in printed
@@ -195,28 +235,40 @@ def test_merge_and_the_readme(tmp_path, capsys):
     merged = tmp_path / "out" / "merge.json"
     found = merge.main(["--tiny", "--json", str(merged)])
     assert not any(row.get("void") for case in found["rows"] for row in case["rows"].values())
-    narrow = found["rows"][1]["rows"][merge.LORAFX]
+    narrow = found["rows"][1]["rows"][merge_run.LORAFX]
     assert narrow["error"] < 2 ** -8 and narrow["not_nearest"] == 0
     stepped = tmp_path / "step.json"
-    cells = [measure(EAGER, CPU, ways={**CONTENDERS, PATCHED: raises}), measure(NARROW, CPU)]
+    cells = [measure(EAGER, CPU, methods={**CONTENDERS, PATCHED: raises}), measure(NARROW, CPU)]
     stepped.write_text(json.dumps({"machine": found["machine"], "seconds": 1.0, "cells": cells}))
     capsys.readouterr()
     assert step.main(["--readme", str(stepped), str(merged)]) is None
     printed = capsys.readouterr().out
-    for part in (EAGER.label, "void", merge.tables(found["rows"]), merge.LEGEND, PEFT_WIDE, found["machine"]["date"]):
+    for part in (
+        EAGER.label,
+        "void",
+        merge_report.tables(found["rows"]),
+        merge_report.LEGEND,
+        PEFT_WIDE,
+        found["machine"]["date"],
+    ):
         assert part in printed
-    assert step.main(["--readme", str(stepped)]) is None and merge.LEGEND not in capsys.readouterr().out
+    assert (
+        step.main(["--readme", str(stepped)]) is None
+        and merge_report.LEGEND not in capsys.readouterr().out
+    )
 
 
 def test_a_wrong_merge_is_void():
     base = nn.Sequential(nn.Linear(30, 20))
     adapters = draw(base, ["0"], 4)
-    assert "a merged weight has a relative error of" in merge.judge(base, base, adapters)["void"]
+    assert (
+        "a merged weight has a relative error of" in merge_run.judge(base, base, adapters)["void"]
+    )
     A, B = adapters.values["0"]
     with torch.no_grad():
         right = nn.Sequential(nn.Linear(30, 20))
         right[0].weight.copy_(base[0].weight + 2 * B @ A)
-    assert not merge.judge(right, base, adapters)["void"]
+    assert not merge_run.judge(right, base, adapters)["void"]
 
 
 def test_the_rule():
@@ -229,7 +281,14 @@ def test_the_rule():
 def test_compiled_options(monkeypatch):
     """lorafx is compiled with its own options, and the others with none."""
     given, seen = step_cells.task(COMPILED, CPU), {}
-    monkeypatch.setattr(torch, "compile", lambda model, **options: seen.setdefault(name, options) and model)
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **options: seen.setdefault(name, options) and model
+    )
     for name in (PEFT, LORAFX):
-        compiled(contend(name, CONTENDERS[name], given.base, given.adapters), CPU, "inductor")
-    assert seen[PEFT]["options"] == {} and seen[LORAFX]["options"].keys() == lorafx.compile_options().keys()
+        compiled(
+            make_contender(name, CONTENDERS[name], given.base, given.adapters), CPU, "inductor"
+        )
+    assert (
+        seen[PEFT]["options"] == {}
+        and seen[LORAFX]["options"].keys() == lorafx.compile_options().keys()
+    )

@@ -65,18 +65,27 @@ def test_killed_at_each_step_of_replacing(replaced, monkeypatch, capsys):
             begin()
             with monkeypatch.context() as patch:
                 stopping(patch, after, lambda: os._exit(9))
-                code = os.waitstatus_to_exitcode(os.waitpid(child(lambda: os._exit(main([*MERGE, "--force"]))), 0)[1])
+                code = os.waitstatus_to_exitcode(
+                    os.waitpid(child(lambda: os._exit(main([*MERGE, "--force"]))), 0)[1]
+                )
             assert code in (0, 9)
             if os.path.exists("out") and files(Path("out")) == whole:
                 shutil.rmtree("out")  # the user takes it elsewhere
                 moved += 1
             elif not os.path.exists("out"):
                 absent += 1
-                assert files(Path("out.partial/old")) == before and files(Path("out.partial/new")) == whole
-            if not force and not moved:  # it was not replaced, and is not now, nor is what was finished lost
+                assert (
+                    files(Path("out.partial/old")) == before
+                    and files(Path("out.partial/new")) == whole
+                )
+            if (
+                not force and not moved
+            ):  # it was not replaced, and is not now, nor is what was finished lost
                 assert main(["merge", "base", "t.safetensors", "-o", "out"]) == 2
                 assert "replace it with --force" in error(capsys)
-                assert files(Path("out")) == before and (not absent or files(Path("out.partial/new")) == whole)
+                assert files(Path("out")) == before and (
+                    not absent or files(Path("out.partial/new")) == whole
+                )
                 force = ["--force"]
             assert main([*MERGE, *force]) == 0
             assert files(Path("out")) == whole and not os.path.exists("out.partial")
@@ -100,7 +109,9 @@ def test_failing_at_each_step_of_replacing(replaced, monkeypatch, capsys):
             code = main([*MERGE, "--force"])
         if code:
             said, found = error(capsys), files(Path("out"))
-            assert "the disk fails" in said and found == (whole if "'out' is finished" in said else before)
+            assert "the disk fails" in said and found == (
+                whole if "'out' is finished" in said else before
+            )
             assert main([*MERGE, "--force"]) == 0
         assert files(Path("out")) == whole and not os.path.exists("out.partial")
         if code == 0:
@@ -136,14 +147,18 @@ def test_going_on_writes_only_the_rest_and_only_of_the_same(small, monkeypatch, 
     assert interrupted(monkeypatch, 1, MERGE) == 1
     assert "the disk is gone" in error(capsys) and not os.path.exists("out")
     for base in ("out.partial", "out.partial/new"):
-        assert "is what an interrupted lorafx merge left" in refused(capsys, "merge", base, "a.safetensors", "-o", "no")
+        assert "is what an interrupted lorafx merge left" in refused(
+            capsys, "merge", base, "a.safetensors", "-o", "no"
+        )
     first = "model-00001-of-00002.safetensors"
     kept = Path("out.partial/new", first).stat().st_mtime_ns
     os.mkdir("elsewhere")
     with monkeypatch.context() as patch:
         patch.chdir("elsewhere")
         assert main(["merge", "../base", "../a.safetensors", "-o", "../out"]) == 0
-    assert files(Path("out")) == files(Path("whole")) and Path("out", first).stat().st_mtime_ns == kept
+    assert (
+        files(Path("out")) == files(Path("whole")) and Path("out", first).stat().st_mtime_ns == kept
+    )
 
 
 OTHERWISE = {"another adapter": ["merge", "base", "t.safetensors"],
@@ -173,15 +188,25 @@ def test_a_source_that_was_replaced(small, monkeypatch):
         Path("new").write_bytes(new)
         os.replace("new", path)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (
+            before.st_size,
+            before.st_mtime_ns,
+        )
     assert main([*MERGE[:-1], "wanted"]) == 0
     assert main(MERGE) == 0
     assert files(Path("out")) == files(Path("wanted"))
 
 
-@pytest.mark.parametrize("base, changed", [
-    ("base", f"base/{SHARD}"), ("base", "base/config.json"), ("base", "base/new.txt"), ("base.pth", "base.pth"),
-    ("base.safetensors", "base.safetensors")])
+@pytest.mark.parametrize(
+    "base, changed",
+    [
+        ("base", f"base/{SHARD}"),
+        ("base", "base/config.json"),
+        ("base", "base/new.txt"),
+        ("base.pth", "base.pth"),
+        ("base.safetensors", "base.safetensors"),
+    ],
+)
 def test_a_source_that_changes_meanwhile(small, monkeypatch, base, changed, capsys):
     out, real, path = "out" + Path(base).suffix, shutil.disk_usage, Path(changed)
 
@@ -193,7 +218,9 @@ def test_a_source_that_changes_meanwhile(small, monkeypatch, base, changed, caps
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", usage)
         assert main(["merge", base, "a.safetensors", "-o", out]) == 2
-    assert f"{changed}' changed while '{base}' was merged: run the same command again" in error(capsys)
+    assert f"{changed}' changed while '{base}' was merged: run the same command again" in error(
+        capsys
+    )
     assert not Path(out).exists()
     assert main(["merge", base, "a.safetensors", "-o", out]) == 0
 
@@ -205,7 +232,9 @@ def test_a_file_that_fails_or_is_killed(small, monkeypatch, name):
     arguments = ["merge", name, "a.safetensors", "-o", str(out)]
     before = sorted(os.listdir())
     assert interrupted(monkeypatch, 0, arguments) == 0 and sorted(os.listdir()) == before
-    assert interrupted(monkeypatch, 1, arguments) == 1 and not out.exists()  # it only lacks its name
+    assert (
+        interrupted(monkeypatch, 1, arguments) == 1 and not out.exists()
+    )  # it only lacks its name
     assert main(arguments) == 0 and sorted(os.listdir()) == sorted([*before, out.name])
     whole = out.read_bytes()
     for after in range(6):

@@ -38,9 +38,17 @@ class Model(nn.Module):
 
 
 ADAPTERS = {
-    "a": dict(rank=2, alpha=3.0, targets=["qkv[q]", "qkv[0:4]", "turned", "*square", "experts", "back",
-                                          "in_proj_weight[v]"]),
-    "b": dict(rank=3, alpha=1.0, targets=["qkv[5:12]", "turned", "back", "attention.out_proj"], trainable="head"),
+    "a": dict(
+        rank=2,
+        alpha=3.0,
+        targets=["qkv[q]", "qkv[0:4]", "turned", "*square", "experts", "back", "in_proj_weight[v]"],
+    ),
+    "b": dict(
+        rank=3,
+        alpha=1.0,
+        targets=["qkv[5:12]", "turned", "back", "attention.out_proj"],
+        trainable="head",
+    ),
     "t": dict(rank=2, targets=["turned", "*square"]),
 }
 SELECTIONS = {
@@ -57,13 +65,17 @@ def made(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = Model().to(request.param)
     for name, config in ADAPTERS.items():
-        lorafx.save(randomise(lorafx.inject(base, **config, adapter=name), ord(name)), f"{name}.safetensors")
+        lorafx.save(
+            randomise(lorafx.inject(base, **config, adapter=name), ord(name)), f"{name}.safetensors"
+        )
     return base
 
 
 def named(arguments: list[str]) -> list[str]:
     """The arguments with the adapters' files in the place of their names."""
-    return [a if a.startswith("-") else a.replace(a[0], f"{a[0]}.safetensors", 1) for a in arguments]
+    return [
+        a if a.startswith("-") else a.replace(a[0], f"{a[0]}.safetensors", 1) for a in arguments
+    ]
 
 
 def merged(base: nn.Module, weights: dict[str, float]) -> dict[str, torch.Tensor]:
@@ -101,20 +113,50 @@ def test_matrices_of_several_blocks(tmp_path, monkeypatch):
     """More rows than are summed, or read, at a time, the last of them fewer; and an adapter of some rows only."""
     monkeypatch.chdir(tmp_path)
     base = nn.Sequential(nn.Linear(1009, 5003), nn.Linear(5003, 1511)).bfloat16()
-    lorafx.save(randomise(lorafx.inject(base, rank=5, targets=["0[700:4900]", "1"])), "a.safetensors")
+    lorafx.save(
+        randomise(lorafx.inject(base, rank=5, targets=["0[700:4900]", "1"])), "a.safetensors"
+    )
     safetensors.torch.save_file(dict(base.state_dict()), "base.safetensors")
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         wanted = dict(lorafx.merge(lorafx.load(base, "a.safetensors")).state_dict())
         torch.set_num_threads(before)
-        assert main(["merge", "base.safetensors", "a.safetensors", "-o", f"{threads}.safetensors", "--threads",
-                     str(threads)]) == 0
+        assert (
+            main(
+                [
+                    "merge",
+                    "base.safetensors",
+                    "a.safetensors",
+                    "-o",
+                    f"{threads}.safetensors",
+                    "--threads",
+                    str(threads),
+                ]
+            )
+            == 0
+        )
         assert same(safetensors.torch.load_file(f"{threads}.safetensors"), wanted)
         assert torch.get_num_threads() == before
-        assert main(["merge", "base.safetensors", "a.safetensors", "-o", f"{threads}w.safetensors", "--threads",
-                     str(threads), "--dtype", "float32"]) == 0
-        wide = dict(lorafx.merge(lorafx.load(copy.deepcopy(base).float(), "a.safetensors")).state_dict())
+        assert (
+            main(
+                [
+                    "merge",
+                    "base.safetensors",
+                    "a.safetensors",
+                    "-o",
+                    f"{threads}w.safetensors",
+                    "--threads",
+                    str(threads),
+                    "--dtype",
+                    "float32",
+                ]
+            )
+            == 0
+        )
+        wide = dict(
+            lorafx.merge(lorafx.load(copy.deepcopy(base).float(), "a.safetensors")).state_dict()
+        )
         assert same(safetensors.torch.load_file(f"{threads}w.safetensors"), wide)
 
 
@@ -130,32 +172,51 @@ def test_what_no_adapter_touches_is_copied_byte_for_byte(made):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_another_dtype_is_rounded_to_once(made, dtype):
     state, to = dict(made.state_dict()), getattr(torch, dtype)
-    more = {"scalar": torch.tensor(1.2345678), "none": torch.empty(0, 5), "double": torch.rand(3).double(),
-            "flags": torch.tensor([True, False])}
+    more = {
+        "scalar": torch.tensor(1.2345678),
+        "none": torch.empty(0, 5),
+        "double": torch.rand(3).double(),
+        "flags": torch.tensor([True, False]),
+    }
     wanted, state = merged(made.float(), {"a": 1.0}) | more, state | more
     folder = save_sharded(state, Path("base"), 2)
     torch.save(state, "base.pth")
     assert main(["merge", "base", "a.safetensors", "-o", "out", "--dtype", dtype]) == 0
     assert main(["merge", "base.pth", "a.safetensors", "-o", "out.pth", "--dtype", dtype]) == 0
-    wanted = {name: tensor.to(to) if tensor.is_floating_point() else tensor for name, tensor in wanted.items()}
+    wanted = {
+        name: tensor.to(to) if tensor.is_floating_point() else tensor
+        for name, tensor in wanted.items()
+    }
     assert same(read_folder(Path("out")), wanted) and same(torch.load("out.pth"), wanted)
     index = json.loads(Path("out", INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in wanted.values())
-    assert json.loads(Path("out", "config.json").read_text()) == {"tie_word_embeddings": False, "dtype": dtype}
+    assert json.loads(Path("out", "config.json").read_text()) == {
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+    }
     assert json.loads(Path(folder, "config.json").read_text())["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("theirs, ours", [("module.", ""), ("", "_orig_mod.module."), ("module.", "model."),
-                                          ("", "model.")])
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [("module.", ""), ("", "_orig_mod.module."), ("module.", "model."), ("", "model.")],
+)
 def test_prefixes_of_wrappers(made, theirs, ours):
     wanted, adapter = merged(made, {"t": 1.0}), safetensors.torch.load_file("t.safetensors")
     header = safetensors.safe_open("t.safetensors", "pt").metadata()
     for site in ("turned", "square"):
         header["adapter"] = header["adapter"].replace(f'"{site}"', f'"{theirs}{site}"')
-    safetensors.torch.save_file({theirs + name: tensor for name, tensor in adapter.items()}, "p.safetensors", header)
-    safetensors.torch.save_file({ours + name: tensor for name, tensor in made.state_dict().items()}, "base.safetensors")
+    safetensors.torch.save_file(
+        {theirs + name: tensor for name, tensor in adapter.items()}, "p.safetensors", header
+    )
+    safetensors.torch.save_file(
+        {ours + name: tensor for name, tensor in made.state_dict().items()}, "base.safetensors"
+    )
     assert main(["merge", "base.safetensors", "p.safetensors", "-o", "out.safetensors"]) == 0
-    assert same(safetensors.torch.load_file("out.safetensors"), {ours + name: t for name, t in wanted.items()})
+    assert same(
+        safetensors.torch.load_file("out.safetensors"),
+        {ours + name: t for name, t in wanted.items()},
+    )
 
 
 def test_a_folder_of_peft(tmp_path, capsys):
@@ -167,7 +228,10 @@ def test_a_folder_of_peft(tmp_path, capsys):
                  "-o", str(tmp_path / "out.safetensors")]) == 0
     assert same(safetensors.torch.load_file(tmp_path / "out.safetensors"),
                 lorafx.merge(lorafx.load(net, tmp_path / "peft")).state_dict())
-    assert main(["show", str(tmp_path / "peft")]) == 0 and "'default' (PEFT), 2 sites" in capsys.readouterr().out
+    assert (
+        main(["show", str(tmp_path / "peft")]) == 0
+        and "'default' (PEFT), 2 sites" in capsys.readouterr().out
+    )
     assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "a.safetensors")]) == 0
     assert main(["diff", str(tmp_path / "peft"), str(tmp_path / "a.safetensors")]) == 0
     assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "new")]) == 2
@@ -177,13 +241,26 @@ def test_a_folder_of_peft(tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_torch_save_wrote_is_summed_some_rows_at_a_time(here, monkeypatch, dtype):
     """And the archive is whole: every checksum is right, every storage where a mapping of the file wants it."""
-    base = nn.Sequential(nn.Linear(1009, 5003), nn.Linear(5003, 1511), nn.Embedding(3, 1009)).bfloat16()
-    lorafx.save(randomise(lorafx.inject(base, rank=5, targets=["0[700:4900]", "1"])), "a.safetensors")
+    base = nn.Sequential(
+        nn.Linear(1009, 5003), nn.Linear(5003, 1511), nn.Embedding(3, 1009)
+    ).bfloat16()
+    lorafx.save(
+        randomise(lorafx.inject(base, rank=5, targets=["0[700:4900]", "1"])), "a.safetensors"
+    )
     state = base.state_dict()
-    state.update({"part": state["0.weight"].view(-1)[5:9], "turned": state["1.weight"].T, "none": torch.empty(0, 3)})
+    state.update(
+        {
+            "part": state["0.weight"].view(-1)[5:9],
+            "turned": state["1.weight"].T,
+            "none": torch.empty(0, 3),
+        }
+    )
     torch.save(state, "base.pth")
     sums = watch_sums(monkeypatch)
-    assert main(["merge", "base.pth", "a.safetensors", "-o", "out.pth", "--dtype", dtype, "--untie"]) == 0
+    assert (
+        main(["merge", "base.pth", "a.safetensors", "-o", "out.pth", "--dtype", dtype, "--untie"])
+        == 0
+    )
     assert 0 < max(sums) <= LARGEST_SUM < state["0.weight"].numel()
     wanted = lorafx.load(base.to(getattr(torch, dtype)), "a.safetensors")
     wanted = {**{name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()},

@@ -26,7 +26,9 @@ pytestmark = [
 
 def test_an_adapted_head_that_peft_saves_whole_too():
     wanted = of_peft(gpt2(), target_modules=["lm_head"]).state_dict()
-    assert "base_model.model.lm_head.base_layer.weight" in safetensors.torch.load_file("peft/adapter_model.safetensors")
+    assert "base_model.model.lm_head.base_layer.weight" in safetensors.torch.load_file(
+        "peft/adapter_model.safetensors"
+    )
     assert main(["merge", "base", "peft", "-o", "out"]) == 0
     assert close(read_folder(), wanted) and not close(read_folder(), read_folder("base"))
 
@@ -37,7 +39,10 @@ def test_a_whole_embedding_of_peft_in_a_tied_checkpoint(capsys):
     arguments = ["merge", "base", "peft", "-o", "out"]
     for untie in ([], ["--untie"]):
         assert main([*arguments, *untie]) == 2
-        assert "The weight of 'model.embed_tokens' is tied to another that 'base' does not hold" in last_error(capsys)
+        assert (
+            "The weight of 'model.embed_tokens' is tied to another that 'base' does not hold"
+            in last_error(capsys)
+        )
     assert main(["convert", "peft", "a.safetensors"]) == 0
     assert main(["merge", "base", "a.safetensors", "-o", "out"]) == 2
     tensors = read_folder("base")
@@ -47,14 +52,18 @@ def test_a_whole_embedding_of_peft_in_a_tied_checkpoint(capsys):
     assert main([*arguments, "--untie"]) == 0
     trained = safetensors.torch.load_file("peft/adapter_model.safetensors")
     out = read_folder()
-    assert torch.equal(out["model.embed_tokens.weight"], trained["base_model.model.model.embed_tokens.weight"])
+    assert torch.equal(
+        out["model.embed_tokens.weight"], trained["base_model.model.model.embed_tokens.weight"]
+    )
     assert torch.equal(out["lm_head.weight"], tensors["lm_head.weight"])
     assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_a_whole_embedding_of_ours_is_both_of_a_tied_checkpoint():
     base = llama(tied=True)
-    lorafx.save(randomise(lorafx.inject(base, 2, targets="q_proj", trainable="lm_head")), "a.safetensors")
+    lorafx.save(
+        randomise(lorafx.inject(base, 2, targets="q_proj", trainable="lm_head")), "a.safetensors"
+    )
     trained = safetensors.torch.load_file("a.safetensors")["model.embed_tokens.weight"]
     tensors = read_folder("base")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -62,7 +71,9 @@ def test_a_whole_embedding_of_ours_is_both_of_a_tied_checkpoint():
     save_sharded(tensors, Path("base"), 3, base.config.to_dict())
     assert main(["merge", "base", "a.safetensors", "-o", "out"]) == 0
     out = read_folder()
-    assert torch.equal(out["lm_head.weight"], trained) and torch.equal(out["model.embed_tokens.weight"], trained)
+    assert torch.equal(out["lm_head.weight"], trained) and torch.equal(
+        out["model.embed_tokens.weight"], trained
+    )
     assert (Path("out") / INDEX).is_file()
 
 

@@ -30,13 +30,17 @@ def test_square_matrices_that_peft_says_are_turned(targets):
     assert main(["merge", "base", "peft", "-o", "out"]) == 0
     base = transformers.GPT2LMHeadModel.from_pretrained("base")
     loaded = lorafx.load(base, "peft")
-    assert same(read_folder(), {name: lorafx.merge(loaded).state_dict()[name] for name in read_folder()})
+    assert same(
+        read_folder(), {name: lorafx.merge(loaded).state_dict()[name] for name in read_folder()}
+    )
     assert close(read_folder(), wanted) and not close(read_folder(), base.state_dict())
     lorafx.save(loaded, "ours")
     assert json.loads(Path("ours/adapter_config.json").read_text())["fan_in_fan_out"] is True
     assert main(["convert", "peft", "a.safetensors"]) == 0
     for adapter in ("ours", "a.safetensors"):
-        assert main(["merge", "base", adapter, "-o", "out", "--force"]) == 0 and close(read_folder(), wanted)
+        assert main(["merge", "base", adapter, "-o", "out", "--force"]) == 0 and close(
+            read_folder(), wanted
+        )
 
 
 def test_square_matrices_that_nothing_tells_are_refused(capsys):
@@ -46,14 +50,19 @@ def test_square_matrices_that_nothing_tells_are_refused(capsys):
     for value in (False, None):
         Path("peft/adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": value}))
         assert main(["merge", "base", "peft", "-o", "out"]) == 2 and says in last_error(capsys)
-    of_peft(gpt2(), target_modules=["lm_head", "attn.c_proj"])  # PEFT's word is of the last, and others gainsay it
+    of_peft(
+        gpt2(), target_modules=["lm_head", "attn.c_proj"]
+    )  # PEFT's word is of the last, and others gainsay it
     assert main(["merge", "base", "peft", "-o", "out"]) == 2 and says in last_error(capsys)
     factors = {f"transformer.h.0.attn.c_proj.lora.{name}.weight": torch.ones(*shape)
                for name, shape in (("A", (2, 8)), ("B", (8, 2)))}
     torch.save(factors, "a.pth")
     assert main(["merge", "base", "a.pth", "-o", "out"]) == 2 and says in last_error(capsys)
     injected = lorafx.inject(gpt2(), 2, targets="c_proj")
-    with pytest.raises(lorafx.FormatError, match="cannot say that the square weight of 'transformer.h.0.attn.c_proj'"):
+    with pytest.raises(
+        lorafx.FormatError,
+        match="cannot say that the square weight of 'transformer.h.0.attn.c_proj'",
+    ):
         lorafx.save(injected, "a.pth")
 
 
@@ -62,7 +71,9 @@ def test_experts():
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
-            self.up, self.down = nn.Parameter(torch.randn(3, 6, 5)), nn.Parameter(torch.randn(3, 6, 6))
+            self.up, self.down = nn.Parameter(torch.randn(3, 6, 5)), nn.Parameter(
+                torch.randn(3, 6, 6)
+            )
 
         def forward(self, x):
             return torch.bmm(torch.bmm(x, self.up.mT), self.down.mT)
@@ -73,7 +84,10 @@ def test_experts():
         model = randomise(lorafx.inject(base, 2, targets=targets))
         lorafx.save(model, "a.pth")
         assert main(["merge", "base.safetensors", "a.pth", "-o", "out.safetensors"]) == code
-    assert same(safetensors.torch.load_file("out.safetensors"), lorafx.merge(lorafx.load(base, "a.pth")).state_dict())
+    assert same(
+        safetensors.torch.load_file("out.safetensors"),
+        lorafx.merge(lorafx.load(base, "a.pth")).state_dict(),
+    )
 
 
 def test_minimind_files_say_no_orientation(tmp_path, monkeypatch, capsys):

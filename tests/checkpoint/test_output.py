@@ -19,12 +19,22 @@ from tests.support.oracle import randomise
 # Weights that are not merged.
 
 def test_a_folder_that_holds_its_weights_twice(small, capsys):
-    names = ["adapter_config.json", "consolidated.safetensors", "flax_model.msgpack", "model.fp16.safetensors",
-             "model.safetensors", "pytorch_model-00001-of-00001.bin", "pytorch_model.bin",
-             "pytorch_model.bin.index.json", "tf_model.h5"]
+    names = [
+        "adapter_config.json",
+        "consolidated.safetensors",
+        "flax_model.msgpack",
+        "model.fp16.safetensors",
+        "model.safetensors",
+        "pytorch_model-00001-of-00001.bin",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "tf_model.h5",
+    ]
     for name in names:
         Path("base", name).write_bytes(b"{}")
-        assert f"'base' also holds '{name}': weights that would stay as they are" in refused(capsys, *MERGE)
+        assert f"'base' also holds '{name}': weights that would stay as they are" in refused(
+            capsys, *MERGE
+        )
         Path("base", name).unlink()
     for name in names:
         Path("base", name).write_bytes(b"{}")
@@ -35,17 +45,28 @@ def test_a_folder_of_one_file_that_holds_its_weights_twice(small, capsys):
     Path("one").mkdir()
     for name in ("model.safetensors", "model.fp16.safetensors"):
         shutil.copy("base.safetensors", Path("one", name))
-    assert "'one' also holds 'model.fp16.safetensors':" in refused(capsys, "merge", "one", *MERGE[2:])
+    assert "'one' also holds 'model.fp16.safetensors':" in refused(
+        capsys, "merge", "one", *MERGE[2:]
+    )
     Path("one/sub").mkdir()
     os.rename("one/model.fp16.safetensors", "one/sub/other.safetensors")
-    Path("one/config.json").write_text(json.dumps({"transformers_weights": "sub/other.safetensors"}))
-    assert "'one' also holds 'sub/other.safetensors':" in refused(capsys, "merge", "one", *MERGE[2:])
+    Path("one/config.json").write_text(
+        json.dumps({"transformers_weights": "sub/other.safetensors"})
+    )
+    assert "'one' also holds 'sub/other.safetensors':" in refused(
+        capsys, "merge", "one", *MERGE[2:]
+    )
     Path("one/config.json").write_text(json.dumps({"transformers_weights": "model.safetensors"}))
     assert main(["merge", "one", *MERGE[2:]]) == 0
 
 
 def test_other_files_are_carried_along(small):
-    for name in ("2_Dense/model.safetensors", "onnx/model.onnx", "training_args.bin", "adapter/adapter_config.json"):
+    for name in (
+        "2_Dense/model.safetensors",
+        "onnx/model.onnx",
+        "training_args.bin",
+        "adapter/adapter_config.json",
+    ):
         Path("base", name).parent.mkdir(exist_ok=True)
         Path("base", name).write_bytes(name.encode())
     os.rename(Path("base", SHARD), Path("base/sub", SHARD))
@@ -95,7 +116,10 @@ IN_THE_WAY: dict[str, Callable[[Path], object]] = {
     "a link to a folder": lambda path: path.symlink_to(Path("empty").resolve()),
     "a folder": lambda path: (path.mkdir(), (path / "thesis.txt").write_text("mine")),
     "a folder of a checkpoint": lambda path: shutil.copytree("base", path),
-    "a link as the state": lambda path: (path.mkdir(), (path / STATE).symlink_to(Path("mine").resolve())),
+    "a link as the state": lambda path: (
+        path.mkdir(),
+        (path / STATE).symlink_to(Path("mine").resolve()),
+    ),
 }
 
 
@@ -111,10 +135,20 @@ def test_what_no_merge_began_is_kept(small, base, case, capsys):
 
 
 def test_names_of_any_kind(small, monkeypatch):
-    for name in ("config.json.unfinished", "config.json.partial", "unfinished", "new", "old/new", "sub/new"):
+    for name in (
+        "config.json.unfinished",
+        "config.json.partial",
+        "unfinished",
+        "new",
+        "old/new",
+        "sub/new",
+    ):
         Path("base", name).parent.mkdir(exist_ok=True)
         Path("base", name).write_text(name)
-    assert main([*MERGE[:-1], "whole"]) == 0 and files(Path("whole")).keys() == files(Path("base")).keys()
+    assert (
+        main([*MERGE[:-1], "whole"]) == 0
+        and files(Path("whole")).keys() == files(Path("base")).keys()
+    )
     for after in range(len(files(Path("base")))):
         assert interrupted(monkeypatch, after, MERGE) == after
         assert main(MERGE) == 0
@@ -130,7 +164,10 @@ def test_files_of_odd_kinds(small, monkeypatch, capsys):
     assert main(["merge", "linked", "a.safetensors", "-o", "new/folders/out"]) == 0
     before, after = files(Path("base")), files(Path("new/folders/out"))
     assert before.keys() == after.keys() and after["again.json"] == before["sub/tokenizer.json"]
-    assert not os.path.exists("new/folders/out/none") and os.stat("new/folders/out/again.json").st_nlink == 1
+    assert (
+        not os.path.exists("new/folders/out/none")
+        and os.stat("new/folders/out/again.json").st_nlink == 1
+    )
 
     def forbidden(path, *mode):
         if Path(path).name == "again.json":
@@ -160,7 +197,10 @@ def test_a_link_at_the_output(small, base, old, capsys):
     out.symlink_to(old)
     for force in ([], ["--force"]):
         said = refused(capsys, "merge", base, "a.safetensors", "-o", str(out), *force)
-        assert f"'{out}' is a link to '{Path(old).resolve()}', which is there already: name that" in said
+        assert (
+            f"'{out}' is a link to '{Path(old).resolve()}', which is there already: name that"
+            in said
+        )
     out.unlink()
     out.symlink_to("elsewhere" + out.suffix)
     assert main(["merge", base, "a.safetensors", "-o", str(out)]) == 0

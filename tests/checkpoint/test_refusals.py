@@ -49,12 +49,33 @@ def other(change, name="base.safetensors"):
 
 
 BAD_BASES = {
-    "other shapes": (lambda s: s.update({"0.weight": torch.ones(6, 5)}), "do not fit the tensor (6, 5)"),
-    "the other way": (lambda s: s.update({"0.weight": torch.ones(4, 6)}), "do not fit the tensor (4, 6)"),
-    "no tensor": (lambda s: s.update({"0_weight": s.pop("0.weight")}), "has '0', but 'base.safetensors' has no such"),
-    "integers": (lambda s: s.update({"0.weight": torch.ones(6, 4, dtype=torch.int8)}), "stored as torch.int8"),
-    "two ways": (lambda s: s.update({p + n: s.pop(n) if p == "model." else s[n].clone() for p in ("module.", "model.")
-                                     for n in list(s) if n[0] in "01"}), "in several ways"),
+    "other shapes": (
+        lambda s: s.update({"0.weight": torch.ones(6, 5)}),
+        "do not fit the tensor (6, 5)",
+    ),
+    "the other way": (
+        lambda s: s.update({"0.weight": torch.ones(4, 6)}),
+        "do not fit the tensor (4, 6)",
+    ),
+    "no tensor": (
+        lambda s: s.update({"0_weight": s.pop("0.weight")}),
+        "has '0', but 'base.safetensors' has no such",
+    ),
+    "integers": (
+        lambda s: s.update({"0.weight": torch.ones(6, 4, dtype=torch.int8)}),
+        "stored as torch.int8",
+    ),
+    "two ways": (
+        lambda s: s.update(
+            {
+                p + n: s.pop(n) if p == "model." else s[n].clone()
+                for p in ("module.", "model.")
+                for n in list(s)
+                if n[0] in "01"
+            }
+        ),
+        "in several ways",
+    ),
     "trained of another shape": (lambda s: s.update({"1.bias": torch.ones(2)}), "has it as (2,)"),
 }
 
@@ -64,14 +85,20 @@ def test_a_base_that_the_adapter_does_not_fit(small, case, capsys):
     change, message = BAD_BASES[case]
     other(change)
     assert main(["merge", "base.safetensors", "h.safetensors", "-o", "out.safetensors"]) == 2
-    assert message in error(capsys) and not [path for path in os.listdir() if path.startswith("out")]
+    assert message in error(capsys) and not [
+        path for path in os.listdir() if path.startswith("out")
+    ]
 
 
 BAD_FILES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-3]),
     "empty": lambda path: path.write_bytes(b""),
-    "a header that lies": lambda path: path.write_bytes(path.read_bytes().replace(b"[6,4]", b"[9,4]")),
-    "a tensor twice": lambda path: path.write_bytes(path.read_bytes().replace(b'"1.bias"', b'"0.bias"')),
+    "a header that lies": lambda path: path.write_bytes(
+        path.read_bytes().replace(b"[6,4]", b"[9,4]")
+    ),
+    "a tensor twice": lambda path: path.write_bytes(
+        path.read_bytes().replace(b'"1.bias"', b'"0.bias"')
+    ),
 }
 
 
@@ -84,9 +111,15 @@ def test_damaged_bases(small, case, capsys):
     assert "is damaged or not a safetensors file" in error(capsys) and not os.path.exists("out")
 
 
-@pytest.mark.parametrize("place, message", [
-    ("../base.safetensors", "which is not a file in its folder"), ("/etc/passwd", "which is not a file in its folder"),
-    ("none.safetensors", "none.safetensors"), ("model-00001-of-00002.safetensors", "the index is of other shards")])
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        ("../base.safetensors", "which is not a file in its folder"),
+        ("/etc/passwd", "which is not a file in its folder"),
+        ("none.safetensors", "none.safetensors"),
+        ("model-00001-of-00002.safetensors", "the index is of other shards"),
+    ],
+)
 def test_indices_that_lie(small, place, message, capsys):
     index = Path("base", INDEX)
     content = json.loads(index.read_text())
@@ -97,8 +130,12 @@ def test_indices_that_lie(small, place, message, capsys):
 
 
 def test_bases_of_torch_save_that_hold_more(small, capsys):
-    for content, message in (({"model": small}, "holds 'model', a dict"), ([small], "holds a list"),
-                             ({"a": Path("x")}, "holds more than tensors")):
+    for content, message in (
+        ({"model": small}, "holds tensors under 'model': save that part by itself"),
+        ({**small, "model": {"epoch": 3}}, "holds 'model', a dict, where only named tensors"),
+        ([small], "holds a list"),
+        ({"a": Path("x")}, "holds more than tensors"),
+    ):
         torch.save(content, "more.pth")
         assert main(["merge", "more.pth", "a.safetensors", "-o", "out.pth"]) == 2
         assert message in error(capsys)
@@ -124,7 +161,9 @@ def test_force_replaces(small):
     whole = files(Path("out"))
     Path("out/rest").write_text("of before")
     assert main(["merge", "base", "a.safetensors", "-o", "out", "--force"]) == 0
-    assert files(Path("out")) == whole and not [path for path in os.listdir() if path.startswith(".")]
+    assert files(Path("out")) == whole and not [
+        path for path in os.listdir() if path.startswith(".")
+    ]
     assert main(["merge", "base.pth", "a.safetensors", "-o", "base2.pth"]) == 0
     assert main(["merge", "base.pth", "t.safetensors", "-o", "base2.pth", "--force"]) == 0
     assert not torch.equal(torch.load("base2.pth")["0.weight"], small["0.weight"])

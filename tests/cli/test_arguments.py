@@ -43,9 +43,16 @@ PATHS = {
     "a" * 300 + ".safetensors": "cannot be reached: File name too long",
     "": "'' is not a path",
 }
-USES = ("show {}", "convert {} new.safetensors", "convert a.safetensors {} --force", "diff a.safetensors {}",
-        "merge {} a.safetensors -o out", "merge base {} -o out", "merge base --adapter {}=0.5 -o out",
-        "merge base a.safetensors -o {} --force")
+USES = (
+    "show {}",
+    "convert {} new.safetensors",
+    "convert a.safetensors {} --force",
+    "diff a.safetensors {}",
+    "merge {} a.safetensors -o out",
+    "merge base {} -o out",
+    "merge base --adapter {}=0.5 -o out",
+    "merge base a.safetensors -o {} --force",
+)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -34,7 +34,9 @@ def test_show(small, capsys):
 def test_convert_and_diff(small, capsys):
     assert main(["convert", "a.safetensors", "a.pth"]) == 0
     assert main(["convert", "a.safetensors", "a.pth"]) == 2 and "there already" in error(capsys)
-    assert main(["convert", "h.safetensors", "h.pth"]) == 2 and "the trained '1.weight'" in error(capsys)
+    assert main(["convert", "h.safetensors", "h.pth"]) == 2 and "the trained '1.weight'" in error(
+        capsys
+    )
     assert main(["convert", "a.safetensors", "copy.safetensors"]) == 0
     first, second = (safetensors.safe_open(f"{name}.safetensors", "pt") for name in ("copy", "a"))
     assert first.metadata() == second.metadata()
@@ -43,11 +45,14 @@ def test_convert_and_diff(small, capsys):
     assert main(["diff", "a.safetensors", "t.safetensors"]) == 1
     assert "only in a.safetensors: 1\n" in capsys.readouterr().out
     assert main(["diff", "a.safetensors", "a.pth", "--json"]) == 1
-    found, tensors = json.loads(capsys.readouterr().out), safetensors.torch.load_file("a.safetensors")
+    found, tensors = json.loads(capsys.readouterr().out), safetensors.torch.load_file(
+        "a.safetensors"
+    )
     B, A = (tensors[f"0.lora.{factor}"].double() for factor in "BA")
     delta = B @ A
-    assert found["sites"]["0"] == pytest.approx(((B.half().double() @ A.half().double() - delta).norm() / delta.norm())
-                                                .item(), rel=1e-6)
+    assert found["sites"]["0"] == pytest.approx(
+        ((B.half().double() @ A.half().double() - delta).norm() / delta.norm()).item(), rel=1e-6
+    )
     assert found["config"]["name"] == ["a", "default"] and not found["equal"]
     assert main(["diff", "a.safetensors", "none.safetensors"]) == 2
 
@@ -55,8 +60,14 @@ def test_convert_and_diff(small, capsys):
 @pytest.mark.parametrize("alpha", [8, 3, 0.1])
 def test_a_file_is_as_its_conversion(small, alpha, capsys):
     """What says nothing of the weights is noted: the name, the base, an alpha that is folded into B."""
-    model = lorafx.inject(nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64)), rank=4, alpha=alpha, dropout=0.1,
-                          targets="linear", adapter="french")
+    model = lorafx.inject(
+        nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64)),
+        rank=4,
+        alpha=alpha,
+        dropout=0.1,
+        targets="linear",
+        adapter="french",
+    )
     lorafx.save(randomise(model), "french.safetensors")
     assert main(["convert", "french.safetensors", "french.pth"]) == 0
     capsys.readouterr()
@@ -101,7 +112,9 @@ def test_what_json_lacks_is_null(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     large = torch.full((4, 2), 1e300, dtype=torch.float64)
     write_pair("large.safetensors", large, large.T, trained={"1.bias": large[0].clone()})
-    write_pair("wide.safetensors", torch.ones(5, 2), torch.ones(2, 4), trained={"1.bias": torch.ones(3)})
+    write_pair(
+        "wide.safetensors", torch.ones(5, 2), torch.ones(2, 4), trained={"1.bias": torch.ones(3)}
+    )
 
     def read(*arguments):
         main([*arguments, "--json"])
@@ -110,7 +123,11 @@ def test_what_json_lacks_is_null(tmp_path, monkeypatch, capsys):
     about = read("show", "large.safetensors")
     assert about["sites"]["0"]["norm"] is about["trained"]["1.bias"]["norm"] is None
     found = read("diff", "large.safetensors", "wide.safetensors")
-    assert found["sites"] == {"0": None} and found["trained"] == {"1.bias": None} and not found["equal"]
+    assert (
+        found["sites"] == {"0": None}
+        and found["trained"] == {"1.bias": None}
+        and not found["equal"]
+    )
     assert read("diff", "large.safetensors", "large.safetensors")["equal"]
 
 
@@ -122,8 +139,10 @@ def test_converting_what_is_being_trained(small, capsys):
     optimizer.step()
     lorafx.save(model, "run.safetensors", optimizer=optimizer, step=3)
     assert main(["convert", "run.safetensors", "run.pth"]) == 0
-    assert capsys.readouterr().out == ("run.pth: adapter 'run' (MiniMind), 1 site; the optimizer and step of its "
-                                       "training are left out, as that format keeps none\n")
+    assert capsys.readouterr().out == (
+        "run.pth: adapter 'run' (MiniMind), 1 site; the optimizer and step of its "
+        "training are left out, as that format keeps none\n"
+    )
     assert main(["convert", "run.safetensors", "copy.safetensors"]) == 0
     assert capsys.readouterr().out == "copy.safetensors: adapter 'run' (lorafx), 1 site\n"
     first, second = (safetensors.safe_open(f"{name}.safetensors", "pt") for name in ("copy", "run"))
@@ -135,17 +154,25 @@ def test_converting_what_is_being_trained(small, capsys):
 def test_a_folder_of_several_adapters(tmp_path, monkeypatch, capsys):
     """Each is named by its own folder, and the error says so."""
     monkeypatch.chdir(tmp_path)
-    model = lorafx.inject(nn.Sequential(nn.Linear(4, 6)), rank=2, targets="linear", adapter="french")
+    model = lorafx.inject(
+        nn.Sequential(nn.Linear(4, 6)), rank=2, targets="linear", adapter="french"
+    )
     lorafx.add(model, "german", rank=3)
     for name in ("french", "german"):
         lorafx.save(randomise(model), "both", name)
     for command in (["show"], ["convert", "new.safetensors"], ["diff", "both/french"]):
         assert main([command[0], "both", *command[1:]]) == 2
-        assert error(capsys) == (f"lorafx {command[0]}: 'both' has 'french', 'german': name one with adapter=..., or "
-                                 "by its own folder, such as 'both/french'.")
+        assert error(capsys) == (
+            f"lorafx {command[0]}: 'both' has 'french', 'german': name one with adapter=..., or "
+            "by its own folder, such as 'both/french'."
+        )
     assert main(["show", "both/german"]) == 0 and "0     3     1" in capsys.readouterr().out
     assert main(["convert", "both/german", "german.safetensors"]) == 0
-    assert main(["diff", "both/german", "german.safetensors"]) == 0 == main(["show", "german.safetensors"])
+    assert (
+        main(["diff", "both/german", "german.safetensors"])
+        == 0
+        == main(["show", "german.safetensors"])
+    )
     assert main(["diff", "both/german", "both/french"]) == 1
 
 
@@ -157,7 +184,10 @@ def test_ranks_beyond_the_matrix_and_matrices_without_rows(tmp_path, monkeypatch
     assert main(["show", "large.safetensors", "--json"]) == 0
     norm = json.loads(capsys.readouterr().out)["sites"]["0"]["norm"]
     assert norm == pytest.approx((B.double() @ A.double()).norm().item(), rel=1e-9)
-    assert main(["show", "empty.safetensors"]) == 0 and "0 x 2  float32  0\n" in capsys.readouterr().out
+    assert (
+        main(["show", "empty.safetensors"]) == 0
+        and "0 x 2  float32  0\n" in capsys.readouterr().out
+    )
     assert main(["diff", "empty.safetensors", "empty.safetensors"]) == 0
     assert main(["diff", "empty.safetensors", "large.safetensors"]) == 1
 
@@ -165,18 +195,25 @@ def test_ranks_beyond_the_matrix_and_matrices_without_rows(tmp_path, monkeypatch
 def test_as_a_program(small):
     def run(*arguments):
         env = os.environ | {"PYTHONPATH": str(Path(lorafx.__file__).parents[1])}
-        return subprocess.run([sys.executable, "-m", "lorafx", *arguments], capture_output=True, text=True, env=env)
+        return subprocess.run(
+            [sys.executable, "-m", "lorafx", *arguments], capture_output=True, text=True, env=env
+        )
 
     done = run("merge", "base", "a.safetensors", "-o", "out")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("out: 2 of 4 tensors changed; 5 files, ")
     done = run("merge", "base", "a.safetensors", "-o", "out")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == ("lorafx merge: 'out' is there already: choose another path, or replace it with --force.\n")
+    assert done.stderr == (
+        "lorafx merge: 'out' is there already: choose another path, or replace it with --force.\n"
+    )
 
 
 def test_help(capsys):
     for command in ("merge", "show", "convert", "diff"):
-        assert main([command, "--help"]) == 0 and f"examples:\n  lorafx {command} " in capsys.readouterr().out
+        assert (
+            main([command, "--help"]) == 0
+            and f"examples:\n  lorafx {command} " in capsys.readouterr().out
+        )
     assert main(["--help"]) == 0 and "examples:\n  lorafx merge " in capsys.readouterr().out
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"lorafx {lorafx.__version__}\n"

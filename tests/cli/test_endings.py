@@ -15,13 +15,19 @@ from tests.support.internals import replace_internal
 
 def run(*arguments, **more):
     env = os.environ | {"PYTHONPATH": str(Path(lorafx.__file__).parents[1])} | more.pop("env", {})
-    return subprocess.run([sys.executable, *arguments], text=True, env=env, stderr=subprocess.PIPE, **more)
+    return subprocess.run(
+        [sys.executable, *arguments], text=True, env=env, stderr=subprocess.PIPE, **more
+    )
 
 
 def test_output_that_nobody_reads(small):
     reader, writer = os.pipe()
     os.close(reader)
-    for arguments, buffered in ((["show", "a.safetensors"], ""), (["--help"], ""), (["--help"], "1")):
+    for arguments, buffered in (
+        (["show", "a.safetensors"], ""),
+        (["--help"], ""),
+        (["--help"], "1"),
+    ):
         done = run("-m", "lorafx", *arguments, stdout=writer, env={"PYTHONUNBUFFERED": buffered})
         assert (done.returncode, done.stderr) == (141, "")
     os.close(writer)
@@ -30,17 +36,24 @@ def test_output_that_nobody_reads(small):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no full device")
 def test_output_that_finds_no_room(small):
     with open("/dev/full", "w") as full:
-        for arguments, name, buffered in ((["show", "a.safetensors"], "lorafx show", ""), (["--help"], "lorafx", "1")):
+        for arguments, name, buffered in (
+            (["show", "a.safetensors"], "lorafx show", ""),
+            (["--help"], "lorafx", "1"),
+        ):
             done = run("-m", "lorafx", *arguments, stdout=full, env={"PYTHONUNBUFFERED": buffered})
             assert done.returncode == 2
-            assert done.stderr == f"{name}: the output cannot be written: No space left on device.\n"
+            assert (
+                done.stderr == f"{name}: the output cannot be written: No space left on device.\n"
+            )
 
 
 def test_letters_that_the_output_lacks(tmp_path):
     model = lorafx.inject(nn.ModuleDict({"größe": nn.Linear(4, 4)}), targets="größe", adapter="été")
     lorafx.save(model, tmp_path / "a.safetensors")
     path = str(tmp_path / "a.safetensors")
-    done = run("-m", "lorafx", "show", path, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"})
+    done = run(
+        "-m", "lorafx", "show", path, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"}
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "adapter '\\xe9t\\xe9' (lorafx)" in done.stdout and "gr\\xf6\\xdfe" in done.stdout
 
@@ -52,12 +65,23 @@ def test_interrupted_while_it_runs(small, tmp_path):
     assert (done.returncode, done.stderr) == (130, "lorafx show: interrupted.\n")
 
 
-@pytest.mark.parametrize("arguments, closed, code", [
-    ("show a.safetensors", ">&-", 0), ("--version", ">&- 2>&-", 0), ("show none.safetensors", "2>&-", 2),
-    ("merge base.pth a.safetensors -o out.pth", "2>&-", 0)])
+@pytest.mark.parametrize(
+    "arguments, closed, code",
+    [
+        ("show a.safetensors", ">&-", 0),
+        ("--version", ">&- 2>&-", 0),
+        ("show none.safetensors", "2>&-", 2),
+        ("merge base.pth a.safetensors -o out.pth", "2>&-", 0),
+    ],
+)
 def test_without_an_output(small, arguments, closed, code):
-    done = subprocess.run(f"{sys.executable} -m lorafx {arguments} {closed}", shell=True, capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(Path(lorafx.__file__).parents[1])})
+    done = subprocess.run(
+        f"{sys.executable} -m lorafx {arguments} {closed}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(lorafx.__file__).parents[1])},
+    )
     assert (done.returncode, done.stderr) == (code, "") and (code == 0 or not done.stdout)
 
 

@@ -11,17 +11,28 @@ import lorafx
 from tests.support.command_line import main
 
 transformers = pytest.importorskip("transformers")
-README = Path(lorafx.__file__).parents[1] / "README.md"
+README = Path(lorafx.__file__).parent / "_checkpoint" / "README.md"
 
 
 def make_files() -> None:
     """A small Llama with a tied head in the folder base, and adapters for it."""
-    config = transformers.LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, vocab_size=640,
-                                      num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        vocab_size=640,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
     base = transformers.LlamaForCausalLM(config)
     base.save_pretrained("base", max_shard_size="3MB")
     torch.manual_seed(1)
-    for name, targets in (("french", ["q_proj", "v_proj"]), ("law", ["q_proj", "v_proj"]), ("head", ["lm_head"])):
+    for name, targets in (
+        ("french", ["q_proj", "v_proj"]),
+        ("law", ["q_proj", "v_proj"]),
+        ("head", ["lm_head"]),
+    ):
         model = lorafx.inject(base, alpha=16, targets=targets, adapter=name)
         with torch.no_grad():
             for parameter in lorafx.parameters(model):
@@ -40,7 +51,9 @@ def test_commands_in_the_readme(tmp_path, monkeypatch, capsys):
     make_files()
     capsys.readouterr()
     blocks = re.findall(r"```console\n(.*?)```", README.read_text(), re.S)
-    commands = [part for block in blocks for part in re.split(r"^(?=\$ lorafx )", block, flags=re.M) if part]
+    commands = [
+        part for block in blocks for part in re.split(r"^(?=\$ lorafx )", block, flags=re.M) if part
+    ]
     assert len(commands) >= 6
     for part in commands:
         command, _, said = part.partition("\n")

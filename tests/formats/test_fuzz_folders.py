@@ -17,21 +17,52 @@ from tests.support.mutations import SEED, Dice, mutate_zip, tensors_of
 
 peft = pytest.importorskip("peft")
 CONFIG, TENSORS, OLD = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-ENTRIES = {"r": [1, 2, 3, 8], "lora_alpha": [0, 1, 2.5, -1], "use_rslora": [True, False, None],
-           "rank_pattern": [{}, {"up": 2}, {"u.": 3}, {"^up": 2}, {"p": 4}, {"(": 1}],
-           "alpha_pattern": [{}, {"up": 2}, {"u.": 3.5}, {"p": 4}, {"up": None}],
-           "target_modules": ["up", ["up"], "u.", [], ["up", "head"], "all-linear", None, "(", ["p"]],
-           "modules_to_save": [None, [], ["head"], ["ead"], ["up"], ["none"], "head"],
-           "bias": ["none", "all", "lora_only", "x"], "use_dora": [True, False], "lora_bias": [True],
-           "fan_in_fan_out": [True, None, 1], "peft_type": ["LOHA", None], "init_lora_weights": ["pissa", "gaussian"],
-           "target_parameters": [["up.weight"], [], ["weight"]], "layers_to_transform": [0, [1]], "news": [1, None],
-           "exclude_modules": ["up", ["head"]], "lora_dropout": [0.5, 2, None], "task_type": ["CAUSAL_LM", "x"]}
-NAMES = [f"base_model.model.{name}" for name in (
-    "up.lora_A.weight", "up.lora_B.weight", "head.weight", "head.lora_A.weight", "up.base_layer.bias", "up.bias",
-    "up.base_layer.lora_A.weight", "up.lora_magnitude_vector", "up.base_layer.weight", "head.modules_to_save.bias")] + [
-    "up.lora_A.weight", "lora_unet_up.lora_down.weight", "lora_unet_up.lora_up.weight", "lora_unet_head.alpha",
-    "lora_te_up.alpha", "unet.up.lora_down.weight", "up.lora.up.weight", "lora_unet_up.lora_A.weight",
-    "lora_unet_up.dora_scale"]
+ENTRIES = {
+    "r": [1, 2, 3, 8],
+    "lora_alpha": [0, 1, 2.5, -1],
+    "use_rslora": [True, False, None],
+    "rank_pattern": [{}, {"up": 2}, {"u.": 3}, {"^up": 2}, {"p": 4}, {"(": 1}],
+    "alpha_pattern": [{}, {"up": 2}, {"u.": 3.5}, {"p": 4}, {"up": None}],
+    "target_modules": ["up", ["up"], "u.", [], ["up", "head"], "all-linear", None, "(", ["p"]],
+    "modules_to_save": [None, [], ["head"], ["ead"], ["up"], ["none"], "head"],
+    "bias": ["none", "all", "lora_only", "x"],
+    "use_dora": [True, False],
+    "lora_bias": [True],
+    "fan_in_fan_out": [True, None, 1],
+    "peft_type": ["LOHA", None],
+    "init_lora_weights": ["pissa", "gaussian"],
+    "target_parameters": [["up.weight"], [], ["weight"]],
+    "layers_to_transform": [0, [1]],
+    "news": [1, None],
+    "exclude_modules": ["up", ["head"]],
+    "lora_dropout": [0.5, 2, None],
+    "task_type": ["CAUSAL_LM", "x"],
+}
+NAMES = [
+    f"base_model.model.{name}"
+    for name in (
+        "up.lora_A.weight",
+        "up.lora_B.weight",
+        "head.weight",
+        "head.lora_A.weight",
+        "up.base_layer.bias",
+        "up.bias",
+        "up.base_layer.lora_A.weight",
+        "up.lora_magnitude_vector",
+        "up.base_layer.weight",
+        "head.modules_to_save.bias",
+    )
+] + [
+    "up.lora_A.weight",
+    "lora_unet_up.lora_down.weight",
+    "lora_unet_up.lora_up.weight",
+    "lora_unet_head.alpha",
+    "lora_te_up.alpha",
+    "unet.up.lora_down.weight",
+    "up.lora.up.weight",
+    "lora_unet_up.lora_A.weight",
+    "lora_unet_up.dora_scale",
+]
 
 
 def mutate_safetensors(data: bytes, dice: Dice) -> bytes:
@@ -41,7 +72,9 @@ def mutate_safetensors(data: bytes, dice: Dice) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8:8 + length]), data[8 + length:]
     if dice.random() < 0.5:
-        header[dice.choice(NAMES)] = header.pop(dice.choice([name for name in header if name != "__metadata__"]))
+        header[dice.choice(NAMES)] = header.pop(
+            dice.choice([name for name in header if name != "__metadata__"])
+        )
     else:
         header = dice.json(header)
     if dice.random() < 0.2:
@@ -65,7 +98,9 @@ def mutate_config(data: bytes, dice: Dice) -> bytes:
 
 def of_peft(folder: Path, **config: object) -> None:
     """A folder that PEFT writes."""
-    model = peft.get_peft_model(Model(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["up"], **config))
+    model = peft.get_peft_model(
+        Model(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["up"], **config)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -115,17 +150,24 @@ def test_damaged_folders_of_peft(options: dict[str, Any], tmp_path: Path) -> Non
         if options.get("bias") and b"all-linear" in files[CONFIG]:
             continue  # PEFT leaves out what it takes for a head, whose bias then goes by another name
         for name, data in files.items():
-            (folder / name).unlink()  # some file systems wait for the disk when a file is made empty
+            (
+                folder / name
+            ).unlink()  # some file systems wait for the disk when a file is made empty
             (folder / name).write_bytes(data)
         try:
             outcomes[outcome_of_folder(folder, model, x)] += 1
             now = tensors_of(model)
             assert all(torch.equal(now[name], before[name]) for name in before)
-            assert {name: (folder / name).read_bytes() for name in sorted(os.listdir(folder))} == files
+            assert {
+                name: (folder / name).read_bytes() for name in sorted(os.listdir(folder))
+            } == files
         except BaseException as error:
             raise AssertionError(f"{options} {index} (seed {SEED}): {files!r}"[:6000]) from error
     print(options, dict(outcomes))
-    assert outcomes["FormatError"] > 300 and outcomes["loaded"] > 100 > outcomes["PEFT does not load it"]
+    assert (
+        outcomes["FormatError"] > 300
+        and outcomes["loaded"] > 100 > outcomes["PEFT does not load it"]
+    )
 
 
 def test_damaged_files_of_torch_in_folders_of_peft(tmp_path: Path) -> None:
@@ -148,16 +190,27 @@ def test_damaged_files_of_torch_in_folders_of_peft(tmp_path: Path) -> None:
 
 def expected_of_kohya(path: Path, model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What a file that is accepted says, by the names of its tensors alone."""
-    parts = {"lora_down": "A", "lora.down": "A", "lora_A": "A", "lora_up": "B", "lora.up": "B", "lora_B": "B"}
+    parts = {
+        "lora_down": "A",
+        "lora.down": "A",
+        "lora_A": "A",
+        "lora_up": "B",
+        "lora.up": "B",
+        "lora_B": "B",
+    }
     half = {}
     for name, tensor in safetensors.torch.load_file(path).items():
-        found = re.fullmatch(r"(?:unet\.|lora_\w+_)?(up|head)\.(alpha|lora.(?:down|up|A|B))(?:\.weight)?", name)
+        found = re.fullmatch(
+            r"(?:unet\.|lora_\w+_)?(up|head)\.(alpha|lora.(?:down|up|A|B))(?:\.weight)?", name
+        )
         assert found is not None
         half[found[1], parts.get(found[2], "alpha")] = tensor
     weights = dict(model.state_dict())
     for name in {name for name, _ in half}:
         A, B, alpha = half[name, "A"], half[name, "B"], half.get((name, "alpha"))
-        weights[f"{name}.weight"] = weights[f"{name}.weight"] + (1 if alpha is None else alpha / len(A)) * B @ A
+        weights[f"{name}.weight"] = (
+            weights[f"{name}.weight"] + (1 if alpha is None else alpha / len(A)) * B @ A
+        )
     return torch.func.functional_call(model, weights, x)
 
 
@@ -166,8 +219,11 @@ def test_damaged_files_of_kohya(tmp_path: Path) -> None:
     shapes = {"up": ((2, 5), (5, 2)), "head": ((3, 5), (3, 3))}
     tensors = {}
     for name, (down, up) in shapes.items():
-        tensors |= {f"lora_unet_{name}.lora_down.weight": torch.randn(down),
-                    f"lora_unet_{name}.lora_up.weight": torch.randn(up), f"lora_unet_{name}.alpha": torch.tensor(4.0)}
+        tensors |= {
+            f"lora_unet_{name}.lora_down.weight": torch.randn(down),
+            f"lora_unet_{name}.lora_up.weight": torch.randn(up),
+            f"lora_unet_{name}.alpha": torch.tensor(4.0),
+        }
     safetensors.torch.save_file(tensors, path, {"ss_network_dim": "2"})
     whole, model, x = path.read_bytes(), Model(), torch.randn(4, 5)
     before = tensors_of(model)
@@ -178,7 +234,9 @@ def test_damaged_files_of_kohya(tmp_path: Path) -> None:
         try:
             try:
                 ours = lorafx.load(model, path)(x)
-                torch.testing.assert_close(ours, expected_of_kohya(path, model, x), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    ours, expected_of_kohya(path, model, x), rtol=1e-5, atol=1e-5
+                )
                 outcomes["loaded"] += 1
             except lorafx.LorafxError as error:
                 assert str(error).isprintable() and len(str(error)) < 1000, error

@@ -34,7 +34,14 @@ def damaged(value: Any) -> Iterator[Any]:
 def damaged_bytes(state: bytes) -> Iterator[bytes]:
     """The bytes of a state cut short, doubled, or replaced."""
     yield from (state[:length] for length in (0, 1, 10, len(state) // 2, len(state) - 1))
-    yield from (state + state, bytes(len(state)), b"\xff" * len(state), b"null", b"[" * 100_000, b"\xff\xfe")
+    yield from (
+        state + state,
+        bytes(len(state)),
+        b"\xff" * len(state),
+        b"null",
+        b"[" * 100_000,
+        b"\xff\xfe",
+    )
 
 
 def cases(place: str) -> Iterator[bytes]:
@@ -55,11 +62,19 @@ def cases(place: str) -> Iterator[bytes]:
 def means_the_same(value: Any, state: Any) -> bool:
     """A number that waits in Python's generator may be there or not; Python and numpy take 1 for True."""
     if isinstance(state, list):
-        return isinstance(value, list) and len(value) == 3 and value[:2] == state[:2] and value[2] == 1.5
+        return (
+            isinstance(value, list)
+            and len(value) == 3
+            and value[:2] == state[:2]
+            and value[2] == 1.5
+        )
     if not isinstance(value, dict) or value.keys() != state.keys():
         return False
     return value | {"has_gauss": 0, "gauss": 0.0} == state | {"has_gauss": 0, "gauss": 0.0} and (
-        value["has_gauss"] in (0, 1) and value["gauss"] in (0.0, 1.5) and type(value["gauss"]) is float)
+        value["has_gauss"] in (0, 1)
+        and value["gauss"] in (0.0, 1.5)
+        and type(value["gauss"]) is float
+    )
 
 
 def everything() -> list[Any]:

@@ -32,7 +32,11 @@ class Net(nn.Module):
 
 NAMES = {
     "kohya": ("lora_unet_down_blocks_1_to_out_0", "lora_down.weight", "lora_up.weight"),
-    "kohya's text encoder": ("lora_te1_down_blocks_1_to_out_0", "lora_down.weight", "lora_up.weight"),
+    "kohya's text encoder": (
+        "lora_te1_down_blocks_1_to_out_0",
+        "lora_down.weight",
+        "lora_up.weight",
+    ),
     "diffusers": ("unet.down_blocks.1.to_out.0", "lora.down.weight", "lora.up.weight"),
     "newer diffusers": ("transformer.down_blocks.1.to_out.0", "lora_A.weight", "lora_B.weight"),
     "bare": ("down_blocks.1.to_out.0", "lora_down.weight", "lora_up.weight"),
@@ -65,6 +69,20 @@ class Ambiguous(nn.Module):
         return self.a_b(self.a["b"](x))
 
 
+def test_over_such_a_file_lorafx_writes_its_own(tmp_path):
+    path, x = tmp_path / "a.safetensors", torch.randn(3, 4)
+    tensors = halves("lora_unet_down_blocks_0_to_q") | {
+        "lora_unet_down_blocks_0_to_q.alpha": torch.tensor(6.0)
+    }
+    safetensors.torch.save_file({name: tensor + 0.5 for name, tensor in tensors.items()}, path)
+    net = Net()
+    loaded = lorafx.load(net, path)
+    lorafx.save(loaded, path)
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata()["format"] == "lorafx" and "down_blocks.0.to_q.lora.A" in file.keys()
+    assert torch.equal(lorafx.load(net, path)(x), loaded(x)) and not torch.equal(loaded(x), net(x))
+
+
 def test_an_injected_model(tmp_path):
     net, x = lorafx.inject(Net(), targets="linear"), torch.randn(3, 4)
     safetensors.torch.save_file(halves("lora_unet_down_blocks_0_to_q"), tmp_path / "a.safetensors")
@@ -72,16 +90,23 @@ def test_an_injected_model(tmp_path):
     assert lorafx.adapters(net) == ["default", "more"] and net(x).shape == (3, 4)
 
 
-@pytest.mark.parametrize("header, scale", [
-    ({"transformer.r": 2, "transformer.lora_alpha": 8}, 4.0), ({"unet.r": 2, "unet.lora_alpha": 8}, 1.0)])
+@pytest.mark.parametrize(
+    "header, scale",
+    [
+        ({"transformer.r": 2, "transformer.lora_alpha": 8}, 4.0),
+        ({"unet.r": 2, "unet.lora_alpha": 8}, 1.0),
+    ],
+)
 def test_the_scale_in_diffusers_header(tmp_path, header, scale):
     tensors = {"transformer.down_blocks.0.to_q.lora_A.weight": torch.randn(2, 4),
                "transformer.down_blocks.0.to_q.lora_B.weight": torch.randn(4, 2)}
     path = tmp_path / "a.safetensors"
     safetensors.torch.save_file(tensors, path, {"lora_adapter_metadata": json.dumps(header)})
     assert lorafx.load(Net(), path).down_blocks[0].to_q.lora.default.scale == scale
-    for more, message in (({"transformer.use_rslora": True}, "asks for use_rslora"),
-                          ({"transformer.r": 0}, "is damaged")):
+    for more, message in (
+        ({"transformer.use_rslora": True}, "^The header of '[^']*' asks for use_rslora"),
+        ({"transformer.r": 0}, "is damaged"),
+    ):
         safetensors.torch.save_file(tensors, path, {"lora_adapter_metadata": json.dumps(
             {"transformer.lora_alpha": 8, "transformer.r": 2} | more)})
         with pytest.raises(lorafx.FormatError, match=message):
@@ -89,27 +114,82 @@ def test_the_scale_in_diffusers_header(tmp_path, header, scale):
 
 
 def halves(stem, shape=(2, 4), **more):
-    return {f"{stem}.lora_down.weight": torch.zeros(shape), f"{stem}.lora_up.weight": torch.zeros(4, 2), **more}
+    return {
+        f"{stem}.lora_down.weight": torch.zeros(shape),
+        f"{stem}.lora_up.weight": torch.zeros(4, 2),
+        **more,
+    }
 
 
 WRONG = {
-    "ambiguous": (Ambiguous, halves("lora_unet_a_b"), lorafx.MismatchError, "may mean 'a.b', 'a_b'"),
-    "unknown": (Net, halves("lora_unet_down_blocks_7_to_q"), lorafx.MismatchError, "means no module of this"),
-    "half": (Net, {"lora_unet_down_blocks_0_to_q.lora_up.weight": torch.zeros(4, 2)}, lorafx.FormatError, "only B of"),
-    "extra": (Net, halves("lora_unet_down_blocks_0_to_q", x=torch.zeros(1)), lorafx.FormatError, "a tensor 'x', which"),
-    "a convolution": (Net, halves("lora_unet_down_blocks_0_to_q", (2, 4, 3, 3)), lorafx.FormatError,
-                      "a convolution, which lorafx does not support"),
-    "several networks": (Net, halves("lora_te1_down_blocks_0_to_q") | halves("lora_te2_down_blocks_1_to_q"),
-                         lorafx.MismatchError, "means no module of this"),
-    "another prefix": (Net, halves("decoder.down_blocks.0.to_q"), lorafx.MismatchError, "means no module of this"),
-    "PEFT's": (Net, {"base_model.model.down_blocks.0.to_q.lora_A.weight": torch.zeros(2, 4)}, lorafx.FormatError,
-               "holds PEFT's tensors without its config"),
-    "alpha": (Net, halves("lora_unet_down_blocks_0_to_q", **{
-        "lora_unet_down_blocks_0_to_q.alpha": torch.zeros(2)}), lorafx.FormatError, "alpha of shape"),
-    "twice": (Net, halves("lora_unet_down_blocks_0_to_q") | halves("down_blocks.0.to_q"), lorafx.MismatchError,
-              "means no module of this"),
-    "two ways": (Net, halves("down_blocks.0.to_q", **{"down_blocks.0.to_q.lora_A.weight": torch.zeros(2, 4)}),
-                 lorafx.FormatError, "two tensors for the A of"),
+    "ambiguous": (
+        Ambiguous,
+        halves("lora_unet_a_b"),
+        lorafx.MismatchError,
+        "may mean 'a.b', 'a_b'",
+    ),
+    "unknown": (
+        Net,
+        halves("lora_unet_down_blocks_7_to_q"),
+        lorafx.MismatchError,
+        "means no module of this",
+    ),
+    "half": (
+        Net,
+        {"lora_unet_down_blocks_0_to_q.lora_up.weight": torch.zeros(4, 2)},
+        lorafx.FormatError,
+        "only B of",
+    ),
+    "extra": (
+        Net,
+        halves("lora_unet_down_blocks_0_to_q", x=torch.zeros(1)),
+        lorafx.FormatError,
+        "a tensor 'x', which",
+    ),
+    "a convolution": (
+        Net,
+        halves("lora_unet_down_blocks_0_to_q", (2, 4, 3, 3)),
+        lorafx.FormatError,
+        "a convolution, which lorafx does not support",
+    ),
+    "several networks": (
+        Net,
+        halves("lora_te1_down_blocks_0_to_q") | halves("lora_te2_down_blocks_1_to_q"),
+        lorafx.MismatchError,
+        "means no module of this",
+    ),
+    "another prefix": (
+        Net,
+        halves("decoder.down_blocks.0.to_q"),
+        lorafx.MismatchError,
+        "means no module of this",
+    ),
+    "PEFT's": (
+        Net,
+        {"base_model.model.down_blocks.0.to_q.lora_A.weight": torch.zeros(2, 4)},
+        lorafx.FormatError,
+        "holds PEFT's tensors without its config",
+    ),
+    "alpha": (
+        Net,
+        halves(
+            "lora_unet_down_blocks_0_to_q", **{"lora_unet_down_blocks_0_to_q.alpha": torch.zeros(2)}
+        ),
+        lorafx.FormatError,
+        "alpha of shape",
+    ),
+    "twice": (
+        Net,
+        halves("lora_unet_down_blocks_0_to_q") | halves("down_blocks.0.to_q"),
+        lorafx.MismatchError,
+        "means no module of this",
+    ),
+    "two ways": (
+        Net,
+        halves("down_blocks.0.to_q", **{"down_blocks.0.to_q.lora_A.weight": torch.zeros(2, 4)}),
+        lorafx.FormatError,
+        "two tensors for the A of",
+    ),
 }
 
 
@@ -122,11 +202,16 @@ def test_what_is_wrong(tmp_path, build, tensors, error, message):
 
 @pytest.mark.parametrize("about, scale", [
     ({"r": 2, "lora_alpha": 8}, 4.0), ({"r": 2, "lora_alpha": 8, "use_rslora": True}, None)])
-def test_the_config_of_one_model_of_diffusers(tmp_path: Path, about: dict[str, object], scale: float | None) -> None:
+def test_the_config_of_one_model_of_diffusers(
+    tmp_path: Path, about: dict[str, object], scale: float | None
+) -> None:
     base, x = nn.Sequential(nn.Linear(4, 5)), torch.randn(2, 4)
     A, B = torch.randn(2, 4), torch.randn(5, 2)
-    safetensors.torch.save_file({"0.lora_A.weight": A, "0.lora_B.weight": B}, tmp_path / "a.safetensors",
-                                {"lora_adapter_metadata": json.dumps(about)})
+    safetensors.torch.save_file(
+        {"0.lora_A.weight": A, "0.lora_B.weight": B},
+        tmp_path / "a.safetensors",
+        {"lora_adapter_metadata": json.dumps(about)},
+    )
     if scale is None:
         with pytest.raises(lorafx.FormatError, match="asks for use_rslora"):
             lorafx.load(base, tmp_path / "a.safetensors")

@@ -9,7 +9,9 @@ import lorafx
 from tests.support.adapter_files import Model, edit, edit_about, injected
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "c:", "a\nb", "a\x00", "x" * 300, "", ".", "_x", "train"])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "a\\b", "c:", "a\nb", "a\x00", "x" * 300, "", ".", "_x", "train"]
+)
 def test_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
     lorafx.save(injected(), tmp_path / "a.safetensors")
     for call in (lambda: lorafx.inject(Model(), adapter=name),

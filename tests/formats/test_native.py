@@ -16,8 +16,17 @@ from tests.support.oracle import randomise
 
 class TestNative:
     def test_all_of_the_adapter_is_kept(self, tmp_path: Path) -> None:
-        model = randomise(lorafx.inject(Model(), 4, targets="up", alpha=8, rank_pattern={"up": 3}, trainable="head",
-                                        adapter="french"))
+        model = randomise(
+            lorafx.inject(
+                Model(),
+                4,
+                targets="up",
+                alpha=8,
+                rank_pattern={"up": 3},
+                trainable="head",
+                adapter="french",
+            )
+        )
         lorafx.save(model, tmp_path / "a.safetensors")
         base = Model()
         loaded, x = lorafx.load(base, tmp_path / "a.safetensors"), torch.randn(4, 5)
@@ -28,9 +37,13 @@ class TestNative:
         base.load_state_dict({k: v for k, v in lorafx.eject(model).state_dict().items()})
         assert torch.equal(loaded(x), model(x))
         lorafx.save(loaded, tmp_path / "b.safetensors")
-        first, second = (safetensors.safe_open(tmp_path / f"{name}.safetensors", "pt") for name in "ab")
+        first, second = (
+            safetensors.safe_open(tmp_path / f"{name}.safetensors", "pt") for name in "ab"
+        )
         assert first.metadata() == second.metadata()
-        assert all(torch.equal(first.get_tensor(key), second.get_tensor(key)) for key in first.keys())
+        assert all(
+            torch.equal(first.get_tensor(key), second.get_tensor(key)) for key in first.keys()
+        )
 
     def test_keys_and_header(self, tmp_path: Path) -> None:
         lorafx.save(injected(), tmp_path / "a.safetensors")
@@ -65,11 +78,23 @@ def test_one_weight_under_two_names(tmp_path: Path) -> None:
     tensors = {"up.weight": torch.ones(5, 5), "other.weight": torch.zeros(5, 5)}
     lorafx.save(lorafx.inject(Tied(), targets="head"), path)
     edit(path, lambda t, h: (t.update(tensors), edit_about(trained=list(tensors))(t, h)))
-    with pytest.raises(lorafx.MismatchError, match="trained 'other.weight', which in this model is the weight of 'up"):
+    with pytest.raises(
+        lorafx.MismatchError,
+        match="trained 'other.weight', which in this model is the weight of 'up",
+    ):
         lorafx.load(Tied(), path)
     lorafx.save(lorafx.inject(Model(), targets="up"), path)
-    edit(path, lambda t, h: (t.update({"up.weight": torch.ones(5, 5)}), edit_about(trained=["up.weight"])(t, h)))
-    with pytest.raises(lorafx.MismatchError, match="a trained 'up.weight', which in this model is the weight of 'up'"):
+    edit(
+        path,
+        lambda t, h: (
+            t.update({"up.weight": torch.ones(5, 5)}),
+            edit_about(trained=["up.weight"])(t, h),
+        ),
+    )
+    with pytest.raises(
+        lorafx.MismatchError,
+        match="a trained 'up.weight', which in this model is the weight of 'up'",
+    ):
         lorafx.load(Model(), path)
 
 
@@ -82,7 +107,9 @@ def test_a_reserved_name(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self._modules["lorafx:x"](x)
 
-    with pytest.raises(lorafx.FormatError, match="the name 'lorafx:x.lora.A' begins with 'lorafx:', as only"):
+    with pytest.raises(
+        lorafx.FormatError, match="the name 'lorafx:x.lora.A' begins with 'lorafx:', as only"
+    ):
         lorafx.save(lorafx.inject(Named()), tmp_path / "a.safetensors")
 
 

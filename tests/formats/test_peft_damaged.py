@@ -26,36 +26,96 @@ def key_with(name, shape=(1,)):
 
 
 WRONG = {
-    "dora": (key_with("head.lora_magnitude_vector"), "is part of DoRA, which lorafx does not support"),
-    "embedding": (key_with("emb.lora_embedding_A"), "is part of an adapter of an embedding, which lorafx does not"),
-    "lora bias": (key_with("head.lora_B.bias"), "is part of lora_bias=True, which lorafx does not support"),
+    "dora": (
+        key_with("head.lora_magnitude_vector"),
+        "is part of DoRA, which lorafx does not support",
+    ),
+    "embedding": (
+        key_with("emb.lora_embedding_A"),
+        "is part of an adapter of an embedding, which lorafx does not",
+    ),
+    "lora bias": (
+        key_with("head.lora_B.bias"),
+        "is part of lora_bias=True, which lorafx does not support",
+    ),
     "option": (config_with(use_dora=True), "asks for use_dora=True, which lorafx does not support"),
-    "unknown": (config_with(brand_new="x"), "asks for brand_new='x', which lorafx does not support"),
-    "init": (config_with(init_lora_weights="pissa"), "init_lora_weights='pissa', which changes the base's weights"),
+    "unknown": (
+        config_with(brand_new="x"),
+        "asks for brand_new='x', which lorafx does not support",
+    ),
+    "init": (
+        config_with(init_lora_weights="pissa"),
+        "init_lora_weights='pissa', which changes the base's weights",
+    ),
     "kind": (config_with(peft_type="IA3"), "is for PEFT's 'IA3'; lorafx reads 'LORA'"),
     "rank": (config_with(r=5), "has rank 2 at 'head', but its config says 5"),
-    "half": (lambda t, c: t.pop("base_model.model.head.lora_A.weight"), "has the lora_B.weight of 'head' but not its"),
-    "extra": (key_with("linear0.weight"), "'base_model.model.linear0.weight', which its config does not account for"),
-    "a bias": (key_with("linear0.bias"), "'base_model.model.linear0.bias', which its config does not account for"),
-    "plain bias": (lambda t, c: (config_with(bias="all")(t, c), key_with("head.bias", (4,))(t, c)),
-                   "which PEFT does not read: an adapted layer's bias is 'base_model.model.head.base_layer.bias'"),
-    "prefix": (lambda t, c: t.update({"head.x": torch.zeros(1)}), "'head.x', which does not begin with 'base_model"),
+    "half": (
+        lambda t, c: t.pop("base_model.model.head.lora_A.weight"),
+        "has the lora_B.weight of 'head' but not its",
+    ),
+    "extra": (
+        key_with("linear0.weight"),
+        "'base_model.model.linear0.weight', which its config does not account for",
+    ),
+    "a bias": (
+        key_with("linear0.bias"),
+        "'base_model.model.linear0.bias', which its config does not account for",
+    ),
+    "plain bias": (
+        lambda t, c: (config_with(bias="all")(t, c), key_with("head.bias", (4,))(t, c)),
+        "which PEFT does not read: an adapted layer's bias is 'base_model.model.head.base_layer.bias'",
+    ),
+    "prefix": (
+        lambda t, c: t.update({"head.x": torch.zeros(1)}),
+        "'head.x', which does not begin with 'base_model",
+    ),
     "nothing": (lambda t, c: t.clear(), "holds no adapter"),
     "pattern": (config_with(rank_pattern={"(": 1}), "rank and alpha at 'head' cannot be read"),
     "alpha": (config_with(lora_alpha="x"), "rank and alpha at 'head' cannot be read"),
-    "not finite": (lambda t, c: t["base_model.model.head.lora_A.weight"].fill_(math.inf), "NaN or infinite values"),
-    "no such target": (config_with(target_modules=["linear0"]), "which target_modules does not name, so that PEFT"),
-    "missing": (config_with(target_modules=["head", "linear0"]), "has no adapter of '.*', which target_modules names"),
-    "not saved": (config_with(modules_to_save=["linear0"]), "has no tensor of 'linear0', which modules_to_save names"),
+    "not finite": (
+        lambda t, c: t["base_model.model.head.lora_A.weight"].fill_(math.inf),
+        "NaN or infinite values",
+    ),
+    "no such target": (
+        config_with(target_modules=["linear0"]),
+        "which target_modules does not name, so that PEFT",
+    ),
+    "missing": (
+        config_with(target_modules=["head", "linear0"]),
+        "has no adapter of '.*', which target_modules names",
+    ),
+    "not saved": (
+        config_with(modules_to_save=["linear0"]),
+        "has no tensor of 'linear0', which modules_to_save names",
+    ),
     "rslora": (config_with(use_rslora="no"), "has use_rslora='no', which PEFT does not mean"),
-    "convolution": (lambda t, c: t.update({f"base_model.model.head.lora_{h}.weight": torch.zeros(2, 2, 1, 1)
-                                           for h in "AB"}), "adapts 'head', a convolution, which lorafx does not"),
-    "tied": (config_with(ensure_weight_tying=True), "asks for ensure_weight_tying=True, which lorafx does not"),
-    "parameters": (config_with(target_parameters="x"), "has target_parameters='x', which PEFT does not mean"),
-    "excluded": (config_with(exclude_modules="he.*"), "which target_modules does not name, so that PEFT"),
-    "layers": (config_with(layers_to_transform="1"), "has layers_to_transform='1', not numbers of layers"),
-    "expression": (config_with(target_modules="("), "matches modules by '\\(', which is no regular expression"),
-    "expressions": (config_with(layers_pattern=["h", "("]), "which is no regular expression"),
+    "convolution": (
+        lambda t, c: t.update(
+            {f"base_model.model.head.lora_{h}.weight": torch.zeros(2, 2, 1, 1) for h in "AB"}
+        ),
+        "adapts 'head', a convolution, which lorafx does not",
+    ),
+    "tied": (
+        config_with(ensure_weight_tying=True),
+        "asks for ensure_weight_tying=True, which lorafx does not",
+    ),
+    "parameters": (
+        config_with(target_parameters="x"),
+        "has target_parameters='x', which PEFT does not mean",
+    ),
+    "excluded": (
+        config_with(exclude_modules="he.*"),
+        "which target_modules does not name, so that PEFT",
+    ),
+    "layers": (
+        config_with(layers_to_transform="1"),
+        "has layers_to_transform='1', not numbers of layers",
+    ),
+    "expression": (
+        config_with(target_modules="("),
+        "matches modules by '\\(', which is not a regular expression",
+    ),
+    "expressions": (config_with(layers_pattern=["h", "("]), "which is not a regular expression"),
     "two parameters": (key_with("head.base_layer.lora_A.weight", (2, 6)), "but not its other half"),
 }
 
@@ -73,10 +133,17 @@ def test_what_is_wrong_with_a_folder(tmp_path, change, message):
         lorafx.load(net, tmp_path)
 
 
-@pytest.mark.parametrize("options", [
-    dict(layers_to_transform=1), dict(layers_to_transform=[0, 1], layers_pattern="layers"),
-    dict(layers_to_transform=[1], layers_pattern=["x", "layers"]), dict(exclude_modules=["1.q"]),
-    dict(exclude_modules=r".*\.0\..*"), dict(target_modules=["q", "model.layers.0.v"], layers_to_transform=[1])])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(layers_to_transform=1),
+        dict(layers_to_transform=[0, 1], layers_pattern="layers"),
+        dict(layers_to_transform=[1], layers_pattern=["x", "layers"]),
+        dict(exclude_modules=["1.q"]),
+        dict(exclude_modules=r".*\.0\..*"),
+        dict(target_modules=["q", "model.layers.0.v"], layers_to_transform=[1]),
+    ],
+)
 def test_layers_and_exclusions_of_peft(tmp_path, options):
     """Which modules they mean is what PEFT adapts: where one of them has no pair in the file, loading says so."""
     class Layers(nn.Module):
@@ -98,7 +165,9 @@ def test_layers_and_exclusions_of_peft(tmp_path, options):
     for half in "AB":
         del tensors[f"{stem}.lora_{half}.weight"]
     safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(lorafx.FormatError, match="has no adapter of '.*', which target_modules names"):
+    with pytest.raises(
+        lorafx.FormatError, match="has no adapter of '.*', which target_modules names"
+    ):
         lorafx.load(net, tmp_path)
 
 
@@ -116,7 +185,9 @@ def test_folders_without_an_adapter(tmp_path):
     with pytest.raises(lorafx.FormatError, match="is missing or damaged"):
         lorafx.load(net, tmp_path / "a")
     (tmp_path / "a" / "adapter_model.safetensors").unlink()
-    with pytest.raises(lorafx.FormatError, match="has neither adapter_model.safetensors nor adapter_model.bin"):
+    with pytest.raises(
+        lorafx.FormatError, match="has neither adapter_model.safetensors nor adapter_model.bin"
+    ):
         lorafx.load(net, tmp_path / "a")
 
 
@@ -129,11 +200,16 @@ def test_what_the_format_has_no_place_for(tmp_path):
         def forward(self, x):
             return F.linear(x, self.w)
 
-    for model, message in ((nn.Linear(4, 4), "this model is one layer: save"), (Root(), "a parameter of the model it")):
+    for model, message in (
+        (nn.Linear(4, 4), "this model is one layer: save"),
+        (Root(), "a parameter of the model it"),
+    ):
         with pytest.raises(lorafx.FormatError, match=message):
             lorafx.save(lorafx.inject(model), tmp_path / "a")
     with pytest.raises(lorafx.FormatError, match="'body.mixing0.up' together with dropout"):
-        lorafx.save(lorafx.inject(Net(["mixing"]), targets="body.mixing0.up", dropout=0.1), tmp_path / "a")
+        lorafx.save(
+            lorafx.inject(Net(["mixing"]), targets="body.mixing0.up", dropout=0.1), tmp_path / "a"
+        )
     assert not list(tmp_path.iterdir())
 
     class Sizes(nn.Module):
@@ -144,10 +220,14 @@ def test_what_the_format_has_no_place_for(tmp_path):
         def forward(self, x):
             return self.attention(torch.cat([x, x], -1)[..., :8], x, x, need_weights=False)[0]
 
-    with pytest.raises(lorafx.FormatError, match="no place for an adapter of 'attention.[qkv]_proj_weight'"):
+    with pytest.raises(
+        lorafx.FormatError, match="no place for an adapter of 'attention.[qkv]_proj_weight'"
+    ):
         lorafx.save(lorafx.inject(Sizes(), targets="linear"), tmp_path / "a")
     with pytest.raises(lorafx.FormatError, match="is a folder, and that is a file"):
-        lorafx.save(lorafx.inject(Net(["linear"]), targets="head"), tmp_path / "adapter_model.safetensors")
+        lorafx.save(
+            lorafx.inject(Net(["linear"]), targets="head"), tmp_path / "adapter_model.safetensors"
+        )
     (tmp_path / "a").touch()
     with pytest.raises(lorafx.FormatError, match="is a folder, and that is a file"):
         lorafx.save(lorafx.inject(Net(["linear"]), targets="head"), tmp_path / "a")

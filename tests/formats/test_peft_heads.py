@@ -35,14 +35,20 @@ class Outer(nn.Module):
         return self.head(self.norm(self.model(x).tanh()))
 
 
-@pytest.mark.parametrize("form, trainable", [("a.safetensors", "n*"), ("a.safetensors", "head"), ("peft", "head")])
-def test_what_is_trained_beside_sites_below_a_prefix(tmp_path: Path, form: str, trainable: str) -> None:
+@pytest.mark.parametrize(
+    "form, trainable", [("a.safetensors", "n*"), ("a.safetensors", "head"), ("peft", "head")]
+)
+def test_what_is_trained_beside_sites_below_a_prefix(
+    tmp_path: Path, form: str, trainable: str
+) -> None:
     base, x = Outer(), torch.randn(3, 8)
     model = randomise(lorafx.inject(base, 2, targets="q", trainable=trainable))
     assert "model.norm.trained.default.weight" not in dict(lorafx.named_parameters(model))
     lorafx.save(model, tmp_path / form)
     loaded = lorafx.load(base, tmp_path / form)
-    assert torch.allclose(loaded(x), model(x), atol=1e-6) and not torch.allclose(model(x), base(x), atol=1e-2)
+    assert torch.allclose(loaded(x), model(x), atol=1e-6) and not torch.allclose(
+        model(x), base(x), atol=1e-2
+    )
 
 
 def test_two_heads_of_which_one_is_below_a_prefix(tmp_path: Path) -> None:
@@ -75,24 +81,36 @@ class Classifier(nn.Module):
 
 def test_heads_of_classifiers(tmp_path: Path) -> None:
     base, x = Classifier(nn.Linear(8, 3)), torch.randn(2, 8)
-    theirs = saved_by_peft(base, tmp_path, target_modules=["q"], modules_to_save=["classifier", "score"])
+    theirs = saved_by_peft(
+        base, tmp_path, target_modules=["q"], modules_to_save=["classifier", "score"]
+    )
     assert torch.allclose(lorafx.load(base, tmp_path)(x), theirs(x), atol=1e-5)
     path = tmp_path / "adapter_model.safetensors"
-    rest = {name: tensor for name, tensor in safetensors.torch.load_file(path).items() if "lora_" in name}
+    rest = {
+        name: tensor
+        for name, tensor in safetensors.torch.load_file(path).items()
+        if "lora_" in name
+    }
     safetensors.torch.save_file(rest, path)
-    with pytest.raises(lorafx.FormatError, match="has no tensor of 'classifier', which modules_to_save names"):
+    with pytest.raises(
+        lorafx.FormatError, match="has no tensor of 'classifier', which modules_to_save names"
+    ):
         lorafx.load(base, tmp_path)
 
 
 def test_all_biases_of_a_head_of_several_layers(tmp_path: Path) -> None:
     base, x = Classifier(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3))), torch.randn(2, 8)
-    theirs = saved_by_peft(base, tmp_path, target_modules=["q"], modules_to_save=["score"], bias="all")
+    theirs = saved_by_peft(
+        base, tmp_path, target_modules=["q"], modules_to_save=["score"], bias="all"
+    )
     assert torch.allclose(lorafx.load(base, tmp_path)(x), theirs(x), atol=1e-5)
 
 
 def test_a_folder_of_peft_with_checkpoints_in_it(tmp_path: Path) -> None:
     """The names of folders in it are those of adapters, so that another name must say which it means."""
-    model, base = lorafx.inject(nn.Sequential(nn.Linear(4, 4)), rank=2), nn.Sequential(nn.Linear(4, 4))
+    model, base = lorafx.inject(nn.Sequential(nn.Linear(4, 4)), rank=2), nn.Sequential(
+        nn.Linear(4, 4)
+    )
     lorafx.save(model, tmp_path / "run")
     lorafx.save(model, tmp_path / "run" / "checkpoint-2")
     with pytest.raises(lorafx.FormatError) as caught:

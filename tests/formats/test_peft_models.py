@@ -18,10 +18,28 @@ from tests.zoo.outputs import outputs
 from tests.zoo.rare_architectures import ROWS
 from tests.zoo.rows import Row
 
-MODELS = ("llama", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "falcon", "bert", "roberta", "deberta-v2",
-          "t5", "bart", "vit", "clip", "distilbert", "opt")
+MODELS = (
+    "llama",
+    "qwen3",
+    "gemma2",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "falcon",
+    "bert",
+    "roberta",
+    "deberta-v2",
+    "t5",
+    "bart",
+    "vit",
+    "clip",
+    "distilbert",
+    "opt",
+)
 FOUND = {row.name: row for row in ROWS}
-ROUNDS = settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+ROUNDS = settings(
+    max_examples=2, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
 
 
 def assert_same(row: Row, ours: nn.Module, theirs: nn.Module) -> None:
@@ -34,21 +52,29 @@ def assert_same(row: Row, ours: nn.Module, theirs: nn.Module) -> None:
 def drawn_adapter(data: st.DataObject, row: Row) -> tuple[nn.Module, dict[str, object]]:
     """A model, and options of LoRA that both libraries take: the modules are sites of both, each of its own weight."""
     base = row.build().double().eval()
-    layers = {name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    layers = {
+        name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    }
     names = [site.name for site in lorafx.sites(base, "linear")
              if site.name in layers and not site.aliases and not site.tied_to]
     chosen = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=6, unique=True))
     ranks = data.draw(st.dictionaries(st.sampled_from(chosen), st.integers(1, 5), max_size=2))
-    return base, {"r": data.draw(st.integers(1, 4)), "lora_alpha": data.draw(st.integers(1, 9)),
-                  "use_rslora": data.draw(st.booleans()), "target_modules": chosen,
-                  "rank_pattern": {f"^{name}": rank for name, rank in ranks.items()},
-                  "alpha_pattern": {f"^{name}": 2 * rank for name, rank in ranks.items() if rank % 2}}
+    return base, {
+        "r": data.draw(st.integers(1, 4)),
+        "lora_alpha": data.draw(st.integers(1, 9)),
+        "use_rslora": data.draw(st.booleans()),
+        "target_modules": chosen,
+        "rank_pattern": {f"^{name}": rank for name, rank in ranks.items()},
+        "alpha_pattern": {f"^{name}": 2 * rank for name, rank in ranks.items() if rank % 2},
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
 @ROUNDS
 @given(data=st.data())
-def test_both_directions(tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject) -> None:
+def test_both_directions(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
     row, folder = FOUND[name], tmp_path_factory.mktemp("peft")
     base, options = drawn_adapter(data, row)
     with warnings.catch_warnings():

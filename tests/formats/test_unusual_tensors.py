@@ -21,9 +21,15 @@ NO_TENSORS = {
     "sparse": (lambda t: t.to_sparse(), "has dtype torch.float32 and layout torch.sparse_coo"),
     "meta": (lambda t: t.to("meta"), "on the meta device and has no values"),
     "complex": (lambda t: t.to(torch.complex64), "has dtype torch.complex64"),
-    "quantized": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "has dtype torch.qint8"),
+    "quantized": (
+        lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+        "has dtype torch.qint8",
+    ),
     "expanded": (lambda t: torch.ones(1).expand(t.shape), "is expanded: its elements share memory"),
-    "subclass": (lambda t: t.as_subclass(Odd), "is a Odd, of which a file keeps no more than a plain tensor"),
+    "subclass": (
+        lambda t: t.as_subclass(Odd),
+        "is a Odd, of which a file keeps no more than a plain tensor",
+    ),
 }
 
 
@@ -57,6 +63,13 @@ def test_what_is_not_finite_is_let_in_only_by_load(tmp_path: Path) -> None:
         lorafx.save(model, tmp_path / "a.safetensors")
     tensors = {"lora.A.weight": torch.ones(2, 4), "lora.B.weight": torch.full((4, 2), math.inf)}
     torch.save(tensors, tmp_path / "a.pth")
-    with pytest.raises(lorafx.FormatError, match="'lora.B' has .* which lorafx.load lets in with allow_nonfinite=True"):
+    with pytest.raises(
+        lorafx.FormatError,
+        match="'lora.B' has .* which lorafx.load lets in with allow_nonfinite=True",
+    ):
         lorafx.load(nn.Linear(4, 4), tmp_path / "a.pth")
-    assert lorafx.load(nn.Linear(4, 4), tmp_path / "a.pth", allow_nonfinite=True).lora.default.B.isinf().all()
+    assert (
+        lorafx.load(nn.Linear(4, 4), tmp_path / "a.pth", allow_nonfinite=True)
+        .lora.default.B.isinf()
+        .all()
+    )

@@ -86,7 +86,10 @@ class TestTraceable:
 
     def test_a_graph_survives_pickling(self) -> None:
         graph = trace(build(sizes))
-        assert pickle.loads(pickle.dumps(graph)).python_code("self").src == graph.python_code("self").src
+        assert (
+            pickle.loads(pickle.dumps(graph)).python_code("self").src
+            == graph.python_code("self").src
+        )
         assert copy.deepcopy(graph).python_code("self").src == graph.python_code("self").src
 
     def test_profilers_and_function_modes_do_not_matter(self) -> None:
@@ -163,7 +166,10 @@ class Named(Keywords):
 
 def test_what_else_cannot_be_traced():
     assert not trace(Keywords()).find_nodes(op="placeholder")[0].users == {}
-    for cls, reason in ((Defaults, "is given `scales`, a list"), (Signed, "declares another signature")):
+    for cls, reason in (
+        (Defaults, "is given `scales`, a list"),
+        (Signed, "declares another signature"),
+    ):
         with pytest.raises(Unsound, match=reason):
             trace(cls())
     patched = Keywords()

@@ -18,7 +18,9 @@ def test_checkpoint_of_a_head_trained_whole(tmp_path):
     assert train(again, tmp_path, labels, resume=str(tmp_path / "checkpoint-3")) == losses
     assert all(map(torch.equal, lorafx.parameters(again), lorafx.parameters(model)))
     read, report = type(base).from_pretrained(tmp_path / "checkpoint-6", output_loading_info=True)
-    assert torch.equal(read(IDS).logits, base(IDS).logits) and report["unexpected_keys"] == set(keys(model))
+    assert torch.equal(read(IDS).logits, base(IDS).logits) and report["unexpected_keys"] == set(
+        keys(model)
+    )
     assert set(model.state_dict()) == set(base.state_dict()) | set(keys(model))
 
 
@@ -27,9 +29,13 @@ def test_a_base_read_into_a_head_trained_whole(assign):
     """What an adapter trains whole is not the base's: reading a base's state_dict leaves it, and ejecting shows it."""
     (_, model), other = injected(classifier, trainable="classifier"), classifier().eval()
     before = [parameter.clone() for parameter in lorafx.parameters(randomise(model))]
-    assert model.load_state_dict(other.state_dict(), strict=False, assign=assign).missing_keys == keys(model)
+    assert model.load_state_dict(
+        other.state_dict(), strict=False, assign=assign
+    ).missing_keys == keys(model)
     assert all(map(torch.equal, lorafx.parameters(model), before))
-    assert model.classifier.weight is next(p for n, p in lorafx.named_parameters(model) if n.endswith("default.weight"))
+    assert model.classifier.weight is next(
+        p for n, p in lorafx.named_parameters(model) if n.endswith("default.weight")
+    )
     assert torch.equal(lorafx.eject(model)(IDS).logits, other(IDS).logits)
     with lorafx.disabled(model):
         assert torch.equal(model(IDS).logits, other(IDS).logits)

@@ -17,7 +17,9 @@ from tests.support.transformers_models import (
 
 
 @pytest.mark.parametrize("build", [llama, t5, gpt2])
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"do_sample": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"do_sample": True}]
+)
 def test_generate(build, options):
     """Tokens and scores are the base's bitwise at init; trained, the merged model's, and those without a cache."""
     base, model = injected(build, targets="linear")
@@ -26,7 +28,10 @@ def test_generate(build, options):
     tokens, scores = generate(randomise(model), **options)
     assert not torch.equal(tokens, expected[0])
     without = {key: value for key, value in options.items() if key != "cache_implementation"}
-    for other in (generate(lorafx.merge(model, untie=True), **options), generate(model, **without, use_cache=False)):
+    for other in (
+        generate(lorafx.merge(model, untie=True), **options),
+        generate(model, **without, use_cache=False),
+    ):
         torch.testing.assert_close(other, (tokens, scores), rtol=1e-4, atol=1e-4)
 
 
@@ -40,19 +45,31 @@ def test_one_token_after_a_prefill():
         assert error < 1e-5 if right else error > 1e-2
 
 
-@pytest.mark.parametrize("build, targets, more", [
-    (llama, "linear", set()), (t5, "square", set()), (bert, "square", set()),
-    (tied_llama, "lm_head", {"lm_head.weight"})])  # a head that merging unties is written beside the embedding
+@pytest.mark.parametrize(
+    "build, targets, more",
+    [
+        (llama, "linear", set()),
+        (t5, "square", set()),
+        (bert, "square", set()),
+        (tied_llama, "lm_head", {"lm_head.weight"}),
+    ],
+)  # a head that merging unties is written beside the embedding
 def test_files_of_a_merged_model(build, targets, more, tmp_path):
     """`save_pretrained` of a merged model writes the base's keys and configs; `from_pretrained` computes the same."""
     base, model = injected(build, targets=targets)
     assert model.config.to_dict() == base.config.to_dict() and model.config is not base.config
     merged = lorafx.merge(randomise(model), untie=True)
-    (names, configs), expected = written(merged, tmp_path / "merged"), written(base, tmp_path / "base")
+    (names, configs), expected = written(merged, tmp_path / "merged"), written(
+        base, tmp_path / "base"
+    )
     assert (names - more, configs) == expected and names >= more
-    assert f'"architectures": [\n    "{type(base).__name__}"\n  ]' in configs[0] and type(merged) is type(base)
+    assert f'"architectures": [\n    "{type(base).__name__}"\n  ]' in configs[0] and type(
+        merged
+    ) is type(base)
     again = type(base).from_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(again), logits(merged)) and not torch.equal(logits(again), logits(base))
+    assert torch.equal(logits(again), logits(merged)) and not torch.equal(
+        logits(again), logits(base)
+    )
 
 
 @pytest.mark.parametrize("build", [llama, t5, bert])
@@ -60,11 +77,17 @@ def test_files_of_an_injected_model(build, tmp_path):
     """They are the base's and the adapter's keys: transformers reads the base and names the rest as unexpected."""
     (base, model), (_, fresh) = injected(build, targets="linear"), injected(build, targets="linear")
     names, configs = written(randomise(model), tmp_path / "model")
-    assert (names - set(keys(model)), configs) == written(base, tmp_path / "base") and names >= set(keys(model))
+    assert (names - set(keys(model)), configs) == written(base, tmp_path / "base") and names >= set(
+        keys(model)
+    )
     again, report = type(base).from_pretrained(tmp_path / "model", output_loading_info=True)
-    assert torch.equal(logits(again), logits(base)) and report["unexpected_keys"] == set(keys(model))
+    assert torch.equal(logits(again), logits(base)) and report["unexpected_keys"] == set(
+        keys(model)
+    )
     assert not report["missing_keys"] and not report["mismatched_keys"]
-    fresh.load_state_dict(safetensors.torch.load_file(tmp_path / "model/model.safetensors"), strict=False)
+    fresh.load_state_dict(
+        safetensors.torch.load_file(tmp_path / "model/model.safetensors"), strict=False
+    )
     assert torch.equal(logits(fresh), logits(model))
 
 
@@ -93,16 +116,26 @@ def test_activation_checkpointing(build, before, reentrant):
             branch.register_forward_hook(lambda *_: calls.append(1))
         torch.manual_seed(5)
         logits(model.train()).square().sum().backward()
-        assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+        assert all(
+            parameter.grad is None
+            for parameter in model.parameters()
+            if not parameter.requires_grad
+        )
         return [parameter.grad for parameter in lorafx.parameters(model)], len(calls)
 
     base, model = injected(build)
     expected, once = gradients(randomise(copy.deepcopy(model)))
     (base if before else model).activation_checkpointing_enable({"use_reentrant": reentrant})
     model = randomise(lorafx.inject(base, rank=2) if before else model)
-    assert base.is_activation_checkpointing == before == bool(base.get_input_embeddings()._forward_hooks)
+    assert (
+        base.is_activation_checkpointing
+        == before
+        == bool(base.get_input_embeddings()._forward_hooks)
+    )
     found, twice = gradients(model)
-    assert twice > 1.5 * once and model.get_input_embeddings()(IDS).requires_grad  # enable_input_require_grads
+    assert (
+        twice > 1.5 * once and model.get_input_embeddings()(IDS).requires_grad
+    )  # enable_input_require_grads
     for theirs, ours in zip(expected, found, strict=True):
         assert (theirs - ours).abs().max() <= 1e-5 * theirs.abs().max() > 0
 
@@ -116,9 +149,13 @@ def test_trainer(build, tmp_path):
     again, start = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     losses = train(model, tmp_path / "run", activation_checkpointing=build is llama)
     assert losses[-1] < losses[0] - 0.05 and fingerprint(base) == before
-    assert {k for k, value in model.state_dict().items() if not torch.equal(value, start[k])} == set(keys(model))
+    assert {
+        k for k, value in model.state_dict().items() if not torch.equal(value, start[k])
+    } == set(keys(model))
     checkpoint = tmp_path / "run/checkpoint-3"
-    assert set(safetensors.torch.load_file(checkpoint / "model.safetensors")) == names | set(keys(model))
+    assert set(safetensors.torch.load_file(checkpoint / "model.safetensors")) == names | set(
+        keys(model)
+    )
     assert train(again, tmp_path / "run", resume=str(checkpoint)) == losses
     assert all(map(torch.equal, lorafx.parameters(again), lorafx.parameters(model)))
 
@@ -138,8 +175,13 @@ def test_trainer_with_a_head_trained_whole(tmp_path):
     torch.testing.assert_close(lorafx.merge(model)(IDS).logits, model(IDS).logits)
 
 
-@pytest.mark.parametrize("task, build, options", [
-    ("text-generation", llama, dict(max_new_tokens=5, do_sample=False)), ("text-classification", classifier, {})])
+@pytest.mark.parametrize(
+    "task, build, options",
+    [
+        ("text-generation", llama, dict(max_new_tokens=5, do_sample=False)),
+        ("text-classification", classifier, {}),
+    ],
+)
 def test_pipeline(task, build, options):
     """A pipeline takes an injected model as it is: the base's answers at init, then the merged model's."""
     words = {f"w{i}": i for i in range(100)}
@@ -150,30 +192,45 @@ def test_pipeline(task, build, options):
     def answers(model):
         pipe = transformers.pipeline(task, model=model, tokenizer=tokenizer)
         found = [answer for text in ("w5 w6 w7", "w9 w8") for answer in pipe(text, **options)]
-        return [list(answer.values())[0] for answer in found], [answer.get("score", 1) for answer in found]
+        return [list(answer.values())[0] for answer in found], [
+            answer.get("score", 1) for answer in found
+        ]
 
     base, model = injected(build)
     expected = answers(frozen(base))
     assert answers(model) == expected
     texts, scores = answers(randomise(model))
-    assert answers(lorafx.merge(model)) == (texts, pytest.approx(scores)) and (texts, scores) != expected
+    assert (
+        answers(lorafx.merge(model)) == (texts, pytest.approx(scores))
+        and (texts, scores) != expected
+    )
 
 
 @pytest.mark.parametrize("build", [tied_llama, t5, bert])
 def test_ties(build):
     """`tie_weights` keeps ties, adapters and outputs; after `set_input_embeddings` it ties the head to the new ones."""
     base, model = injected(build, targets="linear")
-    expected, names, old = logits(randomise(model)), list(model.state_dict()), base.get_input_embeddings()
+    expected, names, old = (
+        logits(randomise(model)),
+        list(model.state_dict()),
+        base.get_input_embeddings(),
+    )
     model.tie_weights()
     assert torch.equal(logits(model), expected)
     head = model.get_output_embeddings()._parameters
     assert head["weight"] is model.get_input_embeddings().weight is not old.weight
     model.set_input_embeddings(new := torch.nn.Embedding(100, 32))
     model.tie_weights()
-    assert model.get_input_embeddings() is new and head["weight"] is new.weight and list(model.state_dict()) == names
+    assert (
+        model.get_input_embeddings() is new
+        and head["weight"] is new.weight
+        and list(model.state_dict()) == names
+    )
 
 
-@pytest.mark.parametrize("build, size", [(llama, 110), (llama, 99), (tied_llama, 110), (bert, 110), (t5, 99)])
+@pytest.mark.parametrize(
+    "build, size", [(llama, 110), (llama, 99), (tied_llama, 110), (bert, 110), (t5, 99)]
+)
 def test_resized_embeddings(build, size, tmp_path):
     """Resizing after injection is resizing before: the base keeps its size, the new rows are frozen, adapters stay."""
     def resized(model):
@@ -185,8 +242,15 @@ def test_resized_embeddings(build, size, tmp_path):
     before, larger = fingerprint(base), resized(copy.deepcopy(base))
     model = resized(randomise(lorafx.inject(base, rank=2)))
     assert fingerprint(base) == before and base.config.vocab_size == 100
-    assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == logits(model).shape[-1] == size
-    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(keys(model))
+    assert (
+        model.get_input_embeddings().weight.shape[0]
+        == model.config.vocab_size
+        == logits(model).shape[-1]
+        == size
+    )
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(
+        keys(model)
+    )
     lorafx.save(model, tmp_path / "adapter.safetensors")
     assert torch.equal(logits(lorafx.load(larger, tmp_path / "adapter.safetensors")), logits(model))
     assert torch.equal(logits(lorafx.eject(model)), logits(larger))
@@ -199,25 +263,51 @@ def test_properties_and_casts(build, dtype):
     base, model = injected(build)
     count = sum(parameter.numel() for parameter in lorafx.parameters(model))
     assert (model.device, model.dtype) == (base.device, base.dtype)
-    assert model.num_parameters() - base.num_parameters() == model.num_parameters(only_trainable=True) == count
-    assert str(lorafx.eject(model)) == str(base) and "GraphModule" not in str(model) and "(lora)" in str(model)
+    assert (
+        model.num_parameters() - base.num_parameters()
+        == model.num_parameters(only_trainable=True)
+        == count
+    )
+    assert (
+        str(lorafx.eject(model)) == str(base)
+        and "GraphModule" not in str(model)
+        and "(lora)" in str(model)
+    )
     expected, narrow = logits(cast := frozen(base).to(dtype)), lorafx.inject(cast, rank=2)
     assert narrow.dtype == dtype and torch.equal(logits(narrow), expected)
-    assert {p.dtype for p in lorafx.parameters(narrow)} == {torch.promote_types(dtype, torch.float32)}
+    assert {p.dtype for p in lorafx.parameters(narrow)} == {
+        torch.promote_types(dtype, torch.float32)
+    }
     model = model.half() if dtype == torch.float16 else model.to(dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype} == {model.dtype}
-    assert torch.equal(logits(model), expected) and expected.dtype == dtype and base.dtype == torch.float32
+    assert (
+        torch.equal(logits(model), expected)
+        and expected.dtype == dtype
+        and base.dtype == torch.float32
+    )
     found = logits(randomise(model))
     error = (logits(lorafx.merge(model)) - found).abs().max()
     assert error < 50 * torch.finfo(dtype).eps * found.abs().max() < (found - expected).abs().max()
 
 
 # The number of sites is counted by hand: 6 linear layers in an encoder's layer, 7 in a llama's, 10 in a decoder's.
-@pytest.mark.parametrize("build, sites, call", [
-    (vit, 2 * 6 + 1, lambda model: model(PIXELS).logits),
-    (whisper, 2 * 6 + 2 * 10 + 1, lambda model: generate(model, SOUND)[1]),
-    (clip, 2 * 6 + 2 * 6 + 2, lambda model: model(input_ids=IDS, pixel_values=PIXELS).logits_per_image),
-    (llava, 2 * 6 + 2 + 2 * 7 + 1, lambda model: model(input_ids=WITH_IMAGE, pixel_values=PIXELS).logits)])
+@pytest.mark.parametrize(
+    "build, sites, call",
+    [
+        (vit, 2 * 6 + 1, lambda model: model(PIXELS).logits),
+        (whisper, 2 * 6 + 2 * 10 + 1, lambda model: generate(model, SOUND)[1]),
+        (
+            clip,
+            2 * 6 + 2 * 6 + 2,
+            lambda model: model(input_ids=IDS, pixel_values=PIXELS).logits_per_image,
+        ),
+        (
+            llava,
+            2 * 6 + 2 + 2 * 7 + 1,
+            lambda model: model(input_ids=WITH_IMAGE, pixel_values=PIXELS).logits,
+        ),
+    ],
+)
 def test_vision_and_sound(build, sites, call):
     """Identity at init, every linear layer a site, and merged as unmerged."""
     base, model = injected(build, targets="linear")

@@ -27,7 +27,9 @@ def test_identity_no_silent_site_merge_and_eject(build, sites):
             with torch.no_grad():
                 parameter.zero_()
     randomise(model)
-    torch.testing.assert_close(logits(lorafx.merge(model, untie=True)), logits(model), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        logits(lorafx.merge(model, untie=True)), logits(model), rtol=1e-3, atol=1e-4
+    )
     assert torch.equal(logits(lorafx.eject(model)), logits(base))
 
 
@@ -37,15 +39,24 @@ def test_generation_and_pretrained_files(tmp_path):
     arguments = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 5, "do_sample": False}
     generated = model.generate(IDS, **arguments)
     merged = lorafx.merge(model)
-    assert torch.equal(merged.generate(IDS, **arguments), generated) and model.config is not base.config
+    assert (
+        torch.equal(merged.generate(IDS, **arguments), generated)
+        and model.config is not base.config
+    )
     merged.save_pretrained(tmp_path)
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(again), logits(merged))
-    assert isinstance(model, transformers.LlamaForCausalLM) and model.get_input_embeddings() is model.model.embed_tokens
+    assert (
+        isinstance(model, transformers.LlamaForCausalLM)
+        and model.get_input_embeddings() is model.model.embed_tokens
+    )
 
 
 def test_a_lookup_that_shares_its_weight_is_named():
     config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True)
-    with pytest.raises(lorafx.NoSiteError, match="'model.embed_tokens' cannot be adapted: it makes no linear call and "
-                                                 "shares its weight with 'lm_head'"):
+    with pytest.raises(
+        lorafx.NoSiteError,
+        match="'model.embed_tokens' cannot be adapted: it makes no linear call and "
+        "shares its weight with 'lm_head'",
+    ):
         lorafx.inject(transformers.LlamaForCausalLM(config), targets="embed_tokens")

@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import lorafx
 from lorafx._kernels import linears as kernels
-from lorafx._kernels.linears import Addend, Linear, linears
+from lorafx._kernels.addend import Addend
+from lorafx._kernels.calls import Linear
+from lorafx._kernels.linears import linears
 from tests.support.internals import replace_internal
 
 
@@ -26,9 +28,19 @@ def calls_of(width, outs, dtype=torch.float64, bias=True, rank=2):
     """A call for each width in `outs`; the second has a block of its features adapted too, the last nothing."""
     calls = []
     for position, out in enumerate(outs):
-        addends = [Addend(normal(rank + position, width, dtype=dtype), normal(out, rank + position, dtype=dtype), 0.7)]
+        addends = [
+            Addend(
+                normal(out, rank + position, dtype=dtype),
+                normal(rank + position, width, dtype=dtype),
+                0.7,
+            )
+        ]
         if position == 1:
-            addends.append(Addend(normal(1, width, dtype=dtype), normal(out - 3, 1, dtype=dtype), -1.3, 2))
+            addends.append(
+                Addend(
+                    normal(out - 3, 1, dtype=dtype), normal(1, width, dtype=dtype), -1.3, start=2
+                )
+            )
         weight = torch.randn(out, width, dtype=dtype)
         b = torch.randn(out, dtype=dtype) if bias and position != 1 else None
         calls.append(Linear(weight, b, addends if position < 2 or position < len(outs) - 1 else []))
@@ -43,7 +55,7 @@ def expected(x, calls):
     """By the definition: W and the addends as one matrix."""
     outputs = []
     for weight, bias, addends in calls:
-        for A, B, scale, start, *_ in addends:
+        for B, A, scale, _, start, *_ in addends:
             weight = weight + F.pad(scale * B @ A, (0, 0, start, weight.shape[0] - start - len(B)))
         outputs.append(x @ weight.mT + (0 if bias is None else bias))
     return outputs
@@ -54,13 +66,17 @@ def check(x, calls, used=None):
     inputs = [x, *factors(calls)]
     got, wanted = linears(x, calls), expected(x, calls)
     in_place = len(calls) == 1 and kernels.is_small(x, calls[0]) and not kernels.merges(x, calls)
-    assert all((type(y.grad_fn).__name__ == "_LinearsBackward") != in_place for y in got if y.requires_grad)
+    assert all(
+        (type(y.grad_fn).__name__ == "_LinearsBackward") != in_place for y in got if y.requires_grad
+    )
     assert not any(y._is_view() for y in got)
     for y, target in zip(got, wanted):
         torch.testing.assert_close(y, target, rtol=1e-10, atol=1e-10)
     chosen = range(len(calls)) if used is None else used
-    ours, theirs = (torch.autograd.grad(sum(ys[k].sin().sum() for k in chosen), inputs, allow_unused=True)
-                    for ys in (got, wanted))
+    ours, theirs = (
+        torch.autograd.grad(sum(ys[k].sin().sum() for k in chosen), inputs, allow_unused=True)
+        for ys in (got, wanted)
+    )
     for mine, target, tensor in zip(ours, theirs, inputs):
         assert (mine is None) == (target is None)
         if mine is not None:
@@ -68,7 +84,11 @@ def check(x, calls, used=None):
             assert mine.shape == tensor.shape and mine.dtype == tensor.dtype
 
 
-FORMS = {"merged": (0.0, 0.0), "factored": (float("inf"), 0.0), "in place": (float("inf"), float("inf"))}
+FORMS = {
+    "merged": (0.0, 0.0),
+    "factored": (float("inf"), 0.0),
+    "in place": (float("inf"), float("inf")),
+}
 
 
 @pytest.fixture(params=FORMS)
@@ -102,7 +122,9 @@ def test_wide_inputs(form, rows):
 @given(st.data())
 def test_any_group(data):
     torch.manual_seed(data.draw(st.integers(0, 9)))
-    width, outs = data.draw(st.integers(1, 9)), data.draw(st.lists(st.integers(4, 9), min_size=1, max_size=4))
+    width, outs = data.draw(st.integers(1, 9)), data.draw(
+        st.lists(st.integers(4, 9), min_size=1, max_size=4)
+    )
     shape = data.draw(st.lists(st.integers(0, 4), max_size=3))
     used = data.draw(st.lists(st.sampled_from(range(len(outs))), min_size=1, unique=True))
     with pytest.MonkeyPatch.context() as patch:
@@ -112,9 +134,12 @@ def test_any_group(data):
 
 
 LAYOUTS = {
-    "transposed": lambda: normal(7, 6).mT, "sliced": lambda: normal(6, 14)[:, ::2],
-    "expanded": lambda: normal(1, 7).expand(6, 7), "permuted": lambda: normal(3, 7, 2).permute(0, 2, 1),
-    "a view": lambda: normal(42).view(6, 7)}
+    "transposed": lambda: normal(7, 6).mT,
+    "sliced": lambda: normal(6, 14)[:, ::2],
+    "expanded": lambda: normal(1, 7).expand(6, 7),
+    "permuted": lambda: normal(3, 7, 2).permute(0, 2, 1),
+    "a view": lambda: normal(42).view(6, 7),
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -123,9 +148,16 @@ def test_layouts_of_inputs_and_gradients(form, layout, outs):
     x, calls = LAYOUTS[layout](), calls_of(7, outs)
     check(x, calls)
     for y, target in zip(linears(x, calls), expected(x, calls)):
-        for use in (torch.sum, lambda t: (t.transpose(0, -1).contiguous() * torch.arange(len(t))).sum()):
-            got, wanted = (torch.autograd.grad(use(t), factors(calls)[:2], retain_graph=True, allow_unused=True)
-                           for t in (y, target))
+        for use in (
+            torch.sum,
+            lambda t: (t.transpose(0, -1).contiguous() * torch.arange(len(t))).sum(),
+        ):
+            got, wanted = (
+                torch.autograd.grad(
+                    use(t), factors(calls)[:2], retain_graph=True, allow_unused=True
+                )
+                for t in (y, target)
+            )
             torch.testing.assert_close(got, wanted)
 
 
@@ -135,8 +167,20 @@ def test_second_derivatives(form, outs):
 
     def function(x, *tensors):
         rest = iter(tensors)
-        return tuple(linears(x, [call._replace(addends=[addend._replace(A=next(rest), B=next(rest))
-                                                        for addend in call.addends]) for call in calls]))
+        return tuple(
+            linears(
+                x,
+                [
+                    call._replace(
+                        addends=[
+                            addend._replace(left=next(rest), right=next(rest))
+                            for addend in call.addends
+                        ]
+                    )
+                    for call in calls
+                ],
+            )
+        )
 
     assert torch.autograd.gradcheck(function, (x, *factors(calls)))
     assert torch.autograd.gradgradcheck(function, (x, *factors(calls)))
@@ -151,7 +195,7 @@ def test_written_into_afterwards(form, outs):
     y.relu_()
     torch.testing.assert_close(*(torch.autograd.grad(t.sum(), [x, *factors(calls)[:2]])
                                  for t in (y, (target + 1).relu())))
-    for tensor in (calls[0].weight, calls[0].addends[0].A, calls[0].addends[0].B):
+    for tensor in (calls[0].weight, *calls[0].addends[0][:2]):
         y = linears(x, calls)[0]
         with torch.no_grad():
             tensor.add_(1)
@@ -187,11 +231,15 @@ def test_base_weights_that_train(form):
 @pytest.mark.parametrize("outs", [(7,), (7, 5)], ids=str)
 def test_checkpointing_and_offloading(reentrant, dropout, outs):
     x, calls = normal(4, 7), calls_of(7, outs)
-    calls = [call._replace(addends=[a._replace(dropout=dropout) for a in call.addends]) for call in calls]
+    calls = [
+        call._replace(addends=[a._replace(dropout=dropout) for a in call.addends]) for call in calls
+    ]
 
     def run(around):
         torch.manual_seed(5)
-        return torch.autograd.grad(around(lambda x: sum(y.sin().sum() for y in linears(x, calls))), factors(calls))
+        return torch.autograd.grad(
+            around(lambda x: sum(y.sin().sum() for y in linears(x, calls))), factors(calls)
+        )
 
     plain = run(lambda f: f(x))
     with save_on_cpu():
@@ -199,7 +247,9 @@ def test_checkpointing_and_offloading(reentrant, dropout, outs):
     leaves = [factor.grad for factor in factors(calls)]
     assert leaves == [None] * len(leaves)
     torch.manual_seed(5)
-    checkpoint(lambda x: sum(y.sin().sum() for y in linears(x, calls)), x, use_reentrant=reentrant).backward()
+    checkpoint(
+        lambda x: sum(y.sin().sum() for y in linears(x, calls)), x, use_reentrant=reentrant
+    ).backward()
     torch.testing.assert_close([factor.grad for factor in factors(calls)], list(plain))
 
 
@@ -229,16 +279,24 @@ class Saved:
 
 
 def own(calls):
-    return [*factors(calls), *(tensor for call in calls for tensor in call[:2] if tensor is not None)]
+    return [
+        *factors(calls),
+        *(tensor for call in calls for tensor in call[:2] if tensor is not None),
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_only_x_and_the_ranks_are_saved(dtype):
     """Of q, k and v under float32 adapters: bytes(x) and 3 ranks a row, in float32."""
     x = torch.randn(2, 64, 256, dtype=dtype, requires_grad=True)
-    calls = [Linear(torch.randn(out, 256, dtype=dtype), None,
-                    [Addend(normal(8, 256, dtype=torch.float32), normal(out, 8, dtype=torch.float32), 1.0)])
-             for out in (256, 64, 64)]
+    calls = [
+        Linear(
+            torch.randn(out, 256, dtype=dtype),
+            None,
+            [Addend(normal(out, 8, dtype=torch.float32), normal(8, 256, dtype=torch.float32), 1.0)],
+        )
+        for out in (256, 64, 64)
+    ]
     with Saved(*own(calls)) as saved:
         outputs = linears(x, calls)
     assert saved.bytes == x.nbytes + 2 * 64 * 24 * 4 <= 1.2 * x.nbytes
@@ -246,11 +304,14 @@ def test_only_x_and_the_ranks_are_saved(dtype):
 
 
 SMALL = {
-    "in place": (torch.randn(2, 64, 256), 16, True), "few rows of low rank": (torch.randn(2, 64, 256), 4, True),
+    "in place": (torch.randn(2, 64, 256), 16, True),
+    "few rows of low rank": (torch.randn(2, 64, 256), 4, True),
     "many rows of low rank": (torch.randn(4, 64, 256), 4, False),
     "rows that are no view": (torch.randn(2, 256, 64).transpose(1, 2), 16, False),
     "a matrix by columns": (torch.randn(256, 128).t(), 16, True),
-    "half precision": (torch.randn(2, 64, 256).bfloat16(), 16, False), "large": (torch.randn(2048, 256), 16, False)}
+    "half precision": (torch.randn(2, 64, 256).bfloat16(), 16, False),
+    "large": (torch.randn(2048, 256), 16, False),
+}
 
 
 @pytest.mark.parametrize("x, rank, in_place", SMALL.values(), ids=SMALL)
@@ -265,7 +326,9 @@ def test_a_small_call_saves_the_same(x, rank, in_place):
 
 def test_several_addends_of_a_small_call(form):
     x, (call,) = normal(3, 4, 7), calls_of(7, (5,))
-    more = [Addend(normal(rank, 7), normal(5, rank), scale) for rank, scale in ((1, -2.0), (3, 0.0))]
+    more = [
+        Addend(normal(5, rank), normal(rank, 7), scale) for rank, scale in ((1, -2.0), (3, 0.0))
+    ]
     check(x, [call._replace(addends=[*call.addends, *more])])
 
 
@@ -275,15 +338,23 @@ def test_selective_checkpointing(form, outs, shape):
     """It keeps the results of some operators, and takes them up again in the backward pass."""
     x, calls = normal(*shape), calls_of(7, outs)
     keep = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
-    loss = checkpoint(lambda x: sum(y.pow(3).sum() for y in linears(x, calls)), x, use_reentrant=False,
-                      context_fn=lambda: create_selective_checkpoint_contexts(keep))
+    loss = checkpoint(
+        lambda x: sum(y.pow(3).sum() for y in linears(x, calls)),
+        x,
+        use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(keep),
+    )
     wanted = sum(y.pow(3).sum() for y in expected(x, calls))
-    torch.testing.assert_close(*(torch.autograd.grad(total, [x, *factors(calls)]) for total in (loss, wanted)))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(total, [x, *factors(calls)]) for total in (loss, wanted))
+    )
 
 
 def test_dropout_saves_a_bit_an_element():
     x, calls = torch.randn(64, 256, requires_grad=True), calls_of(256, (256,), torch.float32)
-    calls = [call._replace(addends=[a._replace(dropout=0.1) for a in call.addends]) for call in calls]
+    calls = [
+        call._replace(addends=[a._replace(dropout=0.1) for a in call.addends]) for call in calls
+    ]
     with Saved(*own(calls)) as saved:
         linears(x, calls)
     assert saved.bytes == x.nbytes + 64 * 2 * 4 + 64 * 256 // 8
@@ -292,8 +363,20 @@ def test_dropout_saves_a_bit_an_element():
 class Operators(TorchDispatchMode):
     """Counts the operators that compute: no views, and no memory that is only reserved."""
 
-    SILENT = {"view", "_unsafe_view", "t", "detach", "narrow", "slice", "split_with_sizes", "empty", "new_empty",
-              "alias", "empty_like", "transpose"}
+    SILENT = {
+        "view",
+        "_unsafe_view",
+        "t",
+        "detach",
+        "narrow",
+        "slice",
+        "split_with_sizes",
+        "empty",
+        "new_empty",
+        "alias",
+        "empty_like",
+        "transpose",
+    }
 
     def __init__(self):
         super().__init__()
@@ -311,9 +394,20 @@ def test_operators_of_a_group(rank, copies):
     """q, k and v: 26 or 27, of which the frozen model needs 8 (3 products forward, 3 and 2 sums backward)."""
     rows = 256
     x = torch.randn(rows, 128, requires_grad=True)
-    calls = [Linear(torch.randn(out, 128), None, [Addend(normal(rank, 128, dtype=torch.float32),
-                                                         normal(out, rank, dtype=torch.float32), 1.0)])
-             for out in (128, 64, 64)]
+    calls = [
+        Linear(
+            torch.randn(out, 128),
+            None,
+            [
+                Addend(
+                    normal(out, rank, dtype=torch.float32),
+                    normal(rank, 128, dtype=torch.float32),
+                    1.0,
+                )
+            ],
+        )
+        for out in (128, 64, 64)
+    ]
     gradients = [torch.ones(rows, out) for out in (128, 64, 64)]
     with Operators() as count:
         torch.autograd.grad(linears(x, calls), [x, *factors(calls)], gradients)
@@ -326,7 +420,7 @@ def test_dropout():
     x = torch.ones(200, 300, dtype=torch.float64, requires_grad=True)
     A, B = torch.eye(300).double(), torch.eye(300).double()
     A, B = A.requires_grad_(), B.requires_grad_()
-    call = Linear(torch.zeros(300, 300).double(), None, [Addend(A, B, 1.0, dropout=0.2)])
+    call = Linear(torch.zeros(300, 300).double(), None, [Addend(B, A, 1.0, dropout=0.2)])
     one, two = linears(x, [call, call])
     for y in (one, two):
         assert set(y.detach().flatten().tolist()) == {0.0, 1.25} and abs(y.mean() - 1) < 0.01
@@ -340,14 +434,27 @@ def test_dropout():
 def test_gradients_with_dropout(shared):
     """The mask that forward drew is the one of backward: the function is linear in what is left of x."""
     x, calls = normal(5, 11), calls_of(11, (7, 5))
-    calls = [call._replace(addends=[a._replace(dropout=0.4, shared=shared) for a in call.addends[:1]])
-             for call in calls]
+    calls = [
+        call._replace(addends=[a._replace(dropout=0.4, shared=shared) for a in call.addends[:1]])
+        for call in calls
+    ]
 
     def function(x, *tensors):
         torch.manual_seed(3)
         rest = iter(tensors)
-        return tuple(linears(x, [call._replace(addends=[a._replace(A=next(rest), B=next(rest)) for a in call.addends])
-                                 for call in calls]))
+        return tuple(
+            linears(
+                x,
+                [
+                    call._replace(
+                        addends=[
+                            a._replace(left=next(rest), right=next(rest)) for a in call.addends
+                        ]
+                    )
+                    for call in calls
+                ],
+            )
+        )
 
     assert torch.autograd.gradcheck(function, (x, *factors(calls)))
     assert torch.autograd.gradgradcheck(function, (x, *factors(calls)))
@@ -355,7 +462,9 @@ def test_gradients_with_dropout(shared):
 
 def test_autocast(form):
     x, calls = torch.randn(6, 32, requires_grad=True), calls_of(32, (32, 16), torch.float32)
-    exact = torch.autograd.grad(sum(y.sin().sum() for y in expected(x, calls)), [x, *factors(calls)])
+    exact = torch.autograd.grad(
+        sum(y.sin().sum() for y in expected(x, calls)), [x, *factors(calls)]
+    )
     with torch.autocast("cpu", torch.bfloat16):
         outputs = linears(x, calls)
         assert {y.dtype for y in outputs} == {torch.bfloat16}
@@ -380,7 +489,10 @@ def test_a_product_that_rounds_its_operands_is_never_merged(monkeypatch):
 
 
 def test_the_form_is_chosen_by_shapes():
-    for rows, merged in ((1023, False), (1024, True)):  # MERGE_FROM = 4: rows (in + out) >= 8 in out
+    for rows, merged in (
+        (1023, False),
+        (1024, True),
+    ):  # MERGE_FROM = 4: rows (in + out) >= 8 in out
         x = torch.empty(rows, 256)
         assert kernels.merges(x, calls_of(256, (256,), torch.float32)) is merged
 
@@ -388,7 +500,9 @@ def test_the_form_is_chosen_by_shapes():
 def test_mixed_precision_is_as_close_as_float32_branches():
     """bfloat16 base, float32 adapters: the error of a model's gradients beside that of branches wholly in float32."""
     torch.manual_seed(0)
-    base = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.Tanh())]).bfloat16()
+    base = nn.Sequential(
+        *[layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    ).bfloat16()
     model, x = lorafx.inject(base, rank=4), torch.randn(256, 64).bfloat16()
     for parameter in lorafx.parameters(model):
         nn.init.normal_(parameter, std=0.1)
@@ -397,7 +511,9 @@ def test_mixed_precision_is_as_close_as_float32_branches():
     model(x).float().square().sum().backward()
     wanted = [parameter.grad for parameter in lorafx.parameters(exact)]
     ours = [parameter.grad for parameter in lorafx.parameters(model)]
-    theirs = torch.autograd.grad(_in_float32(model, x).float().square().sum(), list(lorafx.parameters(model)))
+    theirs = torch.autograd.grad(
+        _in_float32(model, x).float().square().sum(), list(lorafx.parameters(model))
+    )
     errors = [sum(((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, wanted))
               for found in (ours, theirs)]
     assert errors[0] < errors[1]
@@ -409,7 +525,9 @@ def _in_float32(model, x):
         if isinstance(layer, nn.Linear):
             factors = layer.lora.default
             y = F.linear(x, layer.frozen_weight, layer.bias)
-            x = (y + F.linear(F.linear(x.float(), factors.A), factors.B) * factors.scale).to(y.dtype)
+            x = (y + F.linear(F.linear(x.float(), factors.A), factors.B) * factors.scale).to(
+                y.dtype
+            )
         else:
             x = layer(x)
     return x

@@ -13,7 +13,11 @@ from tests.support.oracle import factors_of, fingerprint, frozen, oracle, random
 
 
 def names(model: nn.Module) -> list[str]:
-    return [name.removesuffix(".lora.default.A") for name, _ in lorafx.named_parameters(model) if name.endswith(".A")]
+    return [
+        name.removesuffix(".lora.default.A")
+        for name, _ in lorafx.named_parameters(model)
+        if name.endswith(".A")
+    ]
 
 
 class TestTargets:
@@ -35,11 +39,19 @@ class TestTargets:
         assert names(lorafx.inject(nn.Sequential(model), targets="proj")) == ["0.proj"]
 
     def test_exclude(self, block):
-        assert names(lorafx.inject(block, targets="linear", exclude=["up", "square"])) == ["down", "head"]
+        assert names(lorafx.inject(block, targets="linear", exclude=["up", "square"])) == [
+            "down",
+            "head",
+        ]
 
     def test_sites_say_what_is_tied(self, block):
         *_, head = lorafx.sites(block)
-        assert (head.name, head.in_features, head.out_features, head.kind) == ("head", 5, 11, "linear")
+        assert (head.name, head.in_features, head.out_features, head.kind) == (
+            "head",
+            5,
+            11,
+            "linear",
+        )
         assert head.tied_to == ("embedding",) and len(head.calls) == 1
         [site] = lorafx.sites(Tied())
         assert site.name == "embedding" and not site.tied_to
@@ -52,26 +64,46 @@ class TestConfig:
         torch.manual_seed(3)
         second = lorafx.inject(nn.Linear(400, 400), 50).lora.default
         assert torch.equal(first.A, second.A)
-        assert abs(first.A.std() - 0.02) < 3e-4 and abs(first.A.mean()) < 6e-4 and first.B.abs().max() == 0
+        assert (
+            abs(first.A.std() - 0.02) < 3e-4
+            and abs(first.A.mean()) < 6e-4
+            and first.B.abs().max() == 0
+        )
 
     def test_kaiming(self):
         A = lorafx.inject(nn.Linear(400, 400), 50, init="kaiming").lora.default.A
         assert 0.99 / 20 < A.abs().max() <= 1 / 20  # uniform within sqrt(6 / ((1 + 5) * in))
 
     def test_rank_and_alpha_patterns(self, block):
-        model = lorafx.inject(block, 4, alpha=8, targets="linear", rank_pattern={"up|down": 2, "up": 3},
-                              alpha_pattern={r"h.*d": 1.0})
-        held = {name: model.get_submodule(f"{name}.lora.default") for name in ("square", "down", "up", "head")}
+        model = lorafx.inject(
+            block,
+            4,
+            alpha=8,
+            targets="linear",
+            rank_pattern={"up|down": 2, "up": 3},
+            alpha_pattern={r"h.*d": 1.0},
+        )
+        held = {
+            name: model.get_submodule(f"{name}.lora.default")
+            for name in ("square", "down", "up", "head")
+        }
         assert [module.A.shape[0] for module in held.values()] == [4, 2, 2, 4]
         assert [module.scale for module in held.values()] == [2, 4, 4, 0.25]
 
     def test_rslora(self):
         assert lorafx.inject(nn.Linear(3, 3), 16, alpha=8, rslora=True).lora.default.scale == 2
 
-    @pytest.mark.parametrize("base, asked, expected", [
-        (torch.float16, None, torch.float32), (torch.bfloat16, None, torch.float32),
-        (torch.float32, None, torch.float32), (torch.float64, None, torch.float64),
-        (torch.bfloat16, torch.bfloat16, torch.bfloat16), (torch.float32, torch.float64, torch.float64)])
+    @pytest.mark.parametrize(
+        "base, asked, expected",
+        [
+            (torch.float16, None, torch.float32),
+            (torch.bfloat16, None, torch.float32),
+            (torch.float32, None, torch.float32),
+            (torch.float64, None, torch.float64),
+            (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+            (torch.float32, torch.float64, torch.float64),
+        ],
+    )
     def test_dtype(self, base, asked, expected):
         model = lorafx.inject(nn.Linear(3, 3).to(base), dtype=asked)
         assert {p.dtype for p in lorafx.parameters(model)} == {expected}
@@ -138,11 +170,15 @@ class TestTrainable:
         with torch.no_grad():
             model.down.weight.add_(1.0)
         lorafx.add(model, "b", targets="down")
-        with pytest.raises(lorafx.NoSiteError, match="'down' cannot be adapted: it is trained whole"):
+        with pytest.raises(
+            lorafx.NoSiteError, match="'down' cannot be adapted: it is trained whole"
+        ):
             lorafx.add(model, "c", targets="down", trainable="down")
         randomise(model)
         lorafx.activate(model, ["a", "b"])
-        torch.testing.assert_close(lorafx.merge(model)(TOKENS), model(TOKENS), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            lorafx.merge(model)(TOKENS), model(TOKENS), rtol=1e-10, atol=1e-10
+        )
         only_b = lorafx.merge(model, "b")
         lorafx.activate(model, "b")
         torch.testing.assert_close(only_b(TOKENS), model(TOKENS), rtol=1e-10, atol=1e-10)
@@ -150,12 +186,21 @@ class TestTrainable:
     def test_two_adapters_that_train_one_module(self, block):
         model = lorafx.inject(block, trainable="down")
         lorafx.add(model, "other", trainable=["down"])
-        with pytest.raises(lorafx.AdapterError, match="'default' and 'other' both train 'down' whole.*activate one of"):
+        with pytest.raises(
+            lorafx.AdapterError,
+            match="'default' and 'other' both train 'down' whole.*activate one of",
+        ):
             lorafx.activate(model, ["default", "other"])
 
     def test_what_is_trained_whole_is_not_adapted(self, block):
-        assert names(lorafx.inject(block, targets="linear", trainable="down")) == ["square", "up", "head"]
-        with pytest.raises(lorafx.NoSiteError, match="'down' cannot be adapted: it is trained whole"):
+        assert names(lorafx.inject(block, targets="linear", trainable="down")) == [
+            "square",
+            "up",
+            "head",
+        ]
+        with pytest.raises(
+            lorafx.NoSiteError, match="'down' cannot be adapted: it is trained whole"
+        ):
             lorafx.inject(block, targets="down", trainable="down")
 
 
@@ -186,17 +231,28 @@ class TestSwitching:
         randomise(model)
         sites = lorafx.sites(block)
         factors = {site.name: [] for site in sites} | factors_of(model, {"a": 1.0, "b": 1.0})
-        torch.testing.assert_close(model(TOKENS), oracle(block, sites, factors, TOKENS), rtol=1e-10, atol=1e-10)
-        assert [type(m) for m in lorafx.eject(model).modules()] == [type(m) for m in block.modules()]
+        torch.testing.assert_close(
+            model(TOKENS), oracle(block, sites, factors, TOKENS), rtol=1e-10, atol=1e-10
+        )
+        assert [type(m) for m in lorafx.eject(model).modules()] == [
+            type(m) for m in block.modules()
+        ]
 
     def test_a_failed_add_changes_nothing(self, block):
         model = lorafx.inject(block)
         before = fingerprint(model)
-        for config in ({"targets": "nope"}, {"rank": 0}, {"trainable": "nope"}, {"rank_pattern": {"nope": 2}}):
+        for config in (
+            {"targets": "nope"},
+            {"rank": 0},
+            {"trainable": "nope"},
+            {"rank_pattern": {"nope": 2}},
+        ):
             with pytest.raises(lorafx.LorafxError):
                 lorafx.add(model, "b", **config)
         model.down.lora = nn.Identity()
-        with pytest.raises(lorafx.UnsupportedModelError, match="'down' has an attribute 'lora' already"):
+        with pytest.raises(
+            lorafx.UnsupportedModelError, match="'down' has an attribute 'lora' already"
+        ):
             lorafx.add(model, "b", targets="linear")
         del model.down.lora
         assert fingerprint(model) == before and lorafx.adapters(model) == ["default"]
@@ -206,8 +262,15 @@ class TestSwitching:
         lorafx.add(model, "b")
         lorafx.activate(model, ["a", "b"])
         lorafx.remove(model, "a")
-        assert [name for name, _ in lorafx.named_parameters(model)] == ["square.lora.b.A", "square.lora.b.B"]
-        assert set(model.state_dict()) == {*block.state_dict(), "square.lora.b.A", "square.lora.b.B"}
+        assert [name for name, _ in lorafx.named_parameters(model)] == [
+            "square.lora.b.A",
+            "square.lora.b.B",
+        ]
+        assert set(model.state_dict()) == {
+            *block.state_dict(),
+            "square.lora.b.A",
+            "square.lora.b.B",
+        }
 
     def test_disabled_survives_an_error(self, block):
         model = randomise(lorafx.inject(block))
@@ -217,7 +280,10 @@ class TestSwitching:
         assert torch.equal(model(TOKENS), expected)
 
     def test_load_onto_an_injected_model_adds(self, block, tmp_path):
-        first, second = (randomise(lorafx.inject(block, targets=t), seed) for seed, t in enumerate(("square", "up")))
+        first, second = (
+            randomise(lorafx.inject(block, targets=t), seed)
+            for seed, t in enumerate(("square", "up"))
+        )
         lorafx.save(first, tmp_path / "a.safetensors")
         lorafx.save(second, tmp_path / "b.pth")
         model = lorafx.load(block, tmp_path / "a.safetensors", adapter="a")
@@ -230,15 +296,23 @@ class TestSwitching:
 class TestMerge:
     def test_a_tied_weight_is_refused_or_untied(self, block):
         model = randomise(lorafx.inject(block, targets="linear"))
-        with pytest.raises(lorafx.TiedWeightError, match=r"'head' is tied to 'embedding'.*merge\(model, untie=True\)"):
+        with pytest.raises(
+            lorafx.TiedWeightError,
+            match=r"'head' is tied to 'embedding'.*merge\(model, untie=True\)",
+        ):
             lorafx.merge(model)
         merged = lorafx.merge(model, untie=True)
         torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=1e-10, atol=1e-10)
         assert merged.embedding.weight.data_ptr() == block.embedding.weight.data_ptr()
-        tied = randomise(lorafx.inject(Tied().double(), targets="linear"))  # reads its weight twice through one module
+        tied = randomise(
+            lorafx.inject(Tied().double(), targets="linear")
+        )  # reads its weight twice through one module
         torch.testing.assert_close(lorafx.merge(tied)(TOKENS), tied(TOKENS), rtol=1e-10, atol=1e-10)
         lorafx.add(model, "square only", targets="square")
-        assert lorafx.merge(model, "square only").head.weight.data_ptr() == block.head.weight.data_ptr()
+        assert (
+            lorafx.merge(model, "square only").head.weight.data_ptr()
+            == block.head.weight.data_ptr()
+        )
 
     def test_of_chosen_adapters_leaves_the_model_alone(self, block):
         model = randomise(lorafx.inject(block, adapter="a"))
@@ -249,5 +323,7 @@ class TestMerge:
         assert fingerprint(model) == before
         lorafx.activate(model, {"a": 0.5, "b": -1.0})
         torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=1e-10, atol=1e-10)
-        assert not any("lora" in key for key in merged.state_dict()) and "_lorafx" not in vars(merged)
+        assert not any("lora" in key for key in merged.state_dict()) and "_lorafx" not in vars(
+            merged
+        )
         assert all(p.requires_grad for p in merged.parameters())

@@ -88,8 +88,15 @@ def test_the_signature_is_explicit():
     assert pickle.loads(pickle.dumps(lorafx.inject)) is lorafx.inject
 
 
-@pytest.mark.parametrize("targets, meant", [
-    ("all-linear", "linear"), ("all_linear", "linear"), ("Linear", "linear"), ("squares", "square")])
+@pytest.mark.parametrize(
+    "targets, meant",
+    [
+        ("all-linear", "linear"),
+        ("all_linear", "linear"),
+        ("Linear", "linear"),
+        ("squares", "square"),
+    ],
+)
 @pytest.mark.parametrize("argument", ["targets", "exclude"])
 def test_a_word_for_many_sites(argument, targets, meant):
     message = f"No linear call matches {argument}='{targets}'. Did you mean '{meant}'? This model"

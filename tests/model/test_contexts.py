@@ -37,8 +37,11 @@ class Attention(nn.Module):
         return self.attention(x, x, x)[0]  # with its weights: torch differentiates that twice
 
 
-BUILDS = {"regions": lambda: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 8)), "break": Break,
-          "attention": Attention}
+BUILDS = {
+    "regions": lambda: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 8)),
+    "break": Break,
+    "attention": Attention,
+}
 
 
 @pytest.fixture(params=BUILDS)
@@ -49,7 +52,9 @@ def base(request):
 def both(base):
     """An injected model whose adapters are not zero, and the original with W + s B A in the place of W."""
     model = randomise(lorafx.inject(base, rank=2, targets="linear"))
-    return model, Oracle(base, lorafx.sites(base), factors_of(model, {"default": 1.0})).model.requires_grad_(False)
+    return model, Oracle(
+        base, lorafx.sites(base), factors_of(model, {"default": 1.0})
+    ).model.requires_grad_(False)
 
 
 CONTEXTS = {
@@ -69,13 +74,18 @@ def test_contexts(base, context):
 
 
 TRANSFORMS = {
-    "vmap": lambda m: vmap(m)(X[:, None]), "grad": lambda m: grad(lambda x: m(x).square().sum())(X),
-    "jvp": lambda m: jvp(m, (X,), (X.cos(),))[1], "vjp": lambda m: vjp(m, X)[1](X.sin())[0],
+    "vmap": lambda m: vmap(m)(X[:, None]),
+    "grad": lambda m: grad(lambda x: m(x).square().sum())(X),
+    "jvp": lambda m: jvp(m, (X,), (X.cos(),))[1],
+    "vjp": lambda m: vjp(m, X)[1](X.sin())[0],
     "vmap of grad": lambda m: vmap(grad(lambda x: m(x[None]).square().sum()))(X),
-    "double backward": lambda m: second(m), "checkpoint": lambda m: checkpoint(m, X, use_reentrant=False),
+    "double backward": lambda m: second(m),
+    "checkpoint": lambda m: checkpoint(m, X, use_reentrant=False),
     "reentrant": lambda m: checkpoint(m, X.clone().requires_grad_(), use_reentrant=True),
-    "empty": lambda m: m(X[:0]), "strided": lambda m: m(X.mT.contiguous().mT[::2]), "expanded": lambda m: m(
-        X[:1].expand(4, 5, 8))}
+    "empty": lambda m: m(X[:0]),
+    "strided": lambda m: m(X.mT.contiguous().mT[::2]),
+    "expanded": lambda m: m(X[:1].expand(4, 5, 8)),
+}
 
 
 def second(model):
@@ -84,7 +94,9 @@ def second(model):
     return torch.autograd.grad(first.square().sum(), x)[0]
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop because we have not yet implemented the batching rule"
+)
 @pytest.mark.parametrize("way", TRANSFORMS)
 def test_transforms(base, way):
     model, twin = both(base)

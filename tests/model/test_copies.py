@@ -15,7 +15,11 @@ def test_cached_tensors_of_a_graph_are_copied_by_value():
     base = nn.Sequential(nn.Linear(3, 3))
     base.cache = base[0].weight * 2
     model = lorafx.inject(base)
-    assert torch.equal(model.cache, base.cache) and model.cache is not base.cache and not model.cache.requires_grad
+    assert (
+        torch.equal(model.cache, base.cache)
+        and model.cache is not base.cache
+        and not model.cache.requires_grad
+    )
 
 
 def test_parameters_keep_their_own_attributes():
@@ -46,14 +50,19 @@ def test_a_metaclass_is_not_woken():
     class Layer(nn.Linear, metaclass=Meta):
         pass
 
-    assert not lorafx.sites(nn.Sequential(Layer(3, 3), nn.Linear(3, 3)), "1")[0].aliases and known["Layer"] is Layer
+    assert (
+        not lorafx.sites(nn.Sequential(Layer(3, 3), nn.Linear(3, 3)), "1")[0].aliases
+        and known["Layer"] is Layer
+    )
 
 
 def test_copies_within_disabled_are_refused():
     model = lorafx.inject(nn.Linear(3, 3))
     with lorafx.disabled(model):
         for call in (copy.deepcopy, pickle.dumps, lorafx.merge, lorafx.eject):
-            with pytest.raises(lorafx.AdapterError, match="adapters are disabled: copy, pickle, merge or eject"):
+            with pytest.raises(
+                lorafx.AdapterError, match="adapters are disabled: copy, pickle, merge or eject"
+            ):
                 call(model)
     copy.deepcopy(model)
 

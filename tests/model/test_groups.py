@@ -34,7 +34,11 @@ class Attention(nn.Module):
 class Gated(nn.Module):
     def __init__(self):
         super().__init__()
-        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12, bias=False), nn.Linear(12, 8)
+        self.gate, self.up, self.down = (
+            nn.Linear(8, 12),
+            nn.Linear(8, 12, bias=False),
+            nn.Linear(12, 8),
+        )
         self.act = nn.SiLU(inplace=True)
 
     def forward(self, x):
@@ -44,7 +48,11 @@ class Gated(nn.Module):
 class Functional(nn.Module):
     def __init__(self):
         super().__init__()
-        self.w1, self.w2, self.last = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
+        self.w1, self.w2, self.last = (
+            nn.Parameter(torch.randn(8, 8)),
+            nn.Parameter(torch.randn(8, 8)),
+            nn.Linear(8, 8),
+        )
 
     def forward(self, x):
         return F.linear(x, self.w1) * F.linear(x, self.w2).tanh() + self.last(x)
@@ -71,7 +79,9 @@ def joins(module):
     return [len(node.args) - 1 for node in lowered.find_nodes(op="call_function", target=joined)]
 
 
-@pytest.mark.parametrize("build, sizes", [(Attention, [3]), (Gated, [2]), (Functional, [3]), (Twice, [3])])
+@pytest.mark.parametrize(
+    "build, sizes", [(Attention, [3]), (Gated, [2]), (Functional, [3]), (Twice, [3])]
+)
 @pytest.mark.parametrize("merge_from", [0.0, float("inf")], ids=["merged", "factored"])
 def test_joined(build, sizes, merge_from, monkeypatch):
     replace_internal(monkeypatch, "merge_from", merge_from)
@@ -88,7 +98,9 @@ def test_joined(build, sizes, merge_from, monkeypatch):
     for twin in (model, alone, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         twin(X).square().sum().backward()
         found = factors_of(twin, {"default": 1.0})
-        gradients = [factor.grad for site in lorafx.sites(base) for factor in found[site.name][0][:2]]
+        gradients = [
+            factor.grad for site in lorafx.sites(base) for factor in found[site.name][0][:2]
+        ]
         torch.testing.assert_close(gradients, oracle.gradients())
     assert type(lorafx.eject(model)) is build and type(lorafx.merge(model)) is build
     torch.testing.assert_close(lorafx.merge(model)(X), oracle.model(X))
@@ -97,8 +109,15 @@ def test_joined(build, sizes, merge_from, monkeypatch):
 
 def test_the_graph_stays_as_it_was_written():
     model = lorafx.inject(Gated(), targets="linear")
-    assert type(model) is not Gated and isinstance(model, Gated) and isinstance(model, fx.GraphModule)
-    assert [str(node.target) for node in model.graph.find_nodes(op="call_module")] == ["gate", "act", "up", "down"]
+    assert (
+        type(model) is not Gated and isinstance(model, Gated) and isinstance(model, fx.GraphModule)
+    )
+    assert [str(node.target) for node in model.graph.find_nodes(op="call_module")] == [
+        "gate",
+        "act",
+        "up",
+        "down",
+    ]
     alone = lorafx.inject(Gated(), targets="linear", group=False)
     assert type(alone) is Gated and "adapted_linear(" in alone.gate.code
     lorafx.add(alone, "b", targets="linear")
@@ -134,14 +153,18 @@ def in_place_by_a_module(self, x):
     return self.down(gate * self.up(x))
 
 
-@pytest.mark.parametrize("forward", [in_place_on_x, in_place_on_a_view, in_place_flag, in_place_by_a_module])
+@pytest.mark.parametrize(
+    "forward", [in_place_on_x, in_place_on_a_view, in_place_flag, in_place_by_a_module]
+)
 def test_a_value_that_changes_in_between_is_read_twice(forward):
     base = type("Changing", (Gated,), {"forward": forward})().double()
     model = randomise(lorafx.inject(base, rank=2, targets="linear"))
     oracle = Oracle(base, lorafx.sites(base), factors_of(model, {"default": 1.0}))
     torch.testing.assert_close(model(X), oracle.model(X))
     by_a_module = forward is in_place_by_a_module  # which is called in its turn, and watched
-    assert isinstance(model, fx.GraphModule) is by_a_module and (not by_a_module or joins(model) == [3])
+    assert isinstance(model, fx.GraphModule) is by_a_module and (
+        not by_a_module or joins(model) == [3]
+    )
 
 
 def test_what_changes_nothing_may_stand_in_between():
@@ -204,12 +227,17 @@ class TestOneByOne:
     def test_a_member_called_directly_is_adapted(self, model):
         k = model.k
         factors = k.lora.default
-        torch.testing.assert_close(k(X), F.linear(X, k.frozen_weight + factors.B @ factors.A, k.bias))
+        torch.testing.assert_close(
+            k(X), F.linear(X, k.frozen_weight + factors.B @ factors.A, k.bias)
+        )
 
 
 def test_a_member_that_is_compiled_by_itself_is_called():
     torch._dynamo.reset()
-    model, counter = randomise(lorafx.inject(Attention().double(), rank=2, targets="linear")), CompileCounter()
+    model, counter = (
+        randomise(lorafx.inject(Attention().double(), rank=2, targets="linear")),
+        CompileCounter(),
+    )
     wanted = model(X)
     model.k.compile(backend=counter)
     torch.testing.assert_close(model(X), wanted)
@@ -311,15 +339,20 @@ class TestDropout:
 
     def test_shared_in_a_group_only_when_asked(self):
         for share in (False, True):
-            model = randomise(lorafx.inject(Attention().double(), rank=2, targets="linear", dropout=0.5,
-                                            share_dropout=share))
+            model = randomise(
+                lorafx.inject(
+                    Attention().double(), rank=2, targets="linear", dropout=0.5, share_dropout=share
+                )
+            )
             model.k.load_state_dict(model.v.state_dict())
             _, k, v = joined(X.clone().requires_grad_(), model.q, model.k, model.v)
             assert torch.allclose(k, v) is share
 
     def test_saved_with_the_adapter(self, tmp_path):
         base = Attention()
-        lorafx.save(lorafx.inject(base, dropout=0.25, share_dropout=True), tmp_path / "a.safetensors")
+        lorafx.save(
+            lorafx.inject(base, dropout=0.25, share_dropout=True), tmp_path / "a.safetensors"
+        )
         factors = lorafx.load(base, tmp_path / "a.safetensors").q.lora.default
         assert (factors.dropout, factors.share_dropout) == (0.25, True)
         assert "dropout=0.25" in repr(factors)
@@ -346,18 +379,43 @@ class Captured:
         inductor.JoinBranches()(graph_module.graph)
         graph_module.graph.lint()
         graph_module.recompile()
-        self.targets += [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
+        self.targets += [
+            node.target for node in graph_module.graph.nodes if node.op == "call_function"
+        ]
         return graph_module.forward
 
 
-@pytest.mark.parametrize("build, dtype, dropout, merge_from, counts", [
-    (Python, torch.float64, 0.0, float("inf"), {F.linear: 10, torch.cat: 1, inductor.merged_linears: 0}),
-    (Python, torch.float64, 0.0, 0.0, {F.linear: 0, torch.cat: 0, inductor.merged_linears: 2}),
-    (Attention, torch.float64, 0.0, 0.0, {F.linear: 0, torch.cat: 0, inductor.merged_linears: 2}),
-    (Python, torch.bfloat16, 0.0, 0.0, {F.linear: 10, torch.cat: 1, inductor.merged_linears: 0}),
-    (Python, torch.float64, 0.5, 0.0, {F.linear: 12, torch.cat: 0, inductor.merged_linears: 0}),
-])
-def test_the_compiler_joins_what_python_calls(build, dtype, dropout, merge_from, counts, monkeypatch):
+@pytest.mark.parametrize(
+    "build, dtype, dropout, merge_from, counts",
+    [
+        (
+            Python,
+            torch.float64,
+            0.0,
+            float("inf"),
+            {F.linear: 10, torch.cat: 1, inductor.merged_linears: 0},
+        ),
+        (Python, torch.float64, 0.0, 0.0, {F.linear: 0, torch.cat: 0, inductor.merged_linears: 2}),
+        (
+            Attention,
+            torch.float64,
+            0.0,
+            0.0,
+            {F.linear: 0, torch.cat: 0, inductor.merged_linears: 2},
+        ),
+        (
+            Python,
+            torch.bfloat16,
+            0.0,
+            0.0,
+            {F.linear: 10, torch.cat: 1, inductor.merged_linears: 0},
+        ),
+        (Python, torch.float64, 0.5, 0.0, {F.linear: 12, torch.cat: 0, inductor.merged_linears: 0}),
+    ],
+)
+def test_the_compiler_joins_what_python_calls(
+    build, dtype, dropout, merge_from, counts, monkeypatch
+):
     replace_internal(monkeypatch, "merge_from", merge_from)
     torch._dynamo.reset()
     base = build().to(dtype)
@@ -369,9 +427,14 @@ def test_the_compiler_joins_what_python_calls(build, dtype, dropout, merge_from,
     if not dropout:
         tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}
         torch.testing.assert_close(y, model(x), **tolerance)
-        both = [torch.autograd.grad(z.square().sum(), list(lorafx.parameters(model))) for z in (y, model(x))]
+        both = [
+            torch.autograd.grad(z.square().sum(), list(lorafx.parameters(model)))
+            for z in (y, model(x))
+        ]
         for got, wanted in zip(*both):
-            assert (got - wanted).norm() <= (0.1 if dtype == torch.bfloat16 else 1e-10) * wanted.norm()
+            assert (got - wanted).norm() <= (
+                0.1 if dtype == torch.bfloat16 else 1e-10
+            ) * wanted.norm()
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), model(x), **tolerance)
 
@@ -408,8 +471,12 @@ def test_the_pass_knows_modes_and_schemas(forward, merge_from, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(compiled(X), model(X))
     if forward is no_grad_in_between:
-        gradients = [torch.autograd.grad(f(X).square().sum(), list(lorafx.parameters(model)), allow_unused=True)
-                     for f in (compiled, model)]
+        gradients = [
+            torch.autograd.grad(
+                f(X).square().sum(), list(lorafx.parameters(model)), allow_unused=True
+            )
+            for f in (compiled, model)
+        ]
         assert [g is None for g in gradients[0]] == [True, True, False, False, False, False]
         torch.testing.assert_close(*([g for g in found if g is not None] for found in gradients))
 
@@ -441,5 +508,8 @@ def test_with_the_compiler_itself():
     for x in (X, X[0], torch.cat([X] * 80)):  # factored twice, then merged
         y = compiled(x)
         torch.testing.assert_close(y, model(x))
-        both = [torch.autograd.grad(z.square().sum(), list(lorafx.parameters(model))) for z in (y, model(x))]
+        both = [
+            torch.autograd.grad(z.square().sum(), list(lorafx.parameters(model)))
+            for z in (y, model(x))
+        ]
         torch.testing.assert_close(*both)

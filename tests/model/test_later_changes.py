@@ -20,8 +20,12 @@ def test_a_model_that_grows_after_injection():
 
 
 def test_a_module_trained_whole_survives_assignment():
-    model = lorafx.inject(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), targets="0", trainable="1")
-    model.load_state_dict({key: value + 1 for key, value in model.state_dict().items()}, assign=True)
+    model = lorafx.inject(
+        nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), targets="0", trainable="1"
+    )
+    model.load_state_dict(
+        {key: value + 1 for key, value in model.state_dict().items()}, assign=True
+    )
     tensors = dict(lorafx.named_parameters(model))
     model(torch.randn(2, 3)).sum().backward()
     assert all(tensor.grad is not None for tensor in tensors.values())

@@ -31,7 +31,9 @@ class Scaled(nn.Linear):
 class TestNarrow:
     def test_a_sum_that_would_round_the_adapter_away_is_refused_unless_asked(self):
         base = Scaled(8, 8).bfloat16()
-        with pytest.raises(lorafx.AdaptedWeightError, match="the weight of a Scaled as a whole.*rounding=True"):
+        with pytest.raises(
+            lorafx.AdaptedWeightError, match="the weight of a Scaled as a whole.*rounding=True"
+        ):
             lorafx.inject(base)(X.bfloat16())
         model = lorafx.inject(base, rounding=True)
         assert torch.equal(model(X.bfloat16()), frozen(base)(X.bfloat16()))
@@ -44,7 +46,9 @@ class TestNarrow:
         model = randomise(lorafx.inject(attention().bfloat16(), targets="linear"))
         x = X.bfloat16()
         counter = torch._dynamo.testing.CompileCounter()
-        torch.testing.assert_close(torch.compile(model, backend=counter)(x, x, x)[0], model(x, x, x)[0])
+        torch.testing.assert_close(
+            torch.compile(model, backend=counter)(x, x, x)[0], model(x, x, x)[0]
+        )
         assert counter.frame_count == 2
         with pytest.raises(Exception, match="disable"):
             torch.compile(model, backend="eager", fullgraph=True)(x, x, x)
@@ -73,4 +77,6 @@ def test_composition_of_narrow_adapters_is_wide():
     (A, B, s), = factors_of(model, {"a": 0.7})[""]
     (C, D, t), = factors_of(model, {"c": 1.0})[""]
     assert C.dtype == torch.float32
-    torch.testing.assert_close(t * D.double() @ C.double(), s * B.double() @ A.double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        t * D.double() @ C.double(), s * B.double() @ A.double(), rtol=1e-6, atol=1e-6
+    )

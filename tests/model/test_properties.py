@@ -45,8 +45,13 @@ def test_forward_and_gradients_equal_the_oracle(net, shape, training, alpha):
     base, x = frozen(net.model), inputs(net, shape)
     x_model, x_oracle = x.clone().requires_grad_(), x.clone().requires_grad_()
     sites = lorafx.sites(net.model)
-    factors = {name: [(A.detach().clone().requires_grad_(), B.detach().clone().requires_grad_(), s) for A, B, s in at]
-               for name, at in factors_of(model, {"default": 1.0}).items()}
+    factors = {
+        name: [
+            (A.detach().clone().requires_grad_(), B.detach().clone().requires_grad_(), s)
+            for A, B, s in at
+        ]
+        for name, at in factors_of(model, {"default": 1.0}).items()
+    }
     got, expected = model(x_model), oracle(base, sites, factors, x_oracle)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     cotangent = torch.randn_like(got)
@@ -70,7 +75,9 @@ def test_no_silent_site(net, seed):
         if name.endswith(".B"):
             assert parameter.grad is not None and parameter.grad.abs().max() > 0
             with torch.no_grad():
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                )
             assert not torch.equal(model(x), before)
             with torch.no_grad():
                 parameter.zero_()
@@ -106,7 +113,9 @@ def test_class_keys_and_flags(net):
     model = lorafx.inject(net.model, targets="linear")
     assert isinstance(model, type(net.model))
     assert [key for key in model.state_dict() if "lora" not in key] == base_keys
-    trainable = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    trainable = {
+        name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
+    }
     assert trainable == {key for key in model.state_dict() if key not in base_keys}
     assert {f"{site}.lora.default.A" if not site.startswith("p") else f"lora_{site}.default.A"
             for site in net.sites} <= trainable
@@ -120,7 +129,9 @@ def test_eject_restores_the_original(net, shape):
     assert type(restored) is type(net.model)
     assert [type(m) for m in restored.modules()] == [type(m) for m in net.model.modules()]
     assert [set(vars(m)) for m in restored.modules()] == [set(vars(m)) for m in net.model.modules()]
-    assert [p.requires_grad for p in restored.parameters()] == [p.requires_grad for p in net.model.parameters()]
+    assert [p.requires_grad for p in restored.parameters()] == [
+        p.requires_grad for p in net.model.parameters()
+    ]
     assert list(restored.state_dict()) == list(net.model.state_dict())
     assert torch.equal(restored(x), net.model(x))
 
@@ -148,7 +159,9 @@ def test_merging_rounds_once(net, dtype, narrow):
     turned = {site.name: site.transposed for site in lorafx.sites(net.model)}
     for site, [(A, B, scale)] in factors_of(model, {"default": 1.0}).items():
         key = site if site in base else f"{site}.weight"
-        exact, stored = (w[key].double().T if turned[site] else w[key].double() for w in (base, merged))
+        exact, stored = (
+            w[key].double().T if turned[site] else w[key].double() for w in (base, merged)
+        )
         exact = exact + scale * B.double() @ A.double()
         gap = (stored - exact).abs()
         half_step = exact.abs() * torch.finfo(dtype).eps / 2
@@ -186,7 +199,9 @@ def test_saved_and_loaded_is_the_same(tmp_path_factory, net, ending):
         sites = lorafx.sites(net.model)
         halved = {name: [(A.half().double(), (s * B).half().double(), 1.0)] for name, [(A, B, s)] in
                   factors_of(model, {"default": 1.0}).items()}
-        torch.testing.assert_close(loaded(x), oracle(frozen(net.model), sites, halved, x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            loaded(x), oracle(frozen(net.model), sites, halved, x), rtol=1e-10, atol=1e-10
+        )
 
 
 @given(nets())
@@ -207,7 +222,9 @@ def test_a_graph_module_gets_nodes_in_its_own_graph(net):
     x = inputs(net, (4,))
     assert torch.equal(model(x), frozen(net.model)(x))
     randomise(model)
-    expected = oracle(frozen(net.model), lorafx.sites(graph), factors_of(model, {"default": 1.0}), x)
+    expected = oracle(
+        frozen(net.model), lorafx.sites(graph), factors_of(model, {"default": 1.0}), x
+    )
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
     assert model.code.count("lora") >= 2 * len(lorafx.sites(graph))
     assert lorafx.eject(model).code == code == graph.code
@@ -216,8 +233,14 @@ def test_a_graph_module_gets_nodes_in_its_own_graph(net):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck(bias):
-    model = randomise(lorafx.inject(nn.Sequential(nn.Linear(3, 5, bias), nn.Tanh(), nn.Linear(5, 2)).double(),
-                                    targets="linear", rank=2, alpha=3.0))
+    model = randomise(
+        lorafx.inject(
+            nn.Sequential(nn.Linear(3, 5, bias), nn.Tanh(), nn.Linear(5, 2)).double(),
+            targets="linear",
+            rank=2,
+            alpha=3.0,
+        )
+    )
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     tensors = list(lorafx.parameters(model))
     names = [name for name, _ in lorafx.named_parameters(model)]

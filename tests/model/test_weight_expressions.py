@@ -29,7 +29,9 @@ def net(function):
 
 def addend(self, x):
     if x.ndim:
-        return torch.addmm(self.w, F.pad(x, (0, 0, 0, 3)), self.w) + torch.addmm(self.v, self.w, self.v.T)
+        return torch.addmm(self.w, F.pad(x, (0, 0, 0, 3)), self.w) + torch.addmm(
+            self.v, self.w, self.v.T
+        )
 
 
 def masked_experts(self, x):
@@ -59,7 +61,9 @@ def some_rows(self, x):
         return F.linear(x, self.v[:3])
 
 
-@pytest.mark.parametrize("forward", [addend, masked_experts, padded_embedding, heads, keywords, some_rows])
+@pytest.mark.parametrize(
+    "forward", [addend, masked_experts, padded_embedding, heads, keywords, some_rows]
+)
 def test_outputs_and_gradients(forward):
     base = net(forward)().double()
     model = randomise(lorafx.inject(base, rank=2, targets="linear"))
@@ -104,7 +108,10 @@ def by_text(self, x):
 
 @pytest.mark.parametrize("forward", [substitutes, by_text])
 def test_what_would_miss_the_branch_is_left_alone(forward):
-    with pytest.raises(lorafx.NoSiteError, match="'fc' cannot be adapted: the Python of the model .* past its owner"):
+    with pytest.raises(
+        lorafx.NoSiteError,
+        match="'fc' cannot be adapted: the Python of the model .* past its owner",
+    ):
         lorafx.inject(net(forward)().double(), targets="fc")
 
 
@@ -124,7 +131,9 @@ class Holder(nn.Module):
         return self.graph(x) + layer(x) + x @ layer.weight if x.ndim else x
 
 
-@pytest.mark.parametrize("build", [lambda: fx.symbolic_trace(net(scaled_by_weight)()), Holder], ids=["own", "held"])
+@pytest.mark.parametrize(
+    "build", [lambda: fx.symbolic_trace(net(scaled_by_weight)()), Holder], ids=["own", "held"]
+)
 def test_a_graph_modules_layer_that_is_used_otherwise_too(build):
     base = build().double()
     model = randomise(lorafx.inject(base, targets="linear"))
@@ -139,7 +148,9 @@ def test_tangents_of_forward_mode():
     model = randomise(lorafx.inject(net(forward)().double(), rank=2, targets="w"))
     adapters = {name: tensor.detach() for name, tensor in lorafx.named_parameters(model)}
     tangents = {name: torch.ones_like(tensor) for name, tensor in adapters.items()}
-    wanted = torch.func.jvp(lambda tensors: functional_call(model, tensors, (X,)), (adapters,), (tangents,))[1]
+    wanted = torch.func.jvp(
+        lambda tensors: functional_call(model, tensors, (X,)), (adapters,), (tangents,)
+    )[1]
     with forward_ad.dual_level():
         dual = {name: forward_ad.make_dual(adapters[name], tangents[name]) for name in adapters}
         got = forward_ad.unpack_dual(functional_call(model, dual, (X,))).tangent
@@ -149,7 +160,9 @@ def test_tangents_of_forward_mode():
 def test_tying_after_injection_is_refused():
     model = lorafx.inject(Net(), targets=["fc"])
     for context in (torch.enable_grad, torch.no_grad):
-        with pytest.raises(lorafx.AdaptedWeightError, match="cannot be another module's Parameter"), context():
+        with pytest.raises(
+            lorafx.AdaptedWeightError, match="cannot be another module's Parameter"
+        ), context():
             model.other.weight = model.fc.weight
     weight = model.fc._parameters["weight"]
     del model.fc.weight
@@ -173,6 +186,8 @@ def test_one_parameter_under_two_attributes():
     model, x = randomise(lorafx.inject(base)), torch.randn(2, 3, dtype=torch.float64)
     [site] = lorafx.sites(base)
     assert site.names == ("a", "b")
-    torch.testing.assert_close(model(x), oracle(frozen(base), [site], factors_of(model, {"default": 1.0}), x))
+    torch.testing.assert_close(
+        model(x), oracle(frozen(base), [site], factors_of(model, {"default": 1.0}), x)
+    )
     torch.testing.assert_close(lorafx.merge(model)(x), model(x))
     assert lorafx.merge(model).a is not None and str(lorafx.summary(model))

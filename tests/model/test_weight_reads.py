@@ -40,7 +40,12 @@ def decorated(function):
 class Base(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc, self.child, self.given, self.other = nn.Linear(3, 3), Projecting(3, 3), Given(), nn.Linear(3, 3)
+        self.fc, self.child, self.given, self.other = (
+            nn.Linear(3, 3),
+            Projecting(3, 3),
+            Given(),
+            nn.Linear(3, 3),
+        )
         self.operations = Operations()
         self.layers = nn.ModuleList([nn.Linear(3, 3)])
         self.w, self.stack = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(2, 3, 3))
@@ -57,8 +62,18 @@ class Base(nn.Module):
 
 def with_forward(body: str, site: str, name: str, prepare: Any) -> Any:
     """A class whose forward has these lines and whose source can be read, and the site that it uses."""
-    names: dict[str, Any] = {"F": F, "nn": nn, "torch": torch, "by_another_file": by_another_file, "__name__": __name__}
-    source = "def forward(self, x):\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "    return x\n"
+    names: dict[str, Any] = {
+        "F": F,
+        "nn": nn,
+        "torch": torch,
+        "by_another_file": by_another_file,
+        "__name__": __name__,
+    }
+    source = (
+        "def forward(self, x):\n"
+        + "".join(f"    {line}\n" for line in body.splitlines())
+        + "    return x\n"
+    )
     filename = f"<silent {abs(hash(source))}>"
     linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
     exec(compile(source, filename, "exec"), names)
@@ -181,8 +196,16 @@ def test_python_reads_adapted_weights(model, site):
 
 def test_an_adapted_weight_is_still_a_parameter_to_python():
     weight = lorafx.inject(nn.Linear(3, 4), targets="linear").weight
-    assert isinstance(weight, nn.Parameter) and isinstance(weight, torch.Tensor) and weight.shape == (4, 3)
-    assert weight.dtype == torch.float32 and not weight.requires_grad and weight.new_zeros(2).shape == (2,)
+    assert (
+        isinstance(weight, nn.Parameter)
+        and isinstance(weight, torch.Tensor)
+        and weight.shape == (4, 3)
+    )
+    assert (
+        weight.dtype == torch.float32
+        and not weight.requires_grad
+        and weight.new_zeros(2).shape == (2,)
+    )
 
 
 @pytest.mark.parametrize("model, site", [
@@ -195,7 +218,9 @@ def test_an_adapted_weight_is_still_a_parameter_to_python():
     using("self.kept(x)", prepare=keep_partial),
 ])
 def test_a_weight_fetched_past_its_owner_is_left_alone_and_named(model, site):
-    with pytest.raises(lorafx.NoSiteError, match=f"'{site}' cannot be adapted: the Python of .* past its owner"):
+    with pytest.raises(
+        lorafx.NoSiteError, match=f"'{site}' cannot be adapted: the Python of .* past its owner"
+    ):
         lorafx.inject(model(), targets=site)
     model()(X.float())
 
@@ -207,4 +232,6 @@ def test_a_call_whose_result_is_lost_is_no_site():
             F.linear(x, self.other.weight)
             return F.linear(x, self.child.weight)
 
-    assert [site.name for site in lorafx.sites(torch.fx.symbolic_trace(Lost()), "linear")] == ["child"]
+    assert [site.name for site in lorafx.sites(torch.fx.symbolic_trace(Lost()), "linear")] == [
+        "child"
+    ]

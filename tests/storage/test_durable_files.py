@@ -31,7 +31,9 @@ def constant(value: float) -> torch.nn.Module:
 def value_of(path: Path) -> float:
     """The one value that all tensors of a whole file have."""
     loaded = lorafx.load(Model(160), path)
-    [value] = {x for parameter in lorafx.parameters(loaded) for x in parameter.detach().unique().tolist()}
+    [value] = {
+        x for parameter in lorafx.parameters(loaded) for x in parameter.detach().unique().tolist()
+    }
     return value
 
 
@@ -55,10 +57,21 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
         names = sorted(os.listdir(tmp_path))
-        assert len(names) <= 2 and "a.safetensors" in names, names  # a child leaves one file at most
+        assert (
+            len(names) <= 2 and "a.safetensors" in names
+        ), names  # a child leaves one file at most
         leftovers += len(names) - 1
         seen.append(value_of(path))
-    print(leftovers, "temporary files left in", KILLS, "kills;", seen.count(1.0), "old,", seen.count(2.0), "new")
+    print(
+        leftovers,
+        "temporary files left in",
+        KILLS,
+        "kills;",
+        seen.count(1.0),
+        "old,",
+        seen.count(2.0),
+        "new",
+    )
     assert {1.0, 2.0} == set(seen) and leftovers > 0
     lorafx.save(models[0], path)
     assert os.listdir(tmp_path) == ["a.safetensors"]
@@ -81,23 +94,45 @@ def test_two_processes_never_mix(tmp_path: Path) -> None:
         seen.add(value_of(path))
         pids = [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0] == 0]
     assert len(seen) > 1
-    assert sorted(os.listdir(tmp_path)) == ["1.0 is done", "2.0 is done", "3.0 is done", "a.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "1.0 is done",
+        "2.0 is done",
+        "3.0 is done",
+        "a.safetensors",
+    ]
 
 
 def test_only_abandoned_files_of_this_path_are_removed(tmp_path: Path) -> None:
     hexes = "0123456789abcdef" * 2
-    names = [f".a.safetensors.{hexes}.tmp", f".a.safetensors.{hexes}", f".b.a.safetensors.{hexes}.tmp",
-             f".a.safetensors.b.{hexes}.tmp", "a.safetensors.tmp"]
+    names = [
+        f".a.safetensors.{hexes}.tmp",
+        f".a.safetensors.{hexes}",
+        f".b.a.safetensors.{hexes}.tmp",
+        f".a.safetensors.b.{hexes}.tmp",
+        "a.safetensors.tmp",
+    ]
     for name in names:
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / f".a.safetensors.{hexes[::-1]}.tmp").symlink_to(tmp_path / names[1])
     lorafx.save(injected(), tmp_path / "a.safetensors")
-    assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], f".a.safetensors.{hexes[::-1]}.tmp", "a.safetensors"])
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        [*names[1:], f".a.safetensors.{hexes[::-1]}.tmp", "a.safetensors"]
+    )
 
 
-@pytest.mark.parametrize("step, code", [("fsync", errno.ENOSPC), ("fsync", errno.EIO), ("replace", errno.EACCES),
-                                        ("open", errno.EROFS), ("open", errno.ENOSPC)])
-def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int) -> None:
+@pytest.mark.parametrize(
+    "step, code",
+    [
+        ("fsync", errno.ENOSPC),
+        ("fsync", errno.EIO),
+        ("replace", errno.EACCES),
+        ("open", errno.EROFS),
+        ("open", errno.ENOSPC),
+    ],
+)
+def test_a_disk_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int
+) -> None:
     path = tmp_path / "a.safetensors"
     lorafx.save(injected(), path)
     before = path.read_bytes()
@@ -107,8 +142,10 @@ def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step
 
     with monkeypatch.context() as patch:
         patch.setattr(os, step, broken)
-        with pytest.raises(OSError, match=f"a.safetensors' cannot be written, and stays as it was: {os.strerror(code)}"
-                           ) as caught:
+        with pytest.raises(
+            OSError,
+            match=f"a.safetensors' cannot be written, and stays as it was: {os.strerror(code)}",
+        ) as caught:
             lorafx.save(injected(rslora=True, alpha=3), path)
     assert caught.value.errno == code and "hidden" not in str(caught.value)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]
@@ -119,7 +156,9 @@ def test_a_disk_that_is_full_half_way(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     lorafx.save(injected(), path)
     before, model = path.read_bytes(), constant(1.0)
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(
+        signal.SIGXFSZ, signal.SIG_IGN
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(OSError, match="cannot be written, and stays as it was: File too large"):
@@ -152,18 +191,25 @@ def test_a_name_that_may_not_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         real(handle)
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="What was saved in '.*new' is there, whole, but its name may not be on the disk "
-                                      "yet, .* what was there before: Input/output error") as caught:
+    with pytest.raises(
+        OSError,
+        match="What was saved in '.*new' is there, whole, but its name may not be on the disk "
+        "yet, .* what was there before: Input/output error",
+    ) as caught:
         lorafx.save(constant(1.0), path)
     assert caught.value.errno == errno.EIO and value_of(path) == 1.0
 
 
-def test_nothing_waits_for_a_process_that_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_waits_for_a_process_that_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, held = os.open, []
 
     def watched(path: Path, flags: int, *mode: int) -> int:
         handle = real(path, flags, *mode)
-        if flags & os.O_CREAT and len(held) < 3:  # another save takes it for abandoned, and is stopped there
+        if (
+            flags & os.O_CREAT and len(held) < 3
+        ):  # another save takes it for abandoned, and is stopped there
             held.append(real(path, os.O_RDWR))
             fcntl.flock(held[-1], fcntl.LOCK_EX)
         return handle
@@ -202,10 +248,16 @@ def test_links_that_lead_nowhere(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.symlink_to("b.safetensors")
     (tmp_path / "b.safetensors").symlink_to(path)
-    with pytest.raises(OSError, match="a.safetensors' cannot be written, and stays as it was: Too many levels of sym"):
+    with pytest.raises(
+        OSError,
+        match="a.safetensors' cannot be written, and stays as it was: Too many levels of sym",
+    ):
         lorafx.save(injected(), path)
     (tmp_path / "c.safetensors").symlink_to("/dev/null")
-    with pytest.raises(lorafx.FormatError, match="c.safetensors' is in the way, and is no file that can be replaced"):
+    with pytest.raises(
+        lorafx.FormatError,
+        match="c.safetensors' is in the way, and is not a file that can be replaced",
+    ):
         lorafx.save(injected(), tmp_path / "c.safetensors")
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors", "c.safetensors"]
     assert path.is_symlink() and not Path("/dev/null").is_file()
@@ -220,7 +272,9 @@ def test_permissions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, m
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
         path.chmod(mode)
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", lambda handle: (seen.append(os.fstat(handle).st_mode), real(handle)))
+            patch.setattr(
+                os, "fsync", lambda handle: (seen.append(os.fstat(handle).st_mode), real(handle))
+            )
             lorafx.save(injected(alpha=3), path)
     finally:
         os.umask(before)

@@ -25,7 +25,11 @@ from tests.support.internals import DIGEST, WHOLE, internal, replace_internal
 from tests.support.peft_adapters import saved_by_peft
 from tests.support.processes import child, seconds
 
-KINDS = ((4, 4.0, 1.0), (4, 12.0, 2.0), (6, 12.0, 3.0))  # rank, alpha, and the one value of every A and B
+KINDS = (
+    (4, 4.0, 1.0),
+    (4, 12.0, 2.0),
+    (6, 12.0, 3.0),
+)  # rank, alpha, and the one value of every A and B
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
 
@@ -42,8 +46,11 @@ def kind_of(path: Path, width: int = 8) -> tuple[int, float, float]:
     """The kind of the adapter in a folder, all of which is of that kind."""
     model = lorafx.load(Model(width), path)
     factors = [site.lora.default for site in (model.up, model.head)]
-    [rank], [alpha], [value] = ({pair.A.shape[0] for pair in factors}, {pair.scale * len(pair.A) for pair in factors},
-                                {x for pair in factors for t in (pair.A, pair.B) for x in t.unique().tolist()})
+    [rank], [alpha], [value] = (
+        {pair.A.shape[0] for pair in factors},
+        {pair.scale * len(pair.A) for pair in factors},
+        {x for pair in factors for t in (pair.A, pair.B) for x in t.unique().tolist()},
+    )
     return rank, alpha, value
 
 
@@ -59,7 +66,11 @@ def outcome(path: Path) -> Any:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {str(found.relative_to(path)): found.read_bytes() for found in path.rglob("*") if found.is_file()}
+    return {
+        str(found.relative_to(path)): found.read_bytes()
+        for found in path.rglob("*")
+        if found.is_file()
+    }
 
 
 OLD = (3, 9.0, 7.0)
@@ -96,9 +107,16 @@ def cut(path: Path) -> None:
     (path / "adapter_config.json").write_bytes(config)
 
 
-THERE = {"lorafx": lambda path: lorafx.save(adapted(OLD), path), "PEFT": by_peft, "bin": old_bin, "cut": cut,
-         "config": only("adapter_config.json"), "tensors": only("adapter_model.safetensors"), "nothing": only(""),
-         "new": lambda path: None}
+THERE = {
+    "lorafx": lambda path: lorafx.save(adapted(OLD), path),
+    "PEFT": by_peft,
+    "bin": old_bin,
+    "cut": cut,
+    "config": only("adapter_config.json"),
+    "tensors": only("adapter_model.safetensors"),
+    "nothing": only(""),
+    "new": lambda path: None,
+}
 CALLS = ("fsync", "replace", "rename", "open", "mkdir", "unlink")
 
 
@@ -136,7 +154,9 @@ def test_killed_at_every_step(tmp_path: Path, there: str) -> None:
     model, another, seen = adapted(KINDS[1]), adapted(KINDS[2]), []
 
     def work(path: Path, step: int) -> None:
-        calls, _ = at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL), True, CALLS[:3] + CALLS[-1:])
+        calls, _ = at_step(
+            step, lambda: os.kill(os.getpid(), signal.SIGKILL), True, CALLS[:3] + CALLS[-1:]
+        )
         for name, call in calls.items():
             setattr(os, name, call)
         lorafx.save(model, path)
@@ -148,10 +168,14 @@ def test_killed_at_every_step(tmp_path: Path, there: str) -> None:
         seen.append(outcome(path))
         lorafx.save(another, path)
         assert kind_of(path) == KINDS[2]
-        assert os.listdir(path.parent) == ["x"] and not [name for name in os.listdir(path) if name[0] == "."]
+        assert os.listdir(path.parent) == ["x"] and not [
+            name for name in os.listdir(path) if name[0] == "."
+        ]
     before = outcome(tmp_path / "old")
     assert len(seen) > 7 and set(seen) == {before, KINDS[1]}
-    assert seen == sorted(seen, key=lambda kind: kind != before)  # the old one up to some step, and then the new one
+    assert seen == sorted(
+        seen, key=lambda kind: kind != before
+    )  # the old one up to some step, and then the new one
 
 
 @pytest.mark.parametrize("once", [True, False], ids=["once", "from then on"])
@@ -176,11 +200,16 @@ def test_an_error_at_every_step(tmp_path: Path, make: Callable[[Path], None], on
                 assert isinstance(error, lorafx.FormatError) or error.errno == errno.ENOSPC
         if "stays as it was" in message:
             kept += 1
-            assert contents(path) == contents(tmp_path / "old") and path.exists() == (tmp_path / "old").exists(), made
+            assert (
+                contents(path) == contents(tmp_path / "old")
+                and path.exists() == (tmp_path / "old").exists()
+            ), made
         elif "cannot be put back" in message:
             assert not once and outcome(path) in (KINDS[1], None)
         else:
-            assert not message or "is there, whole, but its name may not be on the disk yet" in message
+            assert (
+                not message or "is there, whole, but its name may not be on the disk yet" in message
+            )
             assert kind_of(path) == KINDS[1]
             if len(made) < step:
                 break
@@ -205,8 +234,16 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
         leftovers += len(os.listdir(path)) - 2
         seen.append(kind_of(path, 64))
-        between += json.loads((path / "adapter_config.json").read_text())["lora_alpha"] != seen[-1][1]
-    print(leftovers, "temporary files left in 100 kills,", between, "of them between the two renames;", set(seen))
+        between += (
+            json.loads((path / "adapter_config.json").read_text())["lora_alpha"] != seen[-1][1]
+        )
+    print(
+        leftovers,
+        "temporary files left in 100 kills,",
+        between,
+        "of them between the two renames;",
+        set(seen),
+    )
     assert set(seen) == set(KINDS) and leftovers > 0
     lorafx.save(models[0], path)
     lorafx.save(models[1], path)
@@ -238,7 +275,13 @@ def test_killed_first_saves(tmp_path: Path) -> None:
 
 def test_only_abandoned_folders_of_this_path_are_removed(tmp_path: Path) -> None:
     hexes = "0123456789abcdef" * 2
-    names = [f".x.{hexes}", f".y.x.{hexes}.tmp", f".x.y.{hexes}.tmp", "x.tmp", f".x.{hexes[::-1]}.tmp"]
+    names = [
+        f".x.{hexes}",
+        f".y.x.{hexes}.tmp",
+        f".x.y.{hexes}.tmp",
+        "x.tmp",
+        f".x.{hexes[::-1]}.tmp",
+    ]
     gone = [f".x.{hexes}.tmp", f".x.{hexes[1:]}0.tmp"]
     for name in (*names, *gone):
         (tmp_path / name / "within").mkdir(parents=True)
@@ -275,7 +318,9 @@ def test_savers_never_mix(tmp_path: Path, first: bool) -> None:
     assert len(seen) > 1 and seen <= set(KINDS)
     assert {kind_of(path, 64) for path in paths} <= set(KINDS)
     assert sorted(os.listdir(tmp_path)) == sorted(
-        [path.name for path in paths] + [f"{model.up.lora.default.scale} is done" for model in models])
+        [path.name for path in paths]
+        + [f"{model.up.lora.default.scale} is done" for model in models]
+    )
     assert all(len(os.listdir(path)) == 2 for path in paths)
 
 
@@ -287,8 +332,11 @@ def test_a_saver_that_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     handle = os.open(path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with pytest.raises(OSError, match="x' cannot be written, and stays as it was: another process has been writing "
-                                          "to it for 0.05 seconds"):
+        with pytest.raises(
+            OSError,
+            match="x' cannot be written, and stays as it was: another process has been writing "
+            "to it for 0.05 seconds",
+        ):
             lorafx.save(adapted(KINDS[1]), path)
         assert contents(path) == before and kind_of(path) == KINDS[0]  # readers do not wait
     finally:
@@ -297,7 +345,9 @@ def test_a_saver_that_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert kind_of(path) == KINDS[1]
 
 
-def test_what_is_read_meanwhile_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_read_meanwhile_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, models = tmp_path / "x", [adapted(kind) for kind in KINDS]
     lorafx.save(models[0], path)
     read, others = internal("read_safetensors"), models[1:]
@@ -318,21 +368,34 @@ def test_a_config_of_another_adapter(tmp_path: Path) -> None:
     config = json.loads((path / "adapter_config.json").read_text())
     for change in ({"lora_alpha": 5}, {"r": 9}):
         (path / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(lorafx.FormatError, match="was not written together with the adapter_config.json beside it"):
+        with pytest.raises(
+            lorafx.FormatError,
+            match="was not written together with the adapter_config.json beside it",
+        ):
             lorafx.load(Model(8), path)
-    (path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "mine"}))
+    (path / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "mine"})
+    )
     assert kind_of(path) == KINDS[1]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "is missing or damaged"), ("[", "is missing or damaged"), ('{"peft_type": "LOHA"}', "lorafx reads 'LORA'"),
-    ('{"peft_type": "LORA", "r": 9}', "was not written together")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is missing or damaged"),
+        ("[", "is missing or damaged"),
+        ('{"peft_type": "LOHA"}', "lorafx reads 'LORA'"),
+        ('{"peft_type": "LORA", "r": 9}', "was not written together"),
+    ],
+)
 def test_a_config_in_the_tensors_that_lies(tmp_path: Path, text: str, message: str) -> None:
     cut(tmp_path)
     with safetensors.safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
     assert kind_of(tmp_path) == OLD
-    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors", header | {WHOLE: text})
+    safetensors.torch.save_file(
+        tensors, tmp_path / "adapter_model.safetensors", header | {WHOLE: text}
+    )
     with pytest.raises(lorafx.FormatError, match=message):
         lorafx.load(Model(8), tmp_path)
 
@@ -342,7 +405,9 @@ def test_an_older_file_beside_a_newer_adapter(tmp_path: Path) -> None:
     assert kind_of(tmp_path / "x" / "adapter_model.bin") == kind_of(tmp_path / "x") == OLD
     lorafx.save(adapted((3, 27.0, 2.0)), tmp_path / "x")
     assert kind_of(tmp_path / "x") == (3, 27.0, 2.0)
-    with pytest.raises(lorafx.FormatError, match="bin' is of an older adapter than adapter_model.safetensors and"):
+    with pytest.raises(
+        lorafx.FormatError, match="bin' is of an older adapter than adapter_model.safetensors and"
+    ):
         lorafx.load(Model(8), tmp_path / "x" / "adapter_model.bin")
 
 
@@ -353,7 +418,9 @@ def test_the_header_and_what_stays(tmp_path: Path) -> None:
     lorafx.save(adapted(KINDS[1]), path)
     assert header_of(path)[WHOLE] == (path / "adapter_config.json").read_text()
     base, x = Model(8), torch.randn(3, 8)
-    torch.testing.assert_close(PeftModel.from_pretrained(copy.deepcopy(base), path)(x), lorafx.load(base, path)(x))
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(copy.deepcopy(base), path)(x), lorafx.load(base, path)(x)
+    )
     config = (path / "adapter_config.json").stat()
     model = adapted(KINDS[1])
     with torch.no_grad():
@@ -384,7 +451,9 @@ def test_links_and_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "blob").stat().st_mode & 0o777 == 0o600
     assert sorted(os.listdir(tmp_path)) == ["blob", "far", "x"]
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(OSError, match="loop' cannot be written, and stays as it was: Too many levels"):
+    with pytest.raises(
+        OSError, match="loop' cannot be written, and stays as it was: Too many levels"
+    ):
         lorafx.save(adapted(KINDS[1]), tmp_path / "loop")
     assert (tmp_path / "loop").is_symlink()
 

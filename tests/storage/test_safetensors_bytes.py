@@ -1,4 +1,4 @@
-"""The one writer of safetensors files: what safetensors reads, and the same bytes in every process."""
+"""The writer of safetensors files: what safetensors reads, and the same bytes everywhere."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def tensors_of_every_dtype() -> dict[str, torch.Tensor]:
         raw = torch.randint(256, (count * dtype.itemsize,), dtype=torch.uint8, generator=generator)
         raw = raw % 2 if dtype == torch.bool else raw
         tensors[f"layers.{number}.b"] = raw.view(dtype).view(5 + number, 3)
-        tensors[f"layers.{number}.a"] = raw.view(dtype).view(3, 5 + number).mT  # no contiguous tensor
+        tensors[f"layers.{number}.a"] = raw.view(dtype).view(3, 5 + number).mT  # not contiguous
         tensors[f"empty.{number}.é"] = torch.empty(0, 7, dtype=dtype)
         tensors[f"scalar.{number}"] = raw.view(dtype)[1]
     return tensors
@@ -50,7 +50,7 @@ def test_safetensors_reads_what_is_written(metadata, tmp_path):
 
 @pytest.mark.parametrize("metadata", [{}, {"a": METADATA["a"]}, {"é": METADATA["é"]}])
 def test_the_layout_is_that_of_safetensors(metadata):
-    """Where the hash that orders its metadata has nothing to choose, the bytes are those that safetensors writes."""
+    """The bytes are those that safetensors writes where its metadata have one order only."""
     tensors = {}
     for name, tensor in tensors_of_every_dtype().items():
         tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
@@ -79,8 +79,9 @@ digest = hashlib.sha256(safetensors_bytes(tensors, metadata)).hexdigest()
 
 def test_every_process_writes_the_same_bytes():
     seed = "1" if os.environ.get("PYTHONHASHSEED") == "2" else "2"
-    there = subprocess.run([sys.executable, "-c", DIGEST + "print(digest)"], check=True,
-                           env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True)
+    there = subprocess.run(
+        [sys.executable, "-c", DIGEST + "print(digest)"], check=True, capture_output=True,
+        text=True, env={**os.environ, "PYTHONHASHSEED": seed})
     here: dict[str, str] = {}
     exec(DIGEST, here)
     assert there.stdout.strip() == here["digest"] and len(here["digest"]) == 64
@@ -88,7 +89,8 @@ def test_every_process_writes_the_same_bytes():
 
 def test_a_parameter_is_written_as_its_values():
     weight = torch.nn.Parameter(torch.randn(3, 5))
-    assert torch.equal(safetensors.torch.load(safetensors_bytes({"w": weight}, {}))["w"], weight.detach())
+    content = safetensors_bytes({"w": weight}, {})
+    assert torch.equal(safetensors.torch.load(content)["w"], weight.detach())
 
 
 def test_a_dtype_that_no_file_keeps_is_an_error():

@@ -10,7 +10,9 @@ MERGE = ["merge", "base", "a.safetensors", "-o", "out"]
 
 def error(capsys) -> str:
     """The one line on stderr."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("merging")]
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith("merging")
+    ]
     assert len(lines) == 1 and lines[0].startswith("lorafx"), lines
     return lines[0]
 
@@ -25,8 +27,14 @@ def refused(capsys, *arguments: str) -> str:
 
 def contents() -> dict[str, object]:
     """All files, folders and links here."""
-    return {str(path): os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
-            for path in Path().rglob("*")}
+    return {
+        str(path): (
+            os.readlink(path)
+            if path.is_symlink()
+            else path.read_bytes() if path.is_file() else None
+        )
+        for path in Path().rglob("*")
+    }
 
 
 def interrupted(monkeypatch, after: int, arguments: list[str]) -> int:

@@ -9,9 +9,57 @@ from typing import Any
 import torch
 
 SEED = 5
-NUMBERS = [0, 1, 2, 3, 5, 7, 8, 9, 64, 255, 256, 65535, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63, 2**64 - 1, -1]
-VALUES = [None, True, "", "x", "up", "F64", "I8", "BOOL", "C64", "F4", [], {}, [[]], {"a": 1}, 1.5, -0.0, float("nan"),
-          float("inf"), 10**400, "\x00", "\ud800", "../x", "a/b", "up.lora.A", "__metadata__", [2**62, 4], *NUMBERS]
+NUMBERS = [
+    0,
+    1,
+    2,
+    3,
+    5,
+    7,
+    8,
+    9,
+    64,
+    255,
+    256,
+    65535,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**40,
+    2**62,
+    2**63,
+    2**64 - 1,
+    -1,
+]
+VALUES = [
+    None,
+    True,
+    "",
+    "x",
+    "up",
+    "F64",
+    "I8",
+    "BOOL",
+    "C64",
+    "F4",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    1.5,
+    -0.0,
+    float("nan"),
+    float("inf"),
+    10**400,
+    "\x00",
+    "\ud800",
+    "../x",
+    "a/b",
+    "up.lora.A",
+    "__metadata__",
+    [2**62, 4],
+    *NUMBERS,
+]
 
 
 class Dice(random.Random):
@@ -31,14 +79,25 @@ class Dice(random.Random):
     def splice(self, data: bytes) -> bytes:
         """A part repeated, dropped, moved or overwritten by another."""
         a, b, c = sorted(self.randrange(len(data) + 1) for _ in range(3))
-        return self.choice([data[:b] + data[a:], data[:a] + data[b:], data[:a] + data[b:c] + data[a:b] + data[c:],
-                            data[:b] + data[a:b] + data[b + (b - a):], data + data[a:b]])
+        return self.choice(
+            [
+                data[:b] + data[a:],
+                data[:a] + data[b:],
+                data[:a] + data[b:c] + data[a:b] + data[c:],
+                data[:b] + data[a:b] + data[b + (b - a):],
+                data + data[a:b],
+            ]
+        )
 
     def number(self, data: bytes) -> bytes:
         """A field of 1, 2, 4 or 8 bytes set to a telling value."""
         width = self.choice([1, 2, 4, 8])
         at = self.randrange(max(1, len(data) - width))
-        return data[:at] + (self.choice(NUMBERS) % 256**width).to_bytes(width, "little") + data[at + width:]
+        return (
+            data[:at]
+            + (self.choice(NUMBERS) % 256**width).to_bytes(width, "little")
+            + data[at + width:]
+        )
 
     def bytes_of(self, data: bytes) -> bytes:
         """Any of these."""
@@ -64,14 +123,21 @@ class Dice(random.Random):
 
     def text(self) -> str:
         """A key that may mean something."""
-        return self.choice([value for value in VALUES if isinstance(value, str)] + ["head.lora.B", "targets", "head"])
+        return self.choice(
+            [value for value in VALUES if isinstance(value, str)]
+            + ["head.lora.B", "targets", "head"]
+        )
 
 
 def twice(text: str, dice: Dice) -> str:
     """The same JSON with one key given twice."""
     at = text.find('"', dice.randrange(len(text)))
     end = text.find('": ', at)
-    return text[:at] + text[at:end] + '": 0, ' + text[at:] if 0 <= at < end and text[at - 1] in "{ " else text
+    return (
+        text[:at] + text[at:end] + '": 0, ' + text[at:]
+        if 0 <= at < end and text[at - 1] in "{ "
+        else text
+    )
 
 
 def mutate_native(data: bytes, dice: Dice) -> bytes:
@@ -112,7 +178,9 @@ def mutate_zip(data: bytes, dice: Dice) -> bytes:
                 continue
             renamed = f"{dice.text()}/{name}" if name == target and 0.85 <= how < 0.9 else name
             packed = zipfile.ZIP_DEFLATED if name == target and how >= 0.95 else zipfile.ZIP_STORED
-            made.writestr(renamed.encode(errors="replace").decode().replace("\0", "_"), content, packed)
+            made.writestr(
+                renamed.encode(errors="replace").decode().replace("\0", "_"), content, packed
+            )
         if 0.9 <= how < 0.95:
             made.writestr("archive/more", b"0" * 10**6, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()

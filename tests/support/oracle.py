@@ -34,7 +34,9 @@ def oracle(base: nn.Module, sites: list[Any], factors: Factors, *args: Any) -> A
         for name in site.names:
             key = name if name in tensors else f"{name}.weight".lstrip(".")
             delta = sum(scale * B @ A for A, B, scale in factors[site.name])
-            replaced[key] = tensors[key] + (delta.mT if site.transposed and factors[site.name] else delta)
+            replaced[key] = tensors[key] + (
+                delta.mT if site.transposed and factors[site.name] else delta
+            )
     return functional_call(base, replaced, args, tie_weights=False)
 
 
@@ -49,7 +51,9 @@ class Oracle:
         tensors = dict(self.model.named_parameters(remove_duplicate=False))
         for site in sites:
             names = [name.partition("[")[0] for name in site.names]
-            keys = tuple(name if name in tensors else f"{name}.weight".lstrip(".") for name in names)
+            keys = tuple(
+                name if name in tensors else f"{name}.weight".lstrip(".") for name in names
+            )
             weight = made.setdefault(keys, nn.Parameter(tensors[keys[0]].detach().clone()))
             for key in keys:
                 owner, _, attribute = key.rpartition(".")
@@ -85,7 +89,11 @@ def factors_of(model: nn.Module, weights: dict[str, float]) -> Factors:
         if isinstance(getattr(module, "A", None), nn.Parameter) and adapter in weights:
             parent, _, name = owner.rpartition(".")
             attribute, bracket, block = name.partition("[")
-            site = parent if attribute == "lora" else ".".join(filter(None, (parent, attribute.removeprefix("lora_"))))
+            site = (
+                parent
+                if attribute == "lora"
+                else ".".join(filter(None, (parent, attribute.removeprefix("lora_"))))
+            )
             site += bracket + block
             found.setdefault(site, []).append((module.A, module.B, weights[adapter] * module.scale))
     return found
@@ -100,9 +108,14 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def fingerprint(model: nn.Module) -> Any:
     """All that must not change in the caller's model: bits, flags, identities, keys, classes, modes, attributes."""
     def digest(tensor: Tensor) -> str:
-        return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        return hashlib.sha256(
+            tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
 
-    tensors = [(name, digest(t), id(t), t.requires_grad, t.dtype, t.grad is None) for name, t in tensors_of(model)]
+    tensors = [
+        (name, digest(t), id(t), t.requires_grad, t.dtype, t.grad is None)
+        for name, t in tensors_of(model)
+    ]
     modules = [(path, type(m), m.training, sorted(vars(m)), list(m._modules), len(m._forward_hooks))
                for path, m in model.named_modules(remove_duplicate=False)]
     return tensors, modules, list(model.state_dict())

@@ -54,7 +54,9 @@ class Net(nn.Module):
 
     def __init__(self, kinds: list[str]) -> None:
         super().__init__()
-        self.body = nn.ModuleDict({f"{kind}{place}": KINDS[kind]() for place, kind in enumerate(kinds)})
+        self.body = nn.ModuleDict(
+            {f"{kind}{place}": KINDS[kind]() for place, kind in enumerate(kinds)}
+        )
         self.linear0 = nn.Linear(WIDTH, WIDTH)  # its name also ends that of a layer
         self.head = nn.Linear(WIDTH, 4)
 

@@ -80,14 +80,18 @@ def nets(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Net:
     first = width = draw(st.sampled_from(WIDTHS))
     lines, made, sites = [], {}, []
     for n in range(draw(st.integers(2, 6))):
-        kind = draw(st.sampled_from([*LINES, *SQUARE_LINES, *PLAIN_LINES] if n else [*LINES, *SQUARE_LINES]))
+        kind = draw(
+            st.sampled_from([*LINES, *SQUARE_LINES, *PLAIN_LINES] if n else [*LINES, *SQUARE_LINES])
+        )
         lines.append({**LINES, **SQUARE_LINES, **PLAIN_LINES}[kind].format(n=n))
         if kind in PLAIN_LINES:
             continue
         out = width if kind in SQUARE_LINES else draw(st.sampled_from(WIDTHS))
         layer = nn.Linear(width, out, bias=draw(st.booleans()))
         if kind in ("parameter", "product"):
-            made[f"p{n}"] = nn.Parameter(torch.randn((out, width) if kind == "parameter" else (width, out)) / width)
+            made[f"p{n}"] = nn.Parameter(
+                torch.randn((out, width) if kind == "parameter" else (width, out)) / width
+            )
             sites.append(f"p{n}")
         elif kind in ("nested", "loop"):
             made[f"s{n}"] = Loop(layer)
@@ -104,8 +108,12 @@ def nets(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Net:
     return _build(lines, made, first, tuple(sites), dtype)
 
 
-def _build(lines: list[str], made: dict[str, Any], width: int, sites: tuple[str, ...], dtype: torch.dtype) -> Net:
-    source = "def forward(self, x):\n" + "".join(f"    {line}\n" for line in lines) + "    return x\n"
+def _build(
+    lines: list[str], made: dict[str, Any], width: int, sites: tuple[str, ...], dtype: torch.dtype
+) -> Net:
+    source = (
+        "def forward(self, x):\n" + "".join(f"    {line}\n" for line in lines) + "    return x\n"
+    )
     filename = f"<net {abs(hash(source))}>"
     linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
     names: dict[str, Any] = {"torch": torch, "F": F}

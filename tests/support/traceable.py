@@ -13,10 +13,14 @@ from tests.support.untraceable import rows
 TRACEABLE: list[Any] = []
 
 
-def traceable(*calls: Any, change: Callable[[nn.Module], Any] | None = None) -> Callable[[Any], Any]:
+def traceable(
+    *calls: Any, change: Callable[[nn.Module], Any] | None = None
+) -> Callable[[Any], Any]:
     """Register a forward that has nothing to decide and must become a region."""
     def register(forward: Any) -> Any:
-        TRACEABLE.append(pytest.param(forward, calls or [(rows(2),), (rows(4, 2),)], change, id=forward.__name__))
+        TRACEABLE.append(
+            pytest.param(forward, calls or [(rows(2),), (rows(4, 2),)], change, id=forward.__name__)
+        )
         return forward
     return register
 

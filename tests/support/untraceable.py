@@ -58,7 +58,9 @@ def rows(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(*shape, 3, dtype=dtype, generator=torch.Generator().manual_seed(len(shape)))
 
 
-def untraceable(reason: str, *calls: Any, change: Callable[[nn.Module], Any] | None = None) -> Callable[[Any], Any]:
+def untraceable(
+    reason: str, *calls: Any, change: Callable[[nn.Module], Any] | None = None
+) -> Callable[[Any], Any]:
     """Register a forward with the reason for which it must be refused, and argument lists to call it with."""
     def register(forward: Any) -> Any:
         arguments = calls or [(rows(2),), (rows(4, 2),)]
@@ -361,7 +363,9 @@ def compares_children(self, x):
     return F.linear(x, self.w) * (self.project == self.accumulate)
 
 
-@untraceable("global `settings_module`", change=lambda model: setattr(settings_module, "scale", 5.0))
+@untraceable(
+    "global `settings_module`", change=lambda model: setattr(settings_module, "scale", 5.0)
+)
 def module_alias(self, x):
     alias = settings_module
     return F.linear(x, self.w) * alias.scale

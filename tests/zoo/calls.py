@@ -34,7 +34,9 @@ class DropoutInAttention(nn.Module):
         self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x):
-        return F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), dropout_p=0.2 if self.training else 0.0)
+        return F.scaled_dot_product_attention(
+            self.q(x), self.k(x), self.v(x), dropout_p=0.2 if self.training else 0.0
+        )
 
 
 @row(2, (X,), (X, drawn(2, 5, 12)), {"x": X, "bias": None})
@@ -122,7 +124,12 @@ class Outputs(Two):
     def forward(self, x, kind):
         h = self.up(x)
         y = self.down(h)
-        made = {"dict": {"y": y, "h": h}, "dataclass": Output(y, all=(h, y)), "tuple": (y, None, (h,)), "none": None}
+        made = {
+            "dict": {"y": y, "h": h},
+            "dataclass": Output(y, all=(h, y)),
+            "tuple": (y, None, (h,)),
+            "none": None,
+        }
         return made[kind]
 
 
@@ -191,7 +198,9 @@ class GradientInside(Two):
     def forward(self, x):
         with torch.enable_grad():
             x = x.clone().requires_grad_()
-            gradient, = torch.autograd.grad(self.down(self.up(x).tanh()).sum(), x, create_graph=True)
+            (gradient,) = torch.autograd.grad(
+                self.down(self.up(x).tanh()).sum(), x, create_graph=True
+            )
         return gradient
 
 
@@ -320,8 +329,22 @@ class FunctionalMultihead(nn.Module):
         self.w, self.out = nn.Parameter(torch.randn(24, 8) / 3), nn.Linear(8, 8)
 
     def forward(self, x):
-        return F.multi_head_attention_forward(x, x, x, 8, 2, self.w, None, None, None, False, 0.0, self.out.weight,
-                                              self.out.bias, training=self.training)[0]
+        return F.multi_head_attention_forward(
+            x,
+            x,
+            x,
+            8,
+            2,
+            self.w,
+            None,
+            None,
+            None,
+            False,
+            0.0,
+            self.out.weight,
+            self.out.bias,
+            training=self.training,
+        )[0]
 
 
 @row(1 + 4 * 2)
@@ -331,7 +354,9 @@ class RoutedExperts(nn.Module):
     def __init__(self):
         super().__init__()
         self.router = nn.Linear(8, 4)
-        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8)) for _ in range(4)])
+        self.experts = nn.ModuleList(
+            [nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8)) for _ in range(4)]
+        )
 
     def forward(self, x):
         tokens = x.flatten(0, 1)
@@ -350,7 +375,9 @@ class StackedExperts(nn.Module):
     def __init__(self):
         super().__init__()
         self.router = nn.Linear(8, 4)
-        self.one, self.all = nn.Parameter(torch.randn(4, 8, 8) / 3), nn.Parameter(torch.randn(4, 8, 8) / 3)
+        self.one, self.all = nn.Parameter(torch.randn(4, 8, 8) / 3), nn.Parameter(
+            torch.randn(4, 8, 8) / 3
+        )
         self.chosen = nn.Parameter(torch.randn(4, 6, 8) / 3)
 
     def forward(self, x):
@@ -358,4 +385,6 @@ class StackedExperts(nn.Module):
         gate = self.router(tokens).softmax(-1)
         first = [F.linear(tokens, self.one[e]) * gate[:, e, None] for e in range(len(self.one))]
         second = torch.bmm(torch.stack(first), self.all).sum(0)
-        return torch.bmm(self.chosen[torch.arange(len(tokens)) % 4], second.unsqueeze(-1)).squeeze(-1)
+        return torch.bmm(self.chosen[torch.arange(len(tokens)) % 4], second.unsqueeze(-1)).squeeze(
+            -1
+        )

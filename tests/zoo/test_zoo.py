@@ -18,7 +18,9 @@ from tests.zoo.rows import ROWS, Row
 
 
 def total(found: Any) -> Tensor:
-    return sum(tensor.double().square().sum() for tensor in found) / sum(tensor.numel() for tensor in found)
+    return sum(tensor.double().square().sum() for tensor in found) / sum(
+        tensor.numel() for tensor in found
+    )
 
 
 def assert_close(row: Row, got: Any, wanted: Any) -> None:
@@ -46,7 +48,9 @@ def sites_of(row: Row) -> list[Any]:
 def test_sites_are_those_counted_by_hand(row):
     assert len(sites_of(row)) == row.sites - row.missed
     if row.missed:
-        assert len(lorafx.summary(lorafx.inject(row.build(), targets="linear")).skipped) >= row.missed
+        assert (
+            len(lorafx.summary(lorafx.inject(row.build(), targets="linear")).skipped) >= row.missed
+        )
 
 
 def test_identity_and_the_callers_model(row, tmp_path):
@@ -61,7 +65,9 @@ def test_identity_and_the_callers_model(row, tmp_path):
             got = outputs(row, model, training, grad)
             assert torch.equal(torch.get_rng_state(), state)
             if grad and not training and not row.exact:
-                assert_close(row, got, wanted)  # torch's fused kernels are for weights that train nothing
+                assert_close(
+                    row, got, wanted
+                )  # torch's fused kernels are for weights that train nothing
             else:
                 assert all(map(torch.equal, got, wanted)), (training, grad)
     assert all(map(torch.equal, outputs(row, frozen(lorafx.eject(model))), outputs(row, expected)))
@@ -91,7 +97,9 @@ def test_no_silent_site(row):
 def check_gradients(row: Row, base: nn.Module, model: nn.Module) -> Oracle | None:
     """Compare the gradients of A and B with the oracle's, if the base's weights are Parameters."""
     if any(nn.utils.parametrize.is_parametrized(module) for module in base.modules()):
-        assert all(p.grad.any() for name, p in lorafx.named_parameters(model) if name.endswith(".B"))
+        assert all(
+            p.grad.any() for name, p in lorafx.named_parameters(model) if name.endswith(".B")
+        )
         return None
     sites, factors = sites_of(row), factors_of(model, {"default": 1.0})
     twin = Oracle(base, sites, factors)
@@ -99,7 +107,9 @@ def check_gradients(row: Row, base: nn.Module, model: nn.Module) -> Oracle | Non
     total(twin.outputs).backward()
     tensors = [tensor for site in sites for part in factors[site.name] for tensor in part[:2]]
     expected = twin.gradients()
-    assert_close(row, [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors], expected)
+    assert_close(
+        row, [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors], expected
+    )
     dead = [site.name for site, gradient in zip(sites, expected[1::2]) if not gradient.any()]
     assert set(dead) <= row.no_gradient
     return twin
@@ -120,7 +130,9 @@ def test_adapted_outputs_and_gradients(row, tmp_path):
         assert_close(row, outputs(row, merged, grad=grad), outputs(row, model, grad=grad))
     assert all(map(torch.equal, outputs(row, copy.deepcopy(model)), result))
     lorafx.save(model, tmp_path / "adapter.safetensors")
-    assert all(map(torch.equal, outputs(row, lorafx.load(base, tmp_path / "adapter.safetensors")), result))
+    assert all(
+        map(torch.equal, outputs(row, lorafx.load(base, tmp_path / "adapter.safetensors")), result)
+    )
     try:
         plain = pickle.dumps(base)
     except (pickle.PicklingError, AttributeError, RuntimeError):

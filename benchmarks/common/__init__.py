@@ -1,0 +1,1 @@
+"""What several benchmarks use: the model, ways of adapting it, measuring, tables, progress."""

@@ -1,0 +1,82 @@
+"""Times in interleaved rounds, and ratios of them with 95 % intervals."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy
+import torch
+
+Interval = tuple[float, float, float]  # the estimate, and the ends of its 95 % interval
+
+
+def interleaved(calls: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The times that each call returns, one a round.
+
+    Every second round runs backwards and each pair of rounds starts elsewhere: what drifts
+    meanwhile meets all calls alike, and none has always the same place or predecessor.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        for index in range(rounds):
+            order = list(calls) if index % 2 == 0 else list(reversed(calls))
+            start = index // 2 % len(order)
+            for name in order[start:] + order[:start]:
+                times[name].append(calls[name]())
+            gc.collect()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return times
+
+
+def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """The time of one call, the mean of some that follow each other."""
+    if device.type == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(repeats):
+            call()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1000 / repeats
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - began) / repeats
+
+
+def bootstrap(statistic: Callable[..., float], *samples: Sequence[float],
+              draws: int = 2000) -> Interval:
+    """A statistic of paired samples and its 95 % interval, by the percentile bootstrap over rounds.
+
+    Efron 1979, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7(1).
+    """
+    table = numpy.array(samples)  # (samples, rounds)
+    chosen = numpy.random.default_rng(0).integers(0, table.shape[1], (draws, table.shape[1]))
+    found = [statistic(*table[:, rounds]) for rounds in chosen]
+    low, high = numpy.nanpercentile(found, [2.5, 97.5])
+    return float(statistic(*table)), float(low), float(high)
+
+
+def ratio(times: Sequence[float], base: Sequence[float]) -> Interval:
+    """The median over rounds of times / base."""
+    return bootstrap(lambda t, b: float(numpy.median(t / b)), times, base)
+
+
+def share(ours: Sequence[float], theirs: Sequence[float], base: Sequence[float]) -> Interval:
+    """What ours adds to the base as a share of theirs: (ours / base - 1) / (theirs / base - 1)."""
+    def of_medians(o: Any, t: Any, b: Any) -> float:
+        return float((numpy.median(o / b) - 1) / (numpy.median(t / b) - 1))
+
+    return bootstrap(of_medians, ours, theirs, base)
+
+
+def median(times: Sequence[float]) -> float:
+    """The middle time."""
+    return statistics.median(times)

@@ -1,0 +1,1 @@
+"""What coverage.py is made of."""

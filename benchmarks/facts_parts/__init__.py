@@ -1,0 +1,1 @@
+"""What facts.py is made of."""

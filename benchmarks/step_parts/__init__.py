@@ -1,0 +1,1 @@
+"""What step.py is made of."""

@@ -1,0 +1,1 @@
+"""What stream.py is made of."""
