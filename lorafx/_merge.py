@@ -164,7 +164,7 @@ def _key(place: Place) -> Any:
 
 
 def _fold(places: list[Place], addends: list[Addend], scratch: Scratch) -> None:
-    """Put W + sum s B A, in W's dtype and rounded once, in the place of W, under all of its names."""
+    """Put W + sum s B A, rounded once to W's dtype, in the place of W, under all of its names."""
     for owner, attribute in places:
         if parametrize.is_parametrized(owner, attribute):
             _bake(owner, attribute)
@@ -186,7 +186,8 @@ def _fold(places: list[Place], addends: list[Addend], scratch: Scratch) -> None:
 def _bake(owner: nn.Module, attribute: str) -> None:
     """Put the weight that a parametrization computes, in eval, in its place, as a Parameter.
 
-    torch's remove_parametrizations would do it to every copy of the module, since copies share the class.
+    torch's remove_parametrizations would do it to every copy of the module, since copies share the
+    class.
     """
     training = owner.training
     with torch.no_grad():

@@ -15,7 +15,7 @@ from ._model.fit import fit
 from ._model.guard import check_model
 from ._model.program import read_program
 from ._model.record import find_injection
-from ._resume import capture
+from ._model.training import capture
 from ._switch import activate, only_active
 
 

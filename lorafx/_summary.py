@@ -17,7 +17,7 @@ _HEADER = ("site", "out x in", "rank", "scale")
 
 @dataclasses.dataclass(frozen=True)
 class SiteRow:
-    """One adapted site, a weight (out, in); `ranks` and `scales` are those of each adapter there."""
+    """One adapted site, a weight (out, in); `ranks` and `scales` are those of its adapters."""
 
     name: str
     in_features: int

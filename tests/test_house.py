@@ -17,8 +17,8 @@ FLOORS = (
     {"_graph", "_storage"},
     {"_model", "_checkpoint"},
     {"_formats", "_switch", "_merge", "_summary", "_compile"},
-    {"_inject", "_resume", "_cli"},
-    {"_save", "__main__"},
+    {"_inject", "_resume", "_save", "_cli"},
+    {"__main__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}
 FOLDER = Path(lorafx.__file__).parent

@@ -88,9 +88,10 @@ class _Version(argparse.Action):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments of a command, its name as `command`; raise HelpRequested or UsageError."""
-    parser = _Parser(prog="lorafx", description="Work with LoRA adapters and checkpoints on a disk.",
-                     epilog=LORAFX, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Return the arguments of a command, its name as `command`, or raise one of the above."""
+    parser = _Parser(prog="lorafx", epilog=LORAFX,
+                     description="Work with LoRA adapters and checkpoints on a disk.",
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action=_Version, nargs=0,
                         help="show the version of lorafx and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -108,18 +108,6 @@ def _json_value(what: str, value: Any) -> Any:
     return value
 
 
-def fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """True if a tensor can be an optimizer's state for a parameter of this shape.
-
-    It is one number, or in each dimension as long as the parameter or 1.
-    """
-    if tensor.numel() == 1:
-        return True
-    if tensor.ndim != len(shape):
-        return False
-    return all(length in (1, whole) for length, whole in zip(tensor.shape, shape))
-
-
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         check_plain(name, tensor)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import ConfigError
+from .._adapter.config import shown
+from .._errors import ConfigError, FormatError, MismatchError
 
 
 def devices_of(model: nn.Module) -> set[str]:
@@ -44,20 +45,29 @@ def states(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def check(found: Mapping[str, Tensor]) -> None:
-    """Raise unless generators take these states; none is set.
+def check(model: nn.Module, found: Mapping[str, Tensor], source: str) -> None:
+    """Raise unless these are states of the generators that this model's training draws from."""
+    drawn, kept = devices_of(model), found.keys() - {"python", "numpy"}
+    if drawn != kept or "python" not in found:
+        raise MismatchError(f"{source} has random numbers of {shown(sorted(kept))}, and this model "
+                            f"is on {', '.join(sorted(drawn))}: put it where it was trained.")
+    try:
+        for name, state in found.items():
+            _check_state(name, state)
+    except (ValueError, TypeError, LookupError, OverflowError, RuntimeError) as error:
+        raise FormatError(f"{source} is damaged: a random generator does not take the state in it: "
+                          f"{str(error)[:200]!r}.") from error
 
-    The errors are ValueError, TypeError, LookupError, OverflowError and RuntimeError.
-    """
-    for name, state in found.items():
-        if name == "python":
-            random.Random().setstate(_python_state(state))
-        elif name == "numpy":
-            numpy = _numpy()
-            if numpy is not None:
-                numpy.random.RandomState().set_state(_numpy_state(state))
-        else:
-            torch.Generator(name).set_state(state)
+
+def _check_state(name: str, state: Tensor) -> None:
+    if name == "python":
+        random.Random().setstate(_python_state(state))
+    elif name == "numpy":
+        numpy = _numpy()
+        if numpy is not None:
+            numpy.random.RandomState().set_state(_numpy_state(state))
+    else:
+        torch.Generator(name).set_state(state)
 
 
 def set_states(found: Mapping[str, Tensor]) -> None:
