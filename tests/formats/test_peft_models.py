@@ -15,7 +15,7 @@ import lorafx
 from tests.support.oracle import randomise
 from tests.support.peft_adapters import saved_by_peft
 from tests.zoo.outputs import outputs
-from tests.zoo.rare_architectures import ROWS
+from tests.zoo.all_architectures import ROWS
 from tests.zoo.rows import Row
 
 MODELS = (

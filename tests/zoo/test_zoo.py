@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import lorafx
 import tests.zoo.calls  # noqa: F401 (adds its rows to the table)
 from tests.support.oracle import Oracle, factors_of, fingerprint, frozen, randomise
+from tests.zoo.all_architectures import ROWS as TRANSFORMERS
 from tests.zoo.outputs import outputs
-from tests.zoo.rare_architectures import ROWS as TRANSFORMERS
 from tests.zoo.rows import ROWS, Row
 
 
