@@ -1,4 +1,4 @@
-"""The benchmarks of speed, untimed: they count exactly, refuse contenders that compute something else, and report."""
+"""The benchmarks of speed, untimed: exact counts, wrong contenders refused, and the report."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Merging on a disk that is interrupted, fails, or is done twice at once: the old or the new stands there, whole."""
+"""Merging that is interrupted, fails, or is done twice at once: the old or the new, whole."""
 
 import errno
 import fcntl
@@ -43,7 +43,7 @@ def stopping(monkeypatch, after: int, stop: Callable[[], None]) -> None:
 
 @pytest.fixture
 def replaced(small):
-    """The files of a folder that is to be replaced, those of the new one, and how to begin again."""
+    """The files of a folder to be replaced, those of the new one, and how to begin again."""
     assert main([*MERGE[:-1], "whole"]) == 0
     assert main(["merge", "base", "t.safetensors", "-o", "before"]) == 0
     Path("before/rest").write_text("of before")

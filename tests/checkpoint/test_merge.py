@@ -110,7 +110,7 @@ def test_the_same_bits_as_in_memory(made, selection):
 
 
 def test_matrices_of_several_blocks(tmp_path, monkeypatch):
-    """More rows than are summed, or read, at a time, the last of them fewer; and an adapter of some rows only."""
+    """More rows than are summed or read at a time, the last fewer; an adapter of some rows only."""
     monkeypatch.chdir(tmp_path)
     base = nn.Sequential(nn.Linear(1009, 5003), nn.Linear(5003, 1511)).bfloat16()
     lorafx.save(
@@ -240,7 +240,7 @@ def test_a_folder_of_peft(tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_torch_save_wrote_is_summed_some_rows_at_a_time(here, monkeypatch, dtype):
-    """And the archive is whole: every checksum is right, every storage where a mapping of the file wants it."""
+    """And the archive is whole: checksums are right, storages where a mapping wants them."""
     base = nn.Sequential(
         nn.Linear(1009, 5003), nn.Linear(5003, 1511), nn.Embedding(3, 1009)
     ).bfloat16()

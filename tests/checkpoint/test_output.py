@@ -1,4 +1,4 @@
-"""Merging on a disk beside other files: what it reads, replaces and carries along, and what it refuses to touch."""
+"""Merging on a disk beside other files: what is read, replaced, carried along, and refused."""
 
 import json
 import os

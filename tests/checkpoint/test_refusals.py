@@ -17,9 +17,11 @@ BAD_PATHS = {
     "base a.safetensors -o base": "'base' is 'base' itself or in it",
     "base a.safetensors -o base/new": "'base/new' is 'base' itself or in it",
     "base a.safetensors -o . --force": "'.' is there already and is not a folder with a checkpoint",
-    "base a.safetensors -o a.safetensors --force": "is there already and is not a folder with a checkpoint",
+    "base a.safetensors -o a.safetensors --force":
+        "is there already and is not a folder with a checkpoint",
     "base.safetensors a.safetensors -o base.safetensors --force": "itself or in it",
-    "base.safetensors a.safetensors -o a.safetensors --force": "'a.safetensors' is 'a.safetensors' or in it",
+    "base.safetensors a.safetensors -o a.safetensors --force":
+        "'a.safetensors' is 'a.safetensors' or in it",
     "base.safetensors a.safetensors -o t.safetensors": "'t.safetensors' is there already",
     "base.safetensors a.safetensors -o out.pth": "end 'out.pth' in .safetensors",
     "base.pth a.safetensors -o base": "end 'base' in .pth or .pt",
@@ -30,7 +32,8 @@ BAD_PATHS = {
     "base --adapter a.safetensors=inf -o out": "must be a finite number, not inf",
     "base --adapter h.safetensors=0.5 -o out": "which cannot be weighed by 0.5",
     "base h.safetensors --adapter i.safetensors -o out": "both train '1.weight' whole",
-    "base/sub a.safetensors -o out": "holds neither model.safetensors.index.json nor model.safetensors",
+    "base/sub a.safetensors -o out":
+        "holds neither model.safetensors.index.json nor model.safetensors",
     "base/config.json a.safetensors -o out": "is not a checkpoint by its ending",
 }
 

@@ -1,4 +1,4 @@
-"""Merging on a disk by what transformers does: it ties more than heads by one word, and loads base models of others."""
+"""Merging on a disk as transformers reads it: ties of more than heads, bases of other models."""
 
 import json
 from pathlib import Path

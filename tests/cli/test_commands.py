@@ -59,7 +59,7 @@ def test_convert_and_diff(small, capsys):
 
 @pytest.mark.parametrize("alpha", [8, 3, 0.1])
 def test_a_file_is_as_its_conversion(small, alpha, capsys):
-    """What says nothing of the weights is noted: the name, the base, an alpha that is folded into B."""
+    """What says nothing of the weights is noted: the name, the base, an alpha folded into B."""
     model = lorafx.inject(
         nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64)),
         rank=4,

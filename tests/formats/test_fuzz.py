@@ -1,6 +1,7 @@
-"""Thousands of damaged files: each is a clean error that changes nothing, or loads as exactly what the file says.
+"""Thousands of damaged files: each is a clean error that changes nothing, or loads as what it says.
 
-"What the file says" is read independently, by safetensors and by torch.load: the same names, shapes, bits and scales.
+"What it says" is read independently, by safetensors and by torch.load: the same names, shapes, bits
+and scales.
 """
 
 import io
@@ -90,7 +91,7 @@ def check_as_the_file_says(path: Path) -> None:
 
 
 def tidied(path: Path) -> io.BytesIO:
-    """A .pth file without the members that only torch's own reader looks at, and damage in which hurts no tensor."""
+    """A .pth file without the members that only torch reads: damage there hurts no tensor."""
     data, buffer = path.read_bytes(), io.BytesIO()
     if not zipfile.is_zipfile(path):
         return io.BytesIO(data)
@@ -199,7 +200,7 @@ def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
 
 
 def outcome_of(path: Path, model: torch.nn.Module, before: dict[str, torch.Tensor]) -> str:
-    """How loading into a plain or an injected model ends, which is left as it was; anything unclean is raised."""
+    """How loading into a plain or an injected model ends; the model must be left as it was."""
     try:
         loaded, outcome = lorafx.load(model, path), "loaded"
         check_as_the_file_says(path)

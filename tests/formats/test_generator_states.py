@@ -1,4 +1,4 @@
-"""A training state with a damaged state of a random generator is a FormatError, whatever the damage, and sets nothing."""
+"""A damaged state of a random generator is a FormatError, whatever the damage, and sets nothing."""
 
 import json
 import random
@@ -60,7 +60,7 @@ def cases(place: str) -> Iterator[bytes]:
 
 
 def means_the_same(value: Any, state: Any) -> bool:
-    """A number that waits in Python's generator may be there or not; Python and numpy take 1 for True."""
+    """A number may wait in Python's generator or not; Python and numpy take 1 as True."""
     if isinstance(state, list):
         return (
             isinstance(value, list)

@@ -1,4 +1,4 @@
-"""PEFT's directories, both ways, with PEFT itself: outputs agree, and all that a folder holds is accounted for."""
+"""PEFT's directories, both ways, with PEFT itself: outputs agree, all is accounted for."""
 
 import copy
 import json
@@ -150,7 +150,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("targets, saved", [(["a"], None), (["head"], ["embedding"])], ids=str)
 def test_what_goes_by_another_name_too(tmp_path, targets, saved):
-    """PEFT changes it under one name alone: refused both ways, since lorafx would change it under all."""
+    """PEFT changes it under one name alone, lorafx would under all: refused both ways."""
     net = Tied()
     saved_by_peft(net, tmp_path / "a", target_modules=targets, modules_to_save=saved)
     with pytest.raises(lorafx.MismatchError, match="untie them first|cannot be"):
@@ -249,7 +249,7 @@ class Attending(nn.Module):
 
 
 def test_attention_that_peft_saved(tmp_path):
-    """PEFT adds the delta of out_proj twice (its pull request 3774): taken from its first half alone, all agrees."""
+    """PEFT adds out_proj's delta twice (its pull request 3774): by its first half, all agrees."""
     net, x = Attending().double(), torch.randn(2, 5, WIDTH, dtype=torch.float64)
     theirs = saved_by_peft(net, tmp_path, r=2, lora_alpha=6, target_modules=["attention", "qkv"])
     ours = lorafx.load(net, tmp_path)
@@ -350,7 +350,7 @@ def test_an_older_file(tmp_path):
     "inside, prefix", [("", "model."), ("", "module."), ("model.", ""), ("module.", "_orig_mod.")]
 )
 def test_a_model_around_the_model(tmp_path, inside, prefix):
-    """Names of another wrapper are matched, those of modules trained whole too; not where some do not fit."""
+    """Names of another wrapper match, those of whole modules too; not where some do not fit."""
     net, x = Net(["linear"]), torch.randn(2, WIDTH)
     theirs = saved_by_peft(net, tmp_path, target_modules=["linear0"], modules_to_save=["head"])
     path = tmp_path / "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""All that can be wrong with a folder of PEFT's, and all that its format has no place for: errors that name it."""
+"""All that can be wrong with PEFT's folders, or has no place in them: errors that name it."""
 
 import json
 import math
@@ -63,7 +63,8 @@ WRONG = {
     ),
     "plain bias": (
         lambda t, c: (config_with(bias="all")(t, c), key_with("head.bias", (4,))(t, c)),
-        "which PEFT does not read: an adapted layer's bias is 'base_model.model.head.base_layer.bias'",
+        "which PEFT does not read: an adapted layer's bias is "
+        "'base_model.model.head.base_layer.bias'",
     ),
     "prefix": (
         lambda t, c: t.update({"head.x": torch.zeros(1)}),
@@ -145,7 +146,7 @@ def test_what_is_wrong_with_a_folder(tmp_path, change, message):
     ],
 )
 def test_layers_and_exclusions_of_peft(tmp_path, options):
-    """Which modules they mean is what PEFT adapts: where one of them has no pair in the file, loading says so."""
+    """They mean what PEFT adapts: where such a module has no pair in the file, loading says so."""
     class Layers(nn.Module):
         def __init__(self):
             super().__init__()

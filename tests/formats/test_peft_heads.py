@@ -25,7 +25,7 @@ class Inner(nn.Module):
 
 
 class Outer(nn.Module):
-    """The site can be below `model.`, and what is trained beside it not, under a name that is there too."""
+    """The site can be below `model.`, and what trains beside it not, by a name that exists too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def test_all_biases_of_a_head_of_several_layers(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_peft_with_checkpoints_in_it(tmp_path: Path) -> None:
-    """The names of folders in it are those of adapters, so that another name must say which it means."""
+    """The folders in it are named by adapters, so that another name must say which it means."""
     model, base = lorafx.inject(nn.Sequential(nn.Linear(4, 4)), rank=2), nn.Sequential(
         nn.Linear(4, 4)
     )

@@ -1,4 +1,4 @@
-"""A run that is resumed goes on as one that never stopped, bit for bit; what does not fit changes nothing."""
+"""A run that is resumed goes on as one that never stopped, bit for bit."""
 
 import copy
 import random

@@ -1,4 +1,4 @@
-"""What Python decides is never baked into a graph: it is refused, and models follow the original."""
+"""What Python decides is not baked into a graph: it is refused, and models follow the original."""
 
 import copy
 import cProfile

@@ -1,4 +1,4 @@
-"""Hugging Face models keep everything: an injected one generates, trains, is saved and used as its base is."""
+"""Hugging Face models keep everything: injected, they generate, train, are saved as before."""
 
 import copy
 
@@ -21,7 +21,7 @@ from tests.support.transformers_models import (
     "options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"do_sample": True}]
 )
 def test_generate(build, options):
-    """Tokens and scores are the base's bitwise at init; trained, the merged model's, and those without a cache."""
+    """Tokens and scores: at init the base's bitwise; trained, the merged model's, cache or not."""
     base, model = injected(build, targets="linear")
     expected = generate(frozen(base), **options)
     assert all(map(torch.equal, generate(model, **options), expected))
@@ -36,7 +36,7 @@ def test_generate(build, options):
 
 
 def test_one_token_after_a_prefill():
-    """The cache holds adapted keys and values: the last token decoded alone gets the logits of the full forward."""
+    """The cache holds adapted keys and values: a token alone gets the full forward's logits."""
     base, model = injected(llama, targets="linear")
     expected = randomise(model)(IDS).logits[:, -1:]
     for prefill, right in ((model, True), (base, False)):
@@ -55,7 +55,7 @@ def test_one_token_after_a_prefill():
     ],
 )  # a head that merging unties is written beside the embedding
 def test_files_of_a_merged_model(build, targets, more, tmp_path):
-    """`save_pretrained` of a merged model writes the base's keys and configs; `from_pretrained` computes the same."""
+    """A merged model is saved with the base's keys and configs, and computes the same loaded."""
     base, model = injected(build, targets=targets)
     assert model.config.to_dict() == base.config.to_dict() and model.config is not base.config
     merged = lorafx.merge(randomise(model), untie=True)
@@ -74,7 +74,7 @@ def test_files_of_a_merged_model(build, targets, more, tmp_path):
 
 @pytest.mark.parametrize("build", [llama, t5, bert])
 def test_files_of_an_injected_model(build, tmp_path):
-    """They are the base's and the adapter's keys: transformers reads the base and names the rest as unexpected."""
+    """The base's keys and the adapter's: transformers names the latter as unexpected."""
     (base, model), (_, fresh) = injected(build, targets="linear"), injected(build, targets="linear")
     names, configs = written(randomise(model), tmp_path / "model")
     assert (names - set(keys(model)), configs) == written(base, tmp_path / "base") and names >= set(
@@ -109,7 +109,7 @@ def test_state_dict_of_a_base(build, tmp_path):
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("build", [llama, bert, t5])
 def test_activation_checkpointing(build, before, reentrant):
-    """Layers are computed again in backward, and gradients are those without; the base is not switched along."""
+    """Layers are computed again in backward, to the same gradients; the base is not switched."""
     def gradients(model):
         calls = []
         for branch in [module for name, module in model.named_modules() if name.endswith(".lora")]:
@@ -142,7 +142,7 @@ def test_activation_checkpointing(build, before, reentrant):
 
 @pytest.mark.parametrize("build", [llama, t5, bert])
 def test_trainer(build, tmp_path):
-    """It trains the adapter only; a checkpoint has all that `save_pretrained` writes, and resumes bitwise."""
+    """It trains the adapter only; checkpoints have all of `save_pretrained`, and resume bitwise."""
     base = build()
     before, names = fingerprint(base), written(base, tmp_path / "base")[0]
     model = lorafx.inject(base, rank=2)
@@ -161,7 +161,7 @@ def test_trainer(build, tmp_path):
 
 
 def test_trainer_with_a_head_trained_whole(tmp_path):
-    """A classifier head trains beside the adapter, and both are saved, loaded into a fresh base, and merged."""
+    """A classifier head trains beside the adapter; both are saved, loaded into a base, merged."""
     base = classifier()
     before, fresh = fingerprint(base), copy.deepcopy(base).eval()
     model = lorafx.inject(base, rank=2, targets=["query", "value"], trainable="classifier")
@@ -183,7 +183,7 @@ def test_trainer_with_a_head_trained_whole(tmp_path):
     ],
 )
 def test_pipeline(task, build, options):
-    """A pipeline takes an injected model as it is: the base's answers at init, then the merged model's."""
+    """A pipeline takes an injected model: the base's answers at init, then the merged model's."""
     words = {f"w{i}": i for i in range(100)}
     split = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     split.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -208,7 +208,7 @@ def test_pipeline(task, build, options):
 
 @pytest.mark.parametrize("build", [tied_llama, t5, bert])
 def test_ties(build):
-    """`tie_weights` keeps ties, adapters and outputs; after `set_input_embeddings` it ties the head to the new ones."""
+    """`tie_weights` keeps all; after `set_input_embeddings` it ties the head to the new ones."""
     base, model = injected(build, targets="linear")
     expected, names, old = (
         logits(randomise(model)),
@@ -232,7 +232,7 @@ def test_ties(build):
     "build, size", [(llama, 110), (llama, 99), (tied_llama, 110), (bert, 110), (t5, 99)]
 )
 def test_resized_embeddings(build, size, tmp_path):
-    """Resizing after injection is resizing before: the base keeps its size, the new rows are frozen, adapters stay."""
+    """Resizing after injection is resizing before: the base keeps its size, new rows are frozen."""
     def resized(model):
         torch.manual_seed(7)
         model.resize_token_embeddings(size, mean_resizing=False)
@@ -259,7 +259,7 @@ def test_resized_embeddings(build, size, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("build", [llama, t5])
 def test_properties_and_casts(build, dtype):
-    """`to(dtype)` casts the injected model and not its base; a narrow base has wide adapters and its own dtype."""
+    """`to(dtype)` casts the injected model, not its base; a narrow base has wide adapters."""
     base, model = injected(build)
     count = sum(parameter.numel() for parameter in lorafx.parameters(model))
     assert (model.device, model.dtype) == (base.device, base.dtype)
@@ -290,7 +290,8 @@ def test_properties_and_casts(build, dtype):
     assert error < 50 * torch.finfo(dtype).eps * found.abs().max() < (found - expected).abs().max()
 
 
-# The number of sites is counted by hand: 6 linear layers in an encoder's layer, 7 in a llama's, 10 in a decoder's.
+# The number of sites is counted by hand: 6 linear layers in an encoder's layer, 7 in a llama's,
+# 10 in a decoder's.
 @pytest.mark.parametrize(
     "build, sites, call",
     [
@@ -319,7 +320,7 @@ def test_vision_and_sound(build, sites, call):
 
 
 def test_compiled():
-    """An injected llama compiles into one graph, without a break, which computes what the model does."""
+    """An injected llama compiles into one graph, without a break, and computes the same."""
     model = randomise(injected(llama, targets="linear")[1]).requires_grad_(False)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(logits(compiled), logits(model))

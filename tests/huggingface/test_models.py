@@ -1,4 +1,4 @@
-"""Hugging Face models, tiny: what they can do they still do, and all their linear layers are sites."""
+"""Hugging Face models, tiny: what they can do they still do; all their linear layers are sites."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Linear calls with branches on tensors alone, against x (W + sum s B A)^T + b; what is saved, and what is computed."""
+"""Linear calls with branches on tensors alone, against x (W + sum s B A)^T + b."""
 
 import copy
 from collections import Counter
@@ -25,7 +25,7 @@ def normal(*shape, dtype=torch.float64):
 
 
 def calls_of(width, outs, dtype=torch.float64, bias=True, rank=2):
-    """A call for each width in `outs`; the second has a block of its features adapted too, the last nothing."""
+    """A call for each of `outs`: the second has a block adapted too, the last nothing."""
     calls = []
     for position, out in enumerate(outs):
         addends = [
@@ -391,7 +391,7 @@ class Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize("rank, copies", [(4, 3), (16, 2)])
 def test_operators_of_a_group(rank, copies):
-    """q, k and v: 26 or 27, of which the frozen model needs 8 (3 products forward, 3 and 2 sums backward)."""
+    """q, k and v: 26 or 27; the frozen model needs 8 (3 products forward, 5 operators backward)."""
     rows = 256
     x = torch.randn(rows, 128, requires_grad=True)
     calls = [
@@ -432,7 +432,7 @@ def test_dropout():
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_gradients_with_dropout(shared):
-    """The mask that forward drew is the one of backward: the function is linear in what is left of x."""
+    """The mask of forward is that of backward: the function is linear in what is left of x."""
     x, calls = normal(5, 11), calls_of(11, (7, 5))
     calls = [
         call._replace(addends=[a._replace(dropout=0.4, shared=shared) for a in call.addends[:1]])
@@ -498,7 +498,7 @@ def test_the_form_is_chosen_by_shapes():
 
 
 def test_mixed_precision_is_as_close_as_float32_branches():
-    """bfloat16 base, float32 adapters: the error of a model's gradients beside that of branches wholly in float32."""
+    """bfloat16 base, float32 adapters: the gradients' error beside branches all in float32."""
     torch.manual_seed(0)
     base = nn.Sequential(
         *[layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.Tanh())]

@@ -30,7 +30,8 @@ SETTINGS = {
     "typo": (
         {"targets": "q_prj"},
         NoSiteError,
-        r"No linear call matches targets='q_prj'\. This model has 2 sites, such as 'q_proj'.*lorafx\.sites",
+        r"No linear call matches targets='q_prj'\. This model has 2 sites, such as 'q_proj'"
+        r".*lorafx\.sites",
     ),
     "one of several": (
         {"targets": ["q_proj", "k_proj"]},

@@ -1,4 +1,4 @@
-"""The injected model as a program: regions, copies, GraphModules, exported programs, passes, compile, summary."""
+"""The injected model as a program: regions, copies, GraphModules, export, compile, summary."""
 
 import copy
 import html

@@ -1,4 +1,4 @@
-"""Linear calls on one value are computed together: in regions, and in what the compiler captures."""
+"""Linear calls on one value are computed together, in regions."""
 
 import copy
 import pickle
@@ -268,7 +268,7 @@ def two_derivatives(model, x):
 
 @pytest.mark.parametrize("build", [Attention, Twice])
 def test_second_derivatives_of_a_layer_used_twice(build):
-    """A factor that stands in several places, or from which x is computed, is counted once in each."""
+    """A factor in several places, or one from which x is computed, is counted once in each."""
     base = nn.Sequential(build(), nn.Tanh(), build()).double()
     base[2] = base[0]
     model = randomise(lorafx.inject(base, rank=2, targets="linear"))
@@ -358,7 +358,7 @@ class TestDropout:
         assert "dropout=0.25" in repr(factors)
 
     def test_where_python_reads_the_weight(self):
-        """torch's attention multiplies by it, in parts; what needs the sum cannot drop anything out."""
+        """torch's attention multiplies by it, in parts; what needs the sum cannot drop out."""
         base = nn.MultiheadAttention(8, 2, batch_first=True).double()
         model = randomise(lorafx.inject(base, rank=2, targets="linear", dropout=0.5))
         oracle = Oracle(base, lorafx.sites(base), factors_of(model, {"default": 1.0})).model

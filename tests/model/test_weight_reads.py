@@ -1,4 +1,4 @@
-"""No silent site: Python that uses a weight past its owner's forward sees it adapted, or it is left alone and named."""
+"""No silent site: Python past the owner's forward sees a weight adapted, or it is named."""
 
 import functools
 import linecache
@@ -61,7 +61,7 @@ class Base(nn.Module):
 
 
 def with_forward(body: str, site: str, name: str, prepare: Any) -> Any:
-    """A class whose forward has these lines and whose source can be read, and the site that it uses."""
+    """A class whose forward has these lines, its source readable, and the site that it uses."""
     names: dict[str, Any] = {
         "F": F,
         "nn": nn,
@@ -176,7 +176,7 @@ USES = [
 
 @pytest.mark.parametrize("model, site", USES)
 def test_python_reads_adapted_weights(model, site):
-    """Whatever Python does with a weight, it does with W + s B A: the same outputs and gradients as the oracle's."""
+    """What Python does with a weight, it does with W + s B A: outputs and gradients agree."""
     base = model().double()
     injected = lorafx.inject(base, rank=2, targets=site)
     found = lorafx.sites(base, site)

@@ -1,4 +1,4 @@
-"""Saving survives what happens to processes and disks: the file at a path is the old one or the new one, whole."""
+"""Saving survives processes and disks: the file at a path is the old one or the new one, whole."""
 
 import errno
 import fcntl
@@ -20,7 +20,7 @@ KILLS = 200
 
 
 def constant(value: float) -> torch.nn.Module:
-    """An injected model of which every A and B is one value, large enough that writing takes a moment."""
+    """An injected model whose every A and B is one value, so large that writing takes a moment."""
     model = lorafx.inject(Model(160), 64, targets="linear")
     with torch.no_grad():
         for parameter in lorafx.parameters(model):

@@ -1,4 +1,4 @@
-"""Saving over a PEFT folder, which is two files: what is read is one adapter or the other, whole, or what was there."""
+"""Saving over a PEFT folder, two files: what is read is one adapter or the other, whole."""
 
 import copy
 import errno
@@ -55,7 +55,7 @@ def kind_of(path: Path, width: int = 8) -> tuple[int, float, float]:
 
 
 def outcome(path: Path) -> Any:
-    """The kind of the adapter in a folder, or None where there is none, as where one of its two files is missing."""
+    """The kind of the adapter in a folder, or None where one of its two files is missing."""
     if not path.exists():
         return None
     try:
@@ -123,7 +123,7 @@ CALLS = ("fsync", "replace", "rename", "open", "mkdir", "unlink")
 def at_step(
     last: int, act: Callable[[], None], once: bool, names: Iterable[str]
 ) -> tuple[dict[str, Callable[..., Any]], list[str]]:
-    """Calls to the system by name, with an act before that of this number, or before all from it on; and those made."""
+    """System calls that act before the one of this number (or all from it on), and those made."""
     made: list[str] = []
 
     def watched(name: str) -> Callable[..., Any]:
@@ -140,7 +140,7 @@ def at_step(
 
 
 def copies(tmp_path: Path, make: Callable[[Path], None]) -> Iterator[tuple[int, Path]]:
-    """Number upon number, and a folder for each that holds what `make` makes, if that is anything."""
+    """Number upon number, and a folder for each that holds what `make` makes, if anything."""
     make(tmp_path / "old")
     for step in range(1, 100):
         (tmp_path / str(step)).mkdir()

@@ -141,7 +141,7 @@ def twice(text: str, dice: Dice) -> str:
 
 
 def mutate_native(data: bytes, dice: Dice) -> bytes:
-    """Change bytes anywhere, or the header or the adapter's JSON in it, so that what is around it still fits."""
+    """Change bytes anywhere, or the header or JSON in it, so that what is around still fits."""
     if dice.random() < 0.3:
         return dice.bytes_of(data)
     length = int.from_bytes(data[:8], "little")

@@ -1,7 +1,7 @@
 """Forwards in which Python decides something, at least one of each kind.
 
-Each makes a linear call of its own, so that a tracer that accepted it would write a branch into it, and comes with
-argument lists to call it with, chosen to change what Python decides.
+Each makes a linear call of its own, so that a tracer that accepted it would write a branch into it,
+and comes with argument lists to call it with, chosen to change what Python decides.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ def rows(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 def untraceable(
     reason: str, *calls: Any, change: Callable[[nn.Module], Any] | None = None
 ) -> Callable[[Any], Any]:
-    """Register a forward with the reason for which it must be refused, and argument lists to call it with."""
+    """Register a forward with the reason why it must be refused, and argument lists for calls."""
     def register(forward: Any) -> Any:
         arguments = calls or [(rows(2),), (rows(4, 2),)]
         UNTRACEABLE.append(pytest.param(forward, reason, arguments, change, id=forward.__name__))

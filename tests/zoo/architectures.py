@@ -182,7 +182,7 @@ encoder("deberta-v2", 2 * PLAIN)
 encoder("modernbert", 2 * FUSED)
 encoder("fnet", 2 * 2 + 1 + 1, *POOLED)
 encoder("xlm", 2 * PLAIN, sizes={}, vocab_size=100, emb_dim=32, n_layers=2, n_heads=4)
-encoder("big_bird", 2 * PLAIN + 1, *POOLED, attention_type="original_full" )
+encoder("big_bird", 2 * PLAIN + 1, *POOLED, attention_type="original_full")
 
 BOTH = 2 * PLAIN + 2 * (PLAIN + 4)  # encoder, and decoder with attention to it
 NARROW = dict(
@@ -226,7 +226,7 @@ add(
     projection_dim=16
 )
 # a head for texts, and one for images that attends
-add(MODEL, text_and_images, "siglip", 2 * 2 * PLAIN + 1 + (4 + 2), "logits_per_text", sizes=SIDES )
+add(MODEL, text_and_images, "siglip", 2 * 2 * PLAIN + 1 + (4 + 2), "logits_per_text", sizes=SIDES)
 
 EARS = dict(
     SIZES, conv_dim=[8, 8], conv_stride=[5, 4], conv_kernel=[10, 8], num_feat_extract_layers=2,

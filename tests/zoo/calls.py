@@ -311,7 +311,7 @@ class Standardised(nn.Linear):
 
 @row(2)
 class FunctionalAttention(nn.Module):
-    """One weight of three blocks, split in the graph; it is one site unless blocks are asked for."""
+    """One weight of three blocks, split in the graph: one site, unless blocks are asked for."""
 
     def __init__(self):
         super().__init__()

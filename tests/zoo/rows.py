@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model: how it is built and called, and how many weights of linear calls it has, counted by hand."""
+    """A model: how it is built and called, and its weights of linear calls, counted by hand."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -34,7 +34,7 @@ ROWS: list[Row] = []
 
 
 def row(sites: int, *calls: Any) -> Callable[[Any], Any]:
-    """Register a module class, called with each of these arguments, (X,) by default: a tuple, or a dict of keywords."""
+    """Register a module class, called with each tuple or dict of keywords, or with (X,)."""
     def register(cls: Any) -> Any:
         def run(model: nn.Module) -> tuple[Tensor, ...]:
             results = [
