@@ -23,25 +23,9 @@ from tests.support.processes import child
 
 def test_finetune(tmp_path, capsys):
     options = [
-        "--hidden",
-        "16",
-        "--layers",
-        "1",
-        "--steps",
-        "3",
-        "--pretrain-steps",
-        "3",
-        "--batch",
-        "4",
-        "--length",
-        "16",
-        "--out",
-        str(tmp_path / "out"),
-        "--checkpoints",
-        str(tmp_path / "checkpoints"),
-        "--device",
-        "cpu",
-        "--no-check-learning",
+        "--hidden", "16", "--layers", "1", "--steps", "3", "--pretrain-steps", "3", "--batch", "4",
+        "--length", "16", "--out", str(tmp_path / "out"), "--checkpoints",
+        str(tmp_path / "checkpoints"), "--device", "cpu", "--no-check-learning"
     ]
     first, second = finetune.main(options), finetune.main(options)
     assert [row["loss"] for row in first["models"].values()] == [
@@ -74,25 +58,9 @@ def killed_when(path, options):
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_finetune_goes_on_after_a_kill(tmp_path, capsys):
     options = [
-        "--hidden",
-        "16",
-        "--layers",
-        "1",
-        "--steps",
-        "60",
-        "--pretrain-steps",
-        "3",
-        "--batch",
-        "4",
-        "--length",
-        "16",
-        "--checkpoints",
-        str(tmp_path / "checkpoints"),
-        "--device",
-        "cpu",
-        "--no-check-learning",
-        "--save-every",
-        "7",
+        "--hidden", "16", "--layers", "1", "--steps", "60", "--pretrain-steps", "3", "--batch", "4",
+        "--length", "16", "--checkpoints", str(tmp_path / "checkpoints"), "--device", "cpu",
+        "--no-check-learning", "--save-every", "7"
     ]
     whole, out = finetune.main([*options, "--out", str(tmp_path / "whole")]), tmp_path / "out"
     options += ["--out", str(out)]

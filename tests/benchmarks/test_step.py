@@ -189,8 +189,7 @@ def test_the_cells():
             parameter.numel()
             for parameter in family.build(family.width, family.layers).parameters()
         )
-        for name, family in MODELS.items()
-        if name.startswith("MiniMind")
+        for name, family in MODELS.items() if name.startswith("MiniMind")
     }
     assert {name: round(size / 1e6) for name, size in sizes.items()} == {
         "MiniMind 26M": 26,

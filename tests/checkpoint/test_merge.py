@@ -39,15 +39,12 @@ class Model(nn.Module):
 
 ADAPTERS = {
     "a": dict(
-        rank=2,
-        alpha=3.0,
-        targets=["qkv[q]", "qkv[0:4]", "turned", "*square", "experts", "back", "in_proj_weight[v]"],
+        rank=2, alpha=3.0,
+        targets=["qkv[q]", "qkv[0:4]", "turned", "*square", "experts", "back", "in_proj_weight[v]"]
     ),
     "b": dict(
-        rank=3,
-        alpha=1.0,
-        targets=["qkv[5:12]", "turned", "back", "attention.out_proj"],
-        trainable="head",
+        rank=3, alpha=1.0, targets=["qkv[5:12]", "turned", "back", "attention.out_proj"],
+        trainable="head"
     ),
     "t": dict(rank=2, targets=["turned", "*square"]),
 }

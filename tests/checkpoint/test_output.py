@@ -20,15 +20,9 @@ from tests.support.oracle import randomise
 
 def test_a_folder_that_holds_its_weights_twice(small, capsys):
     names = [
-        "adapter_config.json",
-        "consolidated.safetensors",
-        "flax_model.msgpack",
-        "model.fp16.safetensors",
-        "model.safetensors",
-        "pytorch_model-00001-of-00001.bin",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-        "tf_model.h5",
+        "adapter_config.json", "consolidated.safetensors", "flax_model.msgpack",
+        "model.fp16.safetensors", "model.safetensors", "pytorch_model-00001-of-00001.bin",
+        "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5"
     ]
     for name in names:
         Path("base", name).write_bytes(b"{}")
@@ -117,8 +111,7 @@ IN_THE_WAY: dict[str, Callable[[Path], object]] = {
     "a folder": lambda path: (path.mkdir(), (path / "thesis.txt").write_text("mine")),
     "a folder of a checkpoint": lambda path: shutil.copytree("base", path),
     "a link as the state": lambda path: (
-        path.mkdir(),
-        (path / STATE).symlink_to(Path("mine").resolve()),
+        path.mkdir(), (path / STATE).symlink_to(Path("mine").resolve())
     ),
 }
 

@@ -53,31 +53,26 @@ def other(change, name="base.safetensors"):
 
 BAD_BASES = {
     "other shapes": (
-        lambda s: s.update({"0.weight": torch.ones(6, 5)}),
-        "do not fit the tensor (6, 5)",
+        lambda s: s.update({"0.weight": torch.ones(6, 5)}), "do not fit the tensor (6, 5)"
     ),
     "the other way": (
-        lambda s: s.update({"0.weight": torch.ones(4, 6)}),
-        "do not fit the tensor (4, 6)",
+        lambda s: s.update({"0.weight": torch.ones(4, 6)}), "do not fit the tensor (4, 6)"
     ),
     "no tensor": (
         lambda s: s.update({"0_weight": s.pop("0.weight")}),
-        "has '0', but 'base.safetensors' has no such",
+        "has '0', but 'base.safetensors' has no such"
     ),
     "integers": (
-        lambda s: s.update({"0.weight": torch.ones(6, 4, dtype=torch.int8)}),
-        "stored as torch.int8",
+        lambda s: s.update({"0.weight": torch.ones(6, 4, dtype=torch.int8)}), "stored as torch.int8"
     ),
     "two ways": (
         lambda s: s.update(
             {
                 p + n: s.pop(n) if p == "model." else s[n].clone()
-                for p in ("module.", "model.")
-                for n in list(s)
-                if n[0] in "01"
+                for p in ("module.", "model.") for n in list(s) if n[0] in "01"
             }
         ),
-        "in several ways",
+        "in several ways"
     ),
     "trained of another shape": (lambda s: s.update({"1.bias": torch.ones(2)}), "has it as (2,)"),
 }

@@ -17,13 +17,8 @@ def test_a_tied_head(tmp_path, monkeypatch, capsys):
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     config = transformers.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        vocab_size=31,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, vocab_size=31,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True
     )
     base = transformers.LlamaForCausalLM(config).eval()
     base.save_pretrained("base")
@@ -77,11 +72,7 @@ def test_memory_that_tensors_of_torch_save_share(small, whole, capsys):
         "tied.pth",
     )
     arguments = [
-        "merge",
-        "tied.pth",
-        "h.safetensors" if whole else "a.safetensors",
-        "-o",
-        "out.pth",
+        "merge", "tied.pth", "h.safetensors" if whole else "a.safetensors", "-o", "out.pth"
     ]
     if not whole:
         assert main(arguments) == 2

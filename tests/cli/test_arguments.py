@@ -52,14 +52,9 @@ PATHS = {
     "": "'' is not a path",
 }
 USES = (
-    "show {}",
-    "convert {} new.safetensors",
-    "convert a.safetensors {} --force",
-    "diff a.safetensors {}",
-    "merge {} a.safetensors -o out",
-    "merge base {} -o out",
-    "merge base --adapter {}=0.5 -o out",
-    "merge base a.safetensors -o {} --force",
+    "show {}", "convert {} new.safetensors", "convert a.safetensors {} --force",
+    "diff a.safetensors {}", "merge {} a.safetensors -o out", "merge base {} -o out",
+    "merge base --adapter {}=0.5 -o out", "merge base a.safetensors -o {} --force"
 )
 
 

@@ -61,12 +61,8 @@ def test_convert_and_diff(small, capsys):
 def test_a_file_is_as_its_conversion(small, alpha, capsys):
     """What says nothing of the weights is noted: the name, the base, an alpha folded into B."""
     model = lorafx.inject(
-        nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64)),
-        rank=4,
-        alpha=alpha,
-        dropout=0.1,
-        targets="linear",
-        adapter="french",
+        nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64)), rank=4, alpha=alpha, dropout=0.1,
+        targets="linear", adapter="french"
     )
     lorafx.save(randomise(model), "french.safetensors")
     assert main(["convert", "french.safetensors", "french.pth"]) == 0

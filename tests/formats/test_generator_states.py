@@ -35,12 +35,7 @@ def damaged_bytes(state: bytes) -> Iterator[bytes]:
     """The bytes of a state cut short, doubled, or replaced."""
     yield from (state[:length] for length in (0, 1, 10, len(state) // 2, len(state) - 1))
     yield from (
-        state + state,
-        bytes(len(state)),
-        b"\xff" * len(state),
-        b"null",
-        b"[" * 100_000,
-        b"\xff\xfe",
+        state + state, bytes(len(state)), b"\xff" * len(state), b"null", b"[" * 100_000, b"\xff\xfe"
     )
 
 
@@ -63,10 +58,9 @@ def means_the_same(value: Any, state: Any) -> bool:
     """A number may wait in Python's generator or not; Python and numpy take 1 as True."""
     if isinstance(state, list):
         return (
-            isinstance(value, list)
-            and len(value) == 3
-            and value[:2] == state[:2]
-            and value[2] == 1.5
+            isinstance(
+                value, list
+            ) and len(value) == 3 and value[:2] == state[:2] and value[2] == 1.5
         )
     if not isinstance(value, dict) or value.keys() != state.keys():
         return False

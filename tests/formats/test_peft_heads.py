@@ -88,8 +88,7 @@ def test_heads_of_classifiers(tmp_path: Path) -> None:
     path = tmp_path / "adapter_model.safetensors"
     rest = {
         name: tensor
-        for name, tensor in safetensors.torch.load_file(path).items()
-        if "lora_" in name
+        for name, tensor in safetensors.torch.load_file(path).items() if "lora_" in name
     }
     safetensors.torch.save_file(rest, path)
     with pytest.raises(

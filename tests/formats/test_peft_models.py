@@ -19,22 +19,8 @@ from tests.zoo.all_architectures import ROWS
 from tests.zoo.rows import Row
 
 MODELS = (
-    "llama",
-    "qwen3",
-    "gemma2",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "falcon",
-    "bert",
-    "roberta",
-    "deberta-v2",
-    "t5",
-    "bart",
-    "vit",
-    "clip",
-    "distilbert",
-    "opt",
+    "llama", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "falcon", "bert", "roberta",
+    "deberta-v2", "t5", "bart", "vit", "clip", "distilbert", "opt"
 )
 FOUND = {row.name: row for row in ROWS}
 ROUNDS = settings(

@@ -60,17 +60,12 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
     state = optimizer.state_dict()
     numbers = numpy.random.get_state()
     return [
-        *(p.detach().clone() for p in model.state_dict().values()),
-        torch.get_rng_state(),
-        random.getstate(),
-        torch.from_numpy(numbers[1].copy()),
-        numbers[2:],
-        state["param_groups"],
+        *(p.detach().clone() for p in model.state_dict().values()), torch.get_rng_state(),
+        random.getstate(), torch.from_numpy(numbers[1].copy()), numbers[2:], state["param_groups"],
         *(
             (n, k, v.clone() if isinstance(v, torch.Tensor) else v)
-            for n, s in state["state"].items()
-            for k, v in s.items()
-        ),
+            for n, s in state["state"].items() for k, v in s.items()
+        )
     ]
 
 
@@ -170,29 +165,20 @@ def test_loads_as_a_plain_adapter(tmp_path: Path) -> None:
 
 REFUSED = {
     "pth": (
-        "a.pth",
-        {},
-        lorafx.FormatError,
-        "MiniMind file, which keeps no optimizer and step: leave out optimizer=",
+        "a.pth", {}, lorafx.FormatError,
+        "MiniMind file, which keeps no optimizer and step: leave out optimizer="
     ),
     "no step": (
-        "a.safetensors",
-        {"step": None},
-        lorafx.ConfigError,
-        "saved with both, optimizer=... and step=...",
+        "a.safetensors", {"step": None}, lorafx.ConfigError,
+        "saved with both, optimizer=... and step=..."
     ),
     "no optimizer": (
-        "a.safetensors",
-        {"optimizer": None},
-        lorafx.ConfigError,
-        "not with NoneType and 1",
+        "a.safetensors", {"optimizer": None}, lorafx.ConfigError, "not with NoneType and 1"
     ),
     "step": ("a.safetensors", {"step": -1}, lorafx.ConfigError, "not with AdamW and -1"),
     "base": (
-        "a.safetensors",
-        {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters())},
-        lorafx.ConfigError,
-        "holds a parameter that is not of adapter 'default'",
+        "a.safetensors", {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters())},
+        lorafx.ConfigError, "holds a parameter that is not of adapter 'default'"
     ),
 }
 
@@ -245,65 +231,52 @@ def damage(name: str, tensor: torch.Tensor | None) -> Any:
 STATE = "lorafx:state:exp_avg:up.lora.A"
 DAMAGE = {
     "kind": (
-        training(kind="torch.optim.sgd.SGD"),
-        lorafx.MismatchError,
-        "the state of a 'torch.optim.sgd.SGD', not",
+        training(kind="torch.optim.sgd.SGD"), lorafx.MismatchError,
+        "the state of a 'torch.optim.sgd.SGD', not"
     ),
     "groups": (
-        training(groups=[]),
-        lorafx.FormatError,
-        "names are not those of the adapter's tensors",
+        training(groups=[]), lorafx.FormatError, "names are not those of the adapter's tensors"
     ),
     "step": (training(step=1.5), lorafx.FormatError, "1.5 is not a number of steps"),
     "part": (training(more=1), lorafx.FormatError, "does not have the parts of one"),
     "no tensor": (damage(STATE, None), lorafx.FormatError, f"damaged: KeyError: '{STATE}'"),
     "more tensors": (
-        damage("lorafx:x", torch.zeros(1)),
-        lorafx.FormatError,
-        "'lorafx:x' is not in the training state",
+        damage("lorafx:x", torch.zeros(1)), lorafx.FormatError,
+        "'lorafx:x' is not in the training state"
     ),
     "shape": (
-        damage(STATE, torch.zeros(3, 5)),
-        lorafx.MismatchError,
-        r"'exp_avg' \(3, 5\) for 'up.lora.A' \(2, 5\)",
+        damage(STATE, torch.zeros(3, 5)), lorafx.MismatchError,
+        r"'exp_avg' \(3, 5\) for 'up.lora.A' \(2, 5\)"
     ),
     "nan": (
-        damage(STATE, torch.full((2, 5), torch.nan)),
-        lorafx.FormatError,
-        f"'{STATE}' has NaN or infinite",
+        damage(STATE, torch.full((2, 5), torch.nan)), lorafx.FormatError,
+        f"'{STATE}' has NaN or infinite"
     ),
     "short": (
-        damage("lorafx:random:cpu", torch.zeros(9).byte()),
-        lorafx.FormatError,
-        "does not take the state",
+        damage("lorafx:random:cpu", torch.zeros(9).byte()), lorafx.FormatError,
+        "does not take the state"
     ),
     "zeros": (
-        damage("lorafx:random:cpu", torch.zeros(5056).byte()),
-        lorafx.FormatError,
-        "does not take the state",
+        damage("lorafx:random:cpu", torch.zeros(5056).byte()), lorafx.FormatError,
+        "does not take the state"
     ),
     "python": (
-        damage("lorafx:random:python", torch.zeros(9).byte()),
-        lorafx.FormatError,
-        "does not take the state",
+        damage("lorafx:random:python", torch.zeros(9).byte()), lorafx.FormatError,
+        "does not take the state"
     ),
     "floats": (
-        damage("lorafx:random:python", torch.zeros(9)),
-        lorafx.FormatError,
-        "is not made of bytes",
+        damage("lorafx:random:python", torch.zeros(9)), lorafx.FormatError, "is not made of bytes"
     ),
     "dropout": (
         lambda t, h: h.update(adapter=h["adapter"].replace('"dropout": 0.3', '"dropout": 0.5')),
-        lorafx.MismatchError,
-        "was trained with dropout=0.5, and adapter 'french' has 0.3",
+        lorafx.MismatchError, "was trained with dropout=0.5, and adapter 'french' has 0.3"
     ),
     "none": (
         lambda t, h: (
             [t.pop(name) for name in list(t) if name.startswith("lorafx:")],
-            h.update(adapter=h["adapter"].partition(', "training"')[0] + "}"),
+            h.update(adapter=h["adapter"].partition(', "training"')[0] + "}")
         ),
-        lorafx.FormatError,
-        "has no training state: it was saved without optimizer=",
+        lorafx.FormatError, "has no training state: it was saved without optimizer="
     ),
 }
 

@@ -211,9 +211,7 @@ def test_ties(build):
     """`tie_weights` keeps all; after `set_input_embeddings` it ties the head to the new ones."""
     base, model = injected(build, targets="linear")
     expected, names, old = (
-        logits(randomise(model)),
-        list(model.state_dict()),
-        base.get_input_embeddings(),
+        logits(randomise(model)), list(model.state_dict()), base.get_input_embeddings()
     )
     model.tie_weights()
     assert torch.equal(logits(model), expected)
@@ -298,16 +296,14 @@ def test_properties_and_casts(build, dtype):
         (vit, 2 * 6 + 1, lambda model: model(PIXELS).logits),
         (whisper, 2 * 6 + 2 * 10 + 1, lambda model: generate(model, SOUND)[1]),
         (
-            clip,
-            2 * 6 + 2 * 6 + 2,
-            lambda model: model(input_ids=IDS, pixel_values=PIXELS).logits_per_image,
+            clip, 2 * 6 + 2 * 6 + 2,
+            lambda model: model(input_ids=IDS, pixel_values=PIXELS).logits_per_image
         ),
         (
-            llava,
-            2 * 6 + 2 + 2 * 7 + 1,
-            lambda model: model(input_ids=WITH_IMAGE, pixel_values=PIXELS).logits,
+            llava, 2 * 6 + 2 + 2 * 7 + 1,
+            lambda model: model(input_ids=WITH_IMAGE, pixel_values=PIXELS).logits
         ),
-    ],
+    ]
 )
 def test_vision_and_sound(build, sites, call):
     """Identity at init, every linear layer a site, and merged as unmerged."""

@@ -31,8 +31,7 @@ def calls_of(width, outs, dtype=torch.float64, bias=True, rank=2):
         addends = [
             Addend(
                 normal(out, rank + position, dtype=dtype),
-                normal(rank + position, width, dtype=dtype),
-                0.7,
+                normal(rank + position, width, dtype=dtype), 0.7
             )
         ]
         if position == 1:
@@ -280,8 +279,7 @@ class Saved:
 
 def own(calls):
     return [
-        *factors(calls),
-        *(tensor for call in calls for tensor in call[:2] if tensor is not None),
+        *factors(calls), *(tensor for call in calls for tensor in call[:2] if tensor is not None)
     ]
 
 
@@ -291,9 +289,8 @@ def test_only_x_and_the_ranks_are_saved(dtype):
     x = torch.randn(2, 64, 256, dtype=dtype, requires_grad=True)
     calls = [
         Linear(
-            torch.randn(out, 256, dtype=dtype),
-            None,
-            [Addend(normal(out, 8, dtype=torch.float32), normal(8, 256, dtype=torch.float32), 1.0)],
+            torch.randn(out, 256, dtype=dtype), None,
+            [Addend(normal(out, 8, dtype=torch.float32), normal(8, 256, dtype=torch.float32), 1.0)]
         )
         for out in (256, 64, 64)
     ]
@@ -339,10 +336,8 @@ def test_selective_checkpointing(form, outs, shape):
     x, calls = normal(*shape), calls_of(7, outs)
     keep = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
     loss = checkpoint(
-        lambda x: sum(y.pow(3).sum() for y in linears(x, calls)),
-        x,
-        use_reentrant=False,
-        context_fn=lambda: create_selective_checkpoint_contexts(keep),
+        lambda x: sum(y.pow(3).sum() for y in linears(x, calls)), x, use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(keep)
     )
     wanted = sum(y.pow(3).sum() for y in expected(x, calls))
     torch.testing.assert_close(
@@ -364,18 +359,8 @@ class Operators(TorchDispatchMode):
     """Counts the operators that compute: no views, and no memory that is only reserved."""
 
     SILENT = {
-        "view",
-        "_unsafe_view",
-        "t",
-        "detach",
-        "narrow",
-        "slice",
-        "split_with_sizes",
-        "empty",
-        "new_empty",
-        "alias",
-        "empty_like",
-        "transpose",
+        "view", "_unsafe_view", "t", "detach", "narrow", "slice", "split_with_sizes", "empty",
+        "new_empty", "alias", "empty_like", "transpose"
     }
 
     def __init__(self):
@@ -396,15 +381,13 @@ def test_operators_of_a_group(rank, copies):
     x = torch.randn(rows, 128, requires_grad=True)
     calls = [
         Linear(
-            torch.randn(out, 128),
-            None,
+            torch.randn(out, 128), None,
             [
                 Addend(
-                    normal(out, rank, dtype=torch.float32),
-                    normal(rank, 128, dtype=torch.float32),
-                    1.0,
+                    normal(out, rank, dtype=torch.float32), normal(rank, 128, dtype=torch.float32),
+                    1.0
                 )
-            ],
+            ]
         )
         for out in (128, 64, 64)
     ]

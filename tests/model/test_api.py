@@ -15,8 +15,7 @@ from tests.support.oracle import factors_of, fingerprint, frozen, oracle, random
 def names(model: nn.Module) -> list[str]:
     return [
         name.removesuffix(".lora.default.A")
-        for name, _ in lorafx.named_parameters(model)
-        if name.endswith(".A")
+        for name, _ in lorafx.named_parameters(model) if name.endswith(".A")
     ]
 
 
@@ -76,12 +75,8 @@ class TestConfig:
 
     def test_rank_and_alpha_patterns(self, block):
         model = lorafx.inject(
-            block,
-            4,
-            alpha=8,
-            targets="linear",
-            rank_pattern={"up|down": 2, "up": 3},
-            alpha_pattern={r"h.*d": 1.0},
+            block, 4, alpha=8, targets="linear", rank_pattern={"up|down": 2, "up": 3},
+            alpha_pattern={r"h.*d": 1.0}
         )
         held = {
             name: model.get_submodule(f"{name}.lora.default")

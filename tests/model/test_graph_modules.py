@@ -38,9 +38,8 @@ def test_the_original_bias_may_come_later():
 
 
 @pytest.mark.parametrize(
-    "model",
-    [Block(), nn.Linear(4, 4), fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4)))],
-    ids=["break", "region", "graph module"],
+    "model", [Block(), nn.Linear(4, 4), fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4)))],
+    ids=["break", "region", "graph module"]
 )
 def test_copies(model):
     x = TOKENS if isinstance(model, Block) else torch.randn(3, 4)

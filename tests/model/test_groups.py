@@ -35,9 +35,7 @@ class Gated(nn.Module):
     def __init__(self):
         super().__init__()
         self.gate, self.up, self.down = (
-            nn.Linear(8, 12),
-            nn.Linear(8, 12, bias=False),
-            nn.Linear(12, 8),
+            nn.Linear(8, 12), nn.Linear(8, 12, bias=False), nn.Linear(12, 8)
         )
         self.act = nn.SiLU(inplace=True)
 
@@ -49,9 +47,7 @@ class Functional(nn.Module):
     def __init__(self):
         super().__init__()
         self.w1, self.w2, self.last = (
-            nn.Parameter(torch.randn(8, 8)),
-            nn.Parameter(torch.randn(8, 8)),
-            nn.Linear(8, 8),
+            nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
         )
 
     def forward(self, x):
@@ -235,8 +231,7 @@ class TestOneByOne:
 def test_a_member_that_is_compiled_by_itself_is_called():
     torch._dynamo.reset()
     model, counter = (
-        randomise(lorafx.inject(Attention().double(), rank=2, targets="linear")),
-        CompileCounter(),
+        randomise(lorafx.inject(Attention().double(), rank=2, targets="linear")), CompileCounter()
     )
     wanted = model(X)
     model.k.compile(backend=counter)
@@ -389,29 +384,20 @@ class Captured:
     "build, dtype, dropout, merge_from, counts",
     [
         (
-            Python,
-            torch.float64,
-            0.0,
-            float("inf"),
-            {F.linear: 10, torch.cat: 1, inductor.merged_linears: 0},
+            Python, torch.float64, 0.0, float("inf"),
+            {F.linear: 10, torch.cat: 1, inductor.merged_linears: 0}
         ),
         (Python, torch.float64, 0.0, 0.0, {F.linear: 0, torch.cat: 0, inductor.merged_linears: 2}),
         (
-            Attention,
-            torch.float64,
-            0.0,
-            0.0,
-            {F.linear: 0, torch.cat: 0, inductor.merged_linears: 2},
+            Attention, torch.float64, 0.0, 0.0,
+            {F.linear: 0, torch.cat: 0, inductor.merged_linears: 2}
         ),
         (
-            Python,
-            torch.bfloat16,
-            0.0,
-            0.0,
-            {F.linear: 10, torch.cat: 1, inductor.merged_linears: 0},
+            Python, torch.bfloat16, 0.0, 0.0,
+            {F.linear: 10, torch.cat: 1, inductor.merged_linears: 0}
         ),
         (Python, torch.float64, 0.5, 0.0, {F.linear: 12, torch.cat: 0, inductor.merged_linears: 0}),
-    ],
+    ]
 )
 def test_the_compiler_joins_what_python_calls(
     build, dtype, dropout, merge_from, counts, monkeypatch

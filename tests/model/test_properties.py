@@ -236,9 +236,7 @@ def test_gradcheck(bias):
     model = randomise(
         lorafx.inject(
             nn.Sequential(nn.Linear(3, 5, bias), nn.Tanh(), nn.Linear(5, 2)).double(),
-            targets="linear",
-            rank=2,
-            alpha=3.0,
+            targets="linear", rank=2, alpha=3.0
         )
     )
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)

@@ -68,8 +68,7 @@ def outcome(path: Path) -> Any:
 def contents(path: Path) -> dict[str, bytes]:
     return {
         str(found.relative_to(path)): found.read_bytes()
-        for found in path.rglob("*")
-        if found.is_file()
+        for found in path.rglob("*") if found.is_file()
     }
 
 
@@ -238,11 +237,8 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
             json.loads((path / "adapter_config.json").read_text())["lora_alpha"] != seen[-1][1]
         )
     print(
-        leftovers,
-        "temporary files left in 100 kills,",
-        between,
-        "of them between the two renames;",
-        set(seen),
+        leftovers, "temporary files left in 100 kills,", between,
+        "of them between the two renames;", set(seen)
     )
     assert set(seen) == set(KINDS) and leftovers > 0
     lorafx.save(models[0], path)
@@ -276,11 +272,7 @@ def test_killed_first_saves(tmp_path: Path) -> None:
 def test_only_abandoned_folders_of_this_path_are_removed(tmp_path: Path) -> None:
     hexes = "0123456789abcdef" * 2
     names = [
-        f".x.{hexes}",
-        f".y.x.{hexes}.tmp",
-        f".x.y.{hexes}.tmp",
-        "x.tmp",
-        f".x.{hexes[::-1]}.tmp",
+        f".x.{hexes}", f".y.x.{hexes}.tmp", f".x.y.{hexes}.tmp", "x.tmp", f".x.{hexes[::-1]}.tmp"
     ]
     gone = [f".x.{hexes}.tmp", f".x.{hexes[1:]}0.tmp"]
     for name in (*names, *gone):

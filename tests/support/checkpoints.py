@@ -46,16 +46,14 @@ def read_folder(path: str | Path = "out") -> dict[str, torch.Tensor]:
     )
     return {
         name: tensor
-        for file in files
-        for name, tensor in safetensors.torch.load_file(folder / file).items()
+        for file in files for name, tensor in safetensors.torch.load_file(folder / file).items()
     }
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
+        for path in folder.rglob("*") if path.is_file()
     }
 
 

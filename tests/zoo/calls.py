@@ -330,20 +330,8 @@ class FunctionalMultihead(nn.Module):
 
     def forward(self, x):
         return F.multi_head_attention_forward(
-            x,
-            x,
-            x,
-            8,
-            2,
-            self.w,
-            None,
-            None,
-            None,
-            False,
-            0.0,
-            self.out.weight,
-            self.out.bias,
-            training=self.training,
+            x, x, x, 8, 2, self.w, None, None, None, False, 0.0, self.out.weight, self.out.bias,
+            training=self.training
         )[0]
 
 

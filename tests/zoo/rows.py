@@ -69,11 +69,8 @@ def torch_row(
     """Register a module of torch's own."""
     ROWS.append(
         Row(
-            name,
-            lambda: build().double(),
-            lambda model: tuple(flat(call(model))),
-            sites,
-            exact=exact,
+            name, lambda: build().double(), lambda model: tuple(flat(call(model))), sites,
+            exact=exact
         )
     )
 
@@ -81,64 +78,46 @@ def torch_row(
 # torch's own modules. An attention has four weights: query, key, value and output.
 ATTENTION = 4
 torch_row(
-    "attention",
-    lambda: nn.MultiheadAttention(8, 2, batch_first=True),
-    ATTENTION,
-    lambda m: m(X, X, X),
-    exact=False,
+    "attention", lambda: nn.MultiheadAttention(8, 2, batch_first=True), ATTENTION,
+    lambda m: m(X, X, X), exact=False
 )
 torch_row(
-    "attention with masks",
-    lambda: nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True),
+    "attention with masks", lambda: nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True),
     ATTENTION,
     lambda m: m(
         X, X, X, key_padding_mask=PADDING, attn_mask=torch.ones(5, 5).tril() == 0, is_causal=False
     ),
-    exact=False,
+    exact=False
 )
 torch_row("attention across", lambda: nn.MultiheadAttention(8, 2, batch_first=True), ATTENTION,
           lambda m: m(X, MEMORY, MEMORY), exact=False)
 torch_row(
     "attention of three widths",
-    lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True),
-    ATTENTION,
-    lambda m: m(X, drawn(2, 3, 6), drawn(2, 3, 4)),
-    exact=False,
+    lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True), ATTENTION,
+    lambda m: m(X, drawn(2, 3, 6), drawn(2, 3, 4)), exact=False
 )
 torch_row(
-    "attention without biases",
-    lambda: nn.MultiheadAttention(8, 2, bias=False, add_bias_kv=True),
-    ATTENTION,
-    lambda m: m(X, X, X, need_weights=False),
-    exact=False,
+    "attention without biases", lambda: nn.MultiheadAttention(8, 2, bias=False, add_bias_kv=True),
+    ATTENTION, lambda m: m(X, X, X, need_weights=False), exact=False
 )
 torch_row(
-    "encoder layer",
-    lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
-    ATTENTION + 2,
-    lambda m: m(X),
-    exact=False,
+    "encoder layer", lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), ATTENTION + 2,
+    lambda m: m(X), exact=False
 )
 torch_row(
     "encoder layer, norm first",
-    lambda: nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True),
-    ATTENTION + 2,
-    lambda m: m(X, src_key_padding_mask=PADDING),
-    exact=False,
+    lambda: nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True), ATTENTION + 2,
+    lambda m: m(X, src_key_padding_mask=PADDING), exact=False
 )
 torch_row(
     "encoder",
     lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
-    2 * (ATTENTION + 2),
-    lambda m: m(X, src_key_padding_mask=PADDING)[~PADDING],
-    exact=False,
+    2 * (ATTENTION + 2), lambda m: m(X, src_key_padding_mask=PADDING)[~PADDING], exact=False
 )
 torch_row(
     "decoder",
     lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2),
-    2 * (2 * ATTENTION + 2),
-    lambda m: m(X, MEMORY),
-    exact=False,
+    2 * (2 * ATTENTION + 2), lambda m: m(X, MEMORY), exact=False
 )
 torch_row("transformer", lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True),
           (ATTENTION + 2) + (2 * ATTENTION + 2), lambda m: m(X, MEMORY), exact=False)
@@ -147,18 +126,16 @@ torch_row(
 )
 torch_row(
     "convolutions",
-    lambda: nn.Sequential(nn.Conv1d(5, 5, 3, padding=1), nn.BatchNorm1d(5), nn.Linear(8, 3)),
-    1,
-    lambda m: m(X),
+    lambda: nn.Sequential(nn.Conv1d(5, 5, 3, padding=1), nn.BatchNorm1d(5), nn.Linear(8, 3)), 1,
+    lambda m: m(X)
 )
 torch_row("adaptive softmax", lambda: nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 10], 2.0), 1 + 2 * 2,
           lambda m: m.log_prob(X[0]))
 torch_row("weight norm", lambda: parametrizations.weight_norm(nn.Linear(8, 6)), 1, lambda m: m(X))
 torch_row(
     "spectral norm",
-    lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 6)), nn.Tanh()),
-    1,
-    lambda m: m(X),
+    lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 6)), nn.Tanh()), 1,
+    lambda m: m(X)
 )
 torch_row("orthogonal", lambda: parametrizations.orthogonal(nn.Linear(8, 8)), 1, lambda m: m(X))
 torch_row("parametrized", lambda: symmetric(nn.Linear(8, 8)), 1, lambda m: m(X))
