@@ -117,9 +117,8 @@ def test_saved_bytes():
     assert sorted(sizes.values()) == [4 * 7 * 2, 4 * 7 * 3]  # h and x
     with saved(nn.Module()) as sizes:
         kept = output.sin(), output[1:].cos(), output.mT.exp()
-    assert (
-        sorted(sizes.values()) == [4 * 7 * 5, 4 * 7 * 5] and kept
-    )  # one storage, of all views, and exp's result
+    # one storage, of all views, and exp's result
+    assert sorted(sizes.values()) == [4 * 7 * 5, 4 * 7 * 5] and kept
 
 
 def test_operators():
@@ -171,9 +170,8 @@ def test_statistics():
 def test_the_cells():
     grid = step_cells.grid()
     assert {cell.model for cell in grid} == {name for name in MODELS if not name.startswith("tiny")}
-    assert {cell.batch * cell.length for cell in grid} == {128, 512, 2048, 4096} and len(
-        set(grid)
-    ) == len(grid)
+    assert {cell.batch * cell.length for cell in grid} == {128, 512, 2048, 4096}
+    assert len(set(grid)) == len(grid)
     assert {cell.rank for cell in grid} == {4, 16, 64} and {cell.targets for cell in grid} == {
         "square",
         "linear",

@@ -232,9 +232,8 @@ def test_a_file_that_fails_or_is_killed(small, monkeypatch, name):
     arguments = ["merge", name, "a.safetensors", "-o", str(out)]
     before = sorted(os.listdir())
     assert interrupted(monkeypatch, 0, arguments) == 0 and sorted(os.listdir()) == before
-    assert (
-        interrupted(monkeypatch, 1, arguments) == 1 and not out.exists()
-    )  # it only lacks its name
+    # it only lacks its name
+    assert interrupted(monkeypatch, 1, arguments) == 1 and not out.exists()
     assert main(arguments) == 0 and sorted(os.listdir()) == sorted([*before, out.name])
     whole = out.read_bytes()
     for after in range(6):

@@ -48,10 +48,8 @@ def test_config_says_tied(small, capsys):
             for untie in ([], ["--untie"])
         ]
 
-    assert says({"tie_word_embeddings": True, "vocab_size": 6}) == [
-        2,
-        2,
-    ]  # which other is not known
+    # which other is not known
+    assert says({"tie_word_embeddings": True, "vocab_size": 6}) == [2, 2]
     assert "is tied to another that 'base' does not hold" in capsys.readouterr().err
     assert says({"vocab_size": 6}) == [2, 2] and "may be tied to another" in capsys.readouterr().err
     assert says({"text": {"tie_word_embeddings": False}, "vocab_size": 6})[0] == 0

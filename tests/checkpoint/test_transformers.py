@@ -113,9 +113,8 @@ def test_what_else_one_word_ties_is_not_untied(name, config, options, head, more
         capsys.readouterr()
         assert main([*MERGE, *untie]) == 2
         assert more in error(capsys) and not Path("out").exists()
-    lorafx.merge(model, untie=True).save_pretrained(
-        "memory"
-    )  # transformers 5 then ties what is equal
+    # transformers 5 then ties what is equal
+    lorafx.merge(model, untie=True).save_pretrained("memory")
     merged, words = (
         getattr(transformers, name).from_pretrained("memory").eval(), torch.arange(6)[None]
     )

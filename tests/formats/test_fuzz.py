@@ -80,9 +80,8 @@ def check_as_the_file_says(path: Path) -> None:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["adapter"])
         scales = about["scales"]
-        assert adapter.name == about["name"] and sorted(adapter.trained) == sorted(
-            set(about["trained"])
-        )
+        trained = sorted(set(about["trained"]))
+        assert adapter.name == about["name"] and sorted(adapter.trained) == trained
     assert found.keys() == expected.keys() and all(
         same_bits(found[name], expected[name]) for name in found
     )
@@ -104,9 +103,8 @@ def tidied(path: Path) -> io.BytesIO:
     return buffer
 
 
-@pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore:Detected pickle protocol"
-)  # of odd patterns and bytes
+# Odd patterns and bytes are warned of.
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files(kind: str, tmp_path: Path) -> None:
     name, count, write, mutate = KINDS[kind]

@@ -81,11 +81,8 @@ def test_two_groups_and_bfloat16(tmp_path: Path) -> None:
     base, path = Model().bfloat16(), tmp_path / "a.safetensors"
     model = lorafx.inject(base, 2, targets="linear", dtype=torch.bfloat16)
     optimizer = grouped(model)
-    for (
-        group
-    ) in (
-        optimizer.param_groups
-    ):  # an optimizer that keeps more precisely than torch's load_state_dict allows
+    # an optimizer that keeps more precisely than torch's load_state_dict allows
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
                 "step": torch.tensor(4.0),

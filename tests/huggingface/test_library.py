@@ -51,9 +51,9 @@ def test_one_token_after_a_prefill():
         (llama, "linear", set()),
         (t5, "square", set()),
         (bert, "square", set()),
-        (tied_llama, "lm_head", {"lm_head.weight"}),
+        (tied_llama, "lm_head", {"lm_head.weight"}),  # untied, and so written beside the embedding
     ],
-)  # a head that merging unties is written beside the embedding
+)
 def test_files_of_a_merged_model(build, targets, more, tmp_path):
     """A merged model is saved with the base's keys and configs, and computes the same loaded."""
     base, model = injected(build, targets=targets)
@@ -77,13 +77,11 @@ def test_files_of_an_injected_model(build, tmp_path):
     """The base's keys and the adapter's: transformers names the latter as unexpected."""
     (base, model), (_, fresh) = injected(build, targets="linear"), injected(build, targets="linear")
     names, configs = written(randomise(model), tmp_path / "model")
-    assert (names - set(keys(model)), configs) == written(base, tmp_path / "base") and names >= set(
-        keys(model)
-    )
+    assert (names - set(keys(model)), configs) == written(base, tmp_path / "base")
+    assert names >= set(keys(model))
     again, report = type(base).from_pretrained(tmp_path / "model", output_loading_info=True)
-    assert torch.equal(logits(again), logits(base)) and report["unexpected_keys"] == set(
-        keys(model)
-    )
+    assert torch.equal(logits(again), logits(base))
+    assert report["unexpected_keys"] == set(keys(model))
     assert not report["missing_keys"] and not report["mismatched_keys"]
     fresh.load_state_dict(
         safetensors.torch.load_file(tmp_path / "model/model.safetensors"), strict=False
@@ -133,9 +131,8 @@ def test_activation_checkpointing(build, before, reentrant):
         == bool(base.get_input_embeddings()._forward_hooks)
     )
     found, twice = gradients(model)
-    assert (
-        twice > 1.5 * once and model.get_input_embeddings()(IDS).requires_grad
-    )  # enable_input_require_grads
+    assert twice > 1.5 * once
+    assert model.get_input_embeddings()(IDS).requires_grad  # enable_input_require_grads
     for theirs, ours in zip(expected, found, strict=True):
         assert (theirs - ours).abs().max() <= 1e-5 * theirs.abs().max() > 0
 
@@ -153,9 +150,8 @@ def test_trainer(build, tmp_path):
         k for k, value in model.state_dict().items() if not torch.equal(value, start[k])
     } == set(keys(model))
     checkpoint = tmp_path / "run/checkpoint-3"
-    assert set(safetensors.torch.load_file(checkpoint / "model.safetensors")) == names | set(
-        keys(model)
-    )
+    tensors = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    assert set(tensors) == names | set(keys(model))
     assert train(again, tmp_path / "run", resume=str(checkpoint)) == losses
     assert all(map(torch.equal, lorafx.parameters(again), lorafx.parameters(model)))
 
@@ -246,9 +242,8 @@ def test_resized_embeddings(build, size, tmp_path):
         == logits(model).shape[-1]
         == size
     )
-    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(
-        keys(model)
-    )
+    training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert training == set(keys(model))
     lorafx.save(model, tmp_path / "adapter.safetensors")
     assert torch.equal(logits(lorafx.load(larger, tmp_path / "adapter.safetensors")), logits(model))
     assert torch.equal(logits(lorafx.eject(model)), logits(larger))

@@ -150,9 +150,7 @@ def test_a_product_that_rounds_its_operands_is_never_merged(monkeypatch):
 
 
 def test_the_form_is_chosen_by_shapes():
-    for rows, merged in (
-        (1023, False),
-        (1024, True),
-    ):  # MERGE_FROM = 4: rows (in + out) >= 8 in out
+    # MERGE_FROM = 4: rows (in + out) >= 8 in out
+    for rows, merged in ((1023, False), (1024, True)):
         x = torch.empty(rows, 256)
         assert kernels.merges(x, calls_of(256, (256,), torch.float32)) is merged

@@ -299,9 +299,8 @@ class TestMerge:
         merged = lorafx.merge(model, untie=True)
         torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=1e-10, atol=1e-10)
         assert merged.embedding.weight.data_ptr() == block.embedding.weight.data_ptr()
-        tied = randomise(
-            lorafx.inject(Tied().double(), targets="linear")
-        )  # reads its weight twice through one module
+        # this one reads its weight twice through one module
+        tied = randomise(lorafx.inject(Tied().double(), targets="linear"))
         torch.testing.assert_close(lorafx.merge(tied)(TOKENS), tied(TOKENS), rtol=1e-10, atol=1e-10)
         lorafx.add(model, "square only", targets="square")
         assert (

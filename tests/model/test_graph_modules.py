@@ -123,9 +123,8 @@ def test_compile_and_export(block):
     torch.testing.assert_close(program.module()(TOKENS), expected)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # Dynamo's own looking
+# Dynamo itself looks at .grad.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_layers_compiled_one_by_one_share_a_graph():
     torch._dynamo.reset()
     model = lorafx.inject(nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))))

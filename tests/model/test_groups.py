@@ -56,12 +56,8 @@ def test_the_graph_stays_as_it_was_written():
     assert (
         type(model) is not Gated and isinstance(model, Gated) and isinstance(model, fx.GraphModule)
     )
-    assert [str(node.target) for node in model.graph.find_nodes(op="call_module")] == [
-        "gate",
-        "act",
-        "up",
-        "down",
-    ]
+    called = [str(node.target) for node in model.graph.find_nodes(op="call_module")]
+    assert called == ["gate", "act", "up", "down"]
     alone = lorafx.inject(Gated(), targets="linear", group=False)
     assert type(alone) is Gated and "adapted_linear(" in alone.gate.code
     lorafx.add(alone, "b", targets="linear")
@@ -171,9 +167,8 @@ class TestOneByOne:
 
 def test_a_member_that_is_compiled_by_itself_is_called():
     torch._dynamo.reset()
-    model, counter = (
-        randomise(lorafx.inject(Attention().double(), rank=2, targets="linear")), CompileCounter()
-    )
+    model = randomise(lorafx.inject(Attention().double(), rank=2, targets="linear"))
+    counter = CompileCounter()
     wanted = model(X)
     model.k.compile(backend=counter)
     torch.testing.assert_close(model(X), wanted)

@@ -111,9 +111,8 @@ def test_killed_at_every_step(tmp_path: Path, there: str) -> None:
         ]
     before = outcome(tmp_path / "old")
     assert len(seen) > 7 and set(seen) == {before, KINDS[1]}
-    assert seen == sorted(
-        seen, key=lambda kind: kind != before
-    )  # the old one up to some step, and then the new one
+    # the old one up to some step, and then the new one
+    assert seen == sorted(seen, key=lambda kind: kind != before)
 
 
 @pytest.mark.parametrize("once", [True, False], ids=["once", "from then on"])

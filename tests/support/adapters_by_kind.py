@@ -10,11 +10,8 @@ import lorafx
 from tests.support.adapter_files import Model
 from tests.support.peft_adapters import saved_by_peft
 
-KINDS = (
-    (4, 4.0, 1.0),
-    (4, 12.0, 2.0),
-    (6, 12.0, 3.0),
-)  # rank, alpha, and the one value of every A and B
+# Rank, alpha, and the one value of every A and B.
+KINDS = ((4, 4.0, 1.0), (4, 12.0, 2.0), (6, 12.0, 3.0))
 
 
 def adapted(kind: tuple[int, float, float], width: int = 8) -> nn.Module:

@@ -59,9 +59,8 @@ PIXELS, SOUND = (
     torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     for size in ((3, 16, 16), (8, 40))
 )
-WITH_IMAGE = torch.cat(
-    [IDS, torch.full((2, 4), 99)], dim=1
-)  # an image has 2 x 2 patches, each a token 99
+# An image has 2 x 2 patches, each a token 99.
+WITH_IMAGE = torch.cat([IDS, torch.full((2, 4), 99)], dim=1)
 
 
 def maker(model, **config):

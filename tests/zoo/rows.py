@@ -19,9 +19,7 @@ class Row:
     sites: int
     no_gradient: frozenset[str] = frozenset()  # sites whose weights get none in the original either
     missed: int = 0  # of them lorafx leaves alone, and names
-    exact: bool = (
-        True  # whether grad mode and requires_grad leave the original's kernels as they are
-    )
+    exact: bool = True  # grad mode and requires_grad leave the original's kernels as they are
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

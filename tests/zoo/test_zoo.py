@@ -18,9 +18,8 @@ from tests.zoo.rows import ROWS, Row
 
 
 def total(found: Any) -> Tensor:
-    return sum(tensor.double().square().sum() for tensor in found) / sum(
-        tensor.numel() for tensor in found
-    )
+    squares = sum(tensor.double().square().sum() for tensor in found)
+    return squares / sum(tensor.numel() for tensor in found)
 
 
 def assert_close(row: Row, got: Any, wanted: Any) -> None:
@@ -65,9 +64,8 @@ def test_identity_and_the_callers_model(row, tmp_path):
             got = outputs(row, model, training, grad)
             assert torch.equal(torch.get_rng_state(), state)
             if grad and not training and not row.exact:
-                assert_close(
-                    row, got, wanted
-                )  # torch's fused kernels are for weights that train nothing
+                # torch's fused kernels are for weights that train nothing
+                assert_close(row, got, wanted)
             else:
                 assert all(map(torch.equal, got, wanted)), (training, grad)
     assert all(map(torch.equal, outputs(row, frozen(lorafx.eject(model))), outputs(row, expected)))
