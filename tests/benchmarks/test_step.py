@@ -172,10 +172,8 @@ def test_the_cells():
     assert {cell.model for cell in grid} == {name for name in MODELS if not name.startswith("tiny")}
     assert {cell.batch * cell.length for cell in grid} == {128, 512, 2048, 4096}
     assert len(set(grid)) == len(grid)
-    assert {cell.rank for cell in grid} == {4, 16, 64} and {cell.targets for cell in grid} == {
-        "square",
-        "linear",
-    }
+    assert {cell.rank for cell in grid} == {4, 16, 64}
+    assert {cell.targets for cell in grid} == {"square", "linear"}
     assert {(cell.dtype, cell.compiled) for cell in grid} == {
         (dtype, graph) for dtype in (torch.float32, torch.bfloat16) for graph in (False, True)}
     assert all(cell.dtype in TOLERANCE for cell in (*grid, *step_cells.DEFAULT))
@@ -249,10 +247,8 @@ def test_merge_and_the_readme(tmp_path, capsys):
         found["machine"]["date"],
     ):
         assert part in printed
-    assert (
-        step.main(["--readme", str(stepped)]) is None
-        and merge_report.LEGEND not in capsys.readouterr().out
-    )
+    assert step.main(["--readme", str(stepped)]) is None
+    assert merge_report.LEGEND not in capsys.readouterr().out
 
 
 def test_a_wrong_merge_is_void():
@@ -285,7 +281,5 @@ def test_compiled_options(monkeypatch):
         compiled(
             make_contender(name, CONTENDERS[name], given.base, given.adapters), CPU, "inductor"
         )
-    assert (
-        seen[PEFT]["options"] == {}
-        and seen[LORAFX]["options"].keys() == lorafx.compile_options().keys()
-    )
+    assert seen[PEFT]["options"] == {}
+    assert seen[LORAFX]["options"].keys() == lorafx.compile_options().keys()

@@ -225,10 +225,8 @@ def test_a_folder_of_peft(tmp_path, capsys):
                  "-o", str(tmp_path / "out.safetensors")]) == 0
     assert same(safetensors.torch.load_file(tmp_path / "out.safetensors"),
                 lorafx.merge(lorafx.load(net, tmp_path / "peft")).state_dict())
-    assert (
-        main(["show", str(tmp_path / "peft")]) == 0
-        and "'default' (PEFT), 2 sites" in capsys.readouterr().out
-    )
+    assert main(["show", str(tmp_path / "peft")]) == 0
+    assert "'default' (PEFT), 2 sites" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "a.safetensors")]) == 0
     assert main(["diff", str(tmp_path / "peft"), str(tmp_path / "a.safetensors")]) == 0
     assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "new")]) == 2

@@ -83,9 +83,8 @@ def test_a_base_that_the_adapter_does_not_fit(small, case, capsys):
     change, message = BAD_BASES[case]
     other(change)
     assert main(["merge", "base.safetensors", "h.safetensors", "-o", "out.safetensors"]) == 2
-    assert message in error(capsys) and not [
-        path for path in os.listdir() if path.startswith("out")
-    ]
+    assert message in error(capsys)
+    assert not [path for path in os.listdir() if path.startswith("out")]
 
 
 BAD_FILES = {
@@ -159,9 +158,8 @@ def test_force_replaces(small):
     whole = files(Path("out"))
     Path("out/rest").write_text("of before")
     assert main(["merge", "base", "a.safetensors", "-o", "out", "--force"]) == 0
-    assert files(Path("out")) == whole and not [
-        path for path in os.listdir() if path.startswith(".")
-    ]
+    assert files(Path("out")) == whole
+    assert not [path for path in os.listdir() if path.startswith(".")]
     assert main(["merge", "base.pth", "a.safetensors", "-o", "base2.pth"]) == 0
     assert main(["merge", "base.pth", "t.safetensors", "-o", "base2.pth", "--force"]) == 0
     assert not torch.equal(torch.load("base2.pth")["0.weight"], small["0.weight"])

@@ -84,6 +84,5 @@ def test_memory_that_tensors_of_torch_save_share(small, whole, capsys):
         main(["merge", "tied.pth", "t.safetensors", "-o", "cast.pth", "--dtype", "bfloat16"]) == 0
     )
     out = torch.load("cast.pth")
-    assert (
-        out["tied"].data_ptr() == out["1.weight"].data_ptr() and out["tied"].dtype == torch.bfloat16
-    )
+    assert out["tied"].data_ptr() == out["1.weight"].data_ptr()
+    assert out["tied"].dtype == torch.bfloat16

@@ -82,9 +82,8 @@ def check_as_the_file_says(path: Path) -> None:
         scales = about["scales"]
         trained = sorted(set(about["trained"]))
         assert adapter.name == about["name"] and sorted(adapter.trained) == trained
-    assert found.keys() == expected.keys() and all(
-        same_bits(found[name], expected[name]) for name in found
-    )
+    assert found.keys() == expected.keys()
+    assert all(same_bits(found[name], expected[name]) for name in found)
     assert {site: pair.scale for site, pair in adapter.pairs.items()} == scales
     assert all(tensor.isfinite().all() for tensor in found.values())
 

@@ -164,10 +164,8 @@ def test_damaged_folders_of_peft(options: dict[str, Any], tmp_path: Path) -> Non
         except BaseException as error:
             raise AssertionError(f"{options} {index} (seed {SEED}): {files!r}"[:6000]) from error
     print(options, dict(outcomes))
-    assert (
-        outcomes["FormatError"] > 300
-        and outcomes["loaded"] > 100 > outcomes["PEFT does not load it"]
-    )
+    assert outcomes["FormatError"] > 300
+    assert outcomes["loaded"] > 100 > outcomes["PEFT does not load it"]
 
 
 def test_damaged_files_of_torch_in_folders_of_peft(tmp_path: Path) -> None:

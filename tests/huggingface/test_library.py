@@ -63,13 +63,11 @@ def test_files_of_a_merged_model(build, targets, more, tmp_path):
         base, tmp_path / "base"
     )
     assert (names - more, configs) == expected and names >= more
-    assert f'"architectures": [\n    "{type(base).__name__}"\n  ]' in configs[0] and type(
-        merged
-    ) is type(base)
+    assert f'"architectures": [\n    "{type(base).__name__}"\n  ]' in configs[0]
+    assert type(merged) is type(base)
     again = type(base).from_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(again), logits(merged)) and not torch.equal(
-        logits(again), logits(base)
-    )
+    assert torch.equal(logits(again), logits(merged))
+    assert not torch.equal(logits(again), logits(base))
 
 
 @pytest.mark.parametrize("build", [llama, t5, bert])
@@ -196,10 +194,8 @@ def test_pipeline(task, build, options):
     expected = answers(frozen(base))
     assert answers(model) == expected
     texts, scores = answers(randomise(model))
-    assert (
-        answers(lorafx.merge(model)) == (texts, pytest.approx(scores))
-        and (texts, scores) != expected
-    )
+    assert answers(lorafx.merge(model)) == (texts, pytest.approx(scores))
+    assert (texts, scores) != expected
 
 
 @pytest.mark.parametrize("build", [tied_llama, t5, bert])
@@ -215,11 +211,9 @@ def test_ties(build):
     assert head["weight"] is model.get_input_embeddings().weight is not old.weight
     model.set_input_embeddings(new := torch.nn.Embedding(100, 32))
     model.tie_weights()
-    assert (
-        model.get_input_embeddings() is new
-        and head["weight"] is new.weight
-        and list(model.state_dict()) == names
-    )
+    assert model.get_input_embeddings() is new
+    assert head["weight"] is new.weight
+    assert list(model.state_dict()) == names
 
 
 @pytest.mark.parametrize(
@@ -261,11 +255,9 @@ def test_properties_and_casts(build, dtype):
         == model.num_parameters(only_trainable=True)
         == count
     )
-    assert (
-        str(lorafx.eject(model)) == str(base)
-        and "GraphModule" not in str(model)
-        and "(lora)" in str(model)
-    )
+    assert str(lorafx.eject(model)) == str(base)
+    assert "GraphModule" not in str(model)
+    assert "(lora)" in str(model)
     expected, narrow = logits(cast := frozen(base).to(dtype)), lorafx.inject(cast, rank=2)
     assert narrow.dtype == dtype and torch.equal(logits(narrow), expected)
     assert {p.dtype for p in lorafx.parameters(narrow)} == {
@@ -273,11 +265,9 @@ def test_properties_and_casts(build, dtype):
     }
     model = model.half() if dtype == torch.float16 else model.to(dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype} == {model.dtype}
-    assert (
-        torch.equal(logits(model), expected)
-        and expected.dtype == dtype
-        and base.dtype == torch.float32
-    )
+    assert torch.equal(logits(model), expected)
+    assert expected.dtype == dtype
+    assert base.dtype == torch.float32
     found = logits(randomise(model))
     error = (logits(lorafx.merge(model)) - found).abs().max()
     assert error < 50 * torch.finfo(dtype).eps * found.abs().max() < (found - expected).abs().max()

@@ -80,11 +80,9 @@ def test_a_graph_module_keeps_its_hooked_or_shared_layers_as_regions():
     graph = fx.GraphModule(outer, fx.symbolic_trace(outer).graph)
     graph.leaf = outer.leaf
     model = lorafx.inject(graph)
-    assert (
-        "self.a.lora(" in model.code
-        and "self.b.lora" not in model.code
-        and "self.c.lora" not in model.code
-    )
+    assert "self.a.lora(" in model.code
+    assert "self.b.lora" not in model.code
+    assert "self.c.lora" not in model.code
     assert isinstance(model.b, fx.GraphModule) and isinstance(model.c, fx.GraphModule)
     randomise(model)
     x = torch.randn(2, 3)
@@ -144,9 +142,8 @@ def test_summary(block):
         == sum(p.numel() for p in lorafx.parameters(model))
     )
     assert found.total == sum(p.numel() for p in model.parameters())
-    assert [site.name for site in found.sites] == ["square", "up"] and found.sites[1].ranks == {
-        "default": 2
-    }
+    assert [site.name for site in found.sites] == ["square", "up"]
+    assert found.sites[1].ranks == {"default": 2}
     assert str(found).splitlines()[0].startswith("2 sites adapted, active: default x 1; 36 of ")
     assert "<td>square</td>" in found._repr_html_()
     lorafx.remove(model, "default")

@@ -177,16 +177,12 @@ def test_python_reads_adapted_weights(model, site):
 
 def test_an_adapted_weight_is_still_a_parameter_to_python():
     weight = lorafx.inject(nn.Linear(3, 4), targets="linear").weight
-    assert (
-        isinstance(weight, nn.Parameter)
-        and isinstance(weight, torch.Tensor)
-        and weight.shape == (4, 3)
-    )
-    assert (
-        weight.dtype == torch.float32
-        and not weight.requires_grad
-        and weight.new_zeros(2).shape == (2,)
-    )
+    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, torch.Tensor)
+    assert weight.shape == (4, 3)
+    assert weight.dtype == torch.float32
+    assert not weight.requires_grad
+    assert weight.new_zeros(2).shape == (2,)
 
 
 @pytest.mark.parametrize("model, site", [

@@ -106,9 +106,8 @@ def test_killed_at_every_step(tmp_path: Path, there: str) -> None:
         seen.append(outcome(path))
         lorafx.save(another, path)
         assert kind_of(path) == KINDS[2]
-        assert os.listdir(path.parent) == ["x"] and not [
-            name for name in os.listdir(path) if name[0] == "."
-        ]
+        assert os.listdir(path.parent) == ["x"]
+        assert not [name for name in os.listdir(path) if name[0] == "."]
     before = outcome(tmp_path / "old")
     assert len(seen) > 7 and set(seen) == {before, KINDS[1]}
     # the old one up to some step, and then the new one
