@@ -23,25 +23,9 @@ from tests.support.processes import child
 
 def test_finetune(tmp_path, capsys):
     options = [
-        "--hidden",
-        "16",
-        "--layers",
-        "1",
-        "--steps",
-        "3",
-        "--pretrain-steps",
-        "3",
-        "--batch",
-        "4",
-        "--length",
-        "16",
-        "--out",
-        str(tmp_path / "out"),
-        "--checkpoints",
-        str(tmp_path / "checkpoints"),
-        "--device",
-        "cpu",
-        "--no-check-learning",
+        "--hidden", "16", "--layers", "1", "--steps", "3", "--pretrain-steps", "3", "--batch", "4",
+        "--length", "16", "--out", str(tmp_path / "out"), "--checkpoints",
+        str(tmp_path / "checkpoints"), "--device", "cpu", "--no-check-learning"
     ]
     first, second = finetune.main(options), finetune.main(options)
     assert [row["loss"] for row in first["models"].values()] == [
@@ -74,25 +58,9 @@ def killed_when(path, options):
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_finetune_goes_on_after_a_kill(tmp_path, capsys):
     options = [
-        "--hidden",
-        "16",
-        "--layers",
-        "1",
-        "--steps",
-        "60",
-        "--pretrain-steps",
-        "3",
-        "--batch",
-        "4",
-        "--length",
-        "16",
-        "--checkpoints",
-        str(tmp_path / "checkpoints"),
-        "--device",
-        "cpu",
-        "--no-check-learning",
-        "--save-every",
-        "7",
+        "--hidden", "16", "--layers", "1", "--steps", "60", "--pretrain-steps", "3", "--batch", "4",
+        "--length", "16", "--checkpoints", str(tmp_path / "checkpoints"), "--device", "cpu",
+        "--no-check-learning", "--save-every", "7"
     ]
     whole, out = finetune.main([*options, "--out", str(tmp_path / "whole")]), tmp_path / "out"
     options += ["--out", str(out)]
@@ -113,9 +81,8 @@ def test_finetune_goes_on_after_a_kill(tmp_path, capsys):
     assert resumed["runs"] == whole["runs"] and resumed["checks"] == whole["checks"]
     for path in (tmp_path / "whole" / "lora").glob("*.safetensors"):
         one, other = load_file(path), load_file(out / "lora" / path.name)
-        assert one.keys() == other.keys() and all(
-            torch.equal(one[name], other[name]) for name in one
-        )
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
     assert not (out / "unfinished").exists()
 
 
@@ -126,11 +93,9 @@ def test_coverage(capsys):
         for row in coverage.main(["--only", "llama", "siglip", "mixtral", "rwkv", "--jobs", "2"])
     }
     for name, layers in (("llama", 2 * 7), ("siglip", 31)):
-        assert (
-            rows[name].lorafx.identical()
-            and rows[name].lorafx.no_silent()
-            and rows[name].lorafx.layers >= layers
-        )
+        assert rows[name].lorafx.identical()
+        assert rows[name].lorafx.no_silent()
+        assert rows[name].lorafx.layers >= layers
     assert rows["siglip"].peft.silent and "AdaptedWeightError" in rows["rwkv"].lorafx.error
     assert "1 silent, such as vision_model.head.attention.out_proj" in capsys.readouterr().out
 

@@ -41,7 +41,7 @@ def test_a_cache_changes_nothing(model):
 def test_padding_changes_nothing(model):
     padded = model(TOKENS, MASK).logits[1, 2:]
     alone = model(TOKENS[1:, 2:]).logits[0]
-    # Its positions are shifted by the padding, and rotary embeddings see differences of positions only.
+    # Padding shifts its positions, and rotary embeddings see differences of positions only.
     torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks of speed, untimed: they count exactly, refuse contenders that compute something else, and report."""
+"""The benchmarks of speed, untimed: exact counts, wrong contenders refused, and the report."""
 
 import json
 
@@ -117,9 +117,8 @@ def test_saved_bytes():
     assert sorted(sizes.values()) == [4 * 7 * 2, 4 * 7 * 3]  # h and x
     with saved(nn.Module()) as sizes:
         kept = output.sin(), output[1:].cos(), output.mT.exp()
-    assert (
-        sorted(sizes.values()) == [4 * 7 * 5, 4 * 7 * 5] and kept
-    )  # one storage, of all views, and exp's result
+    # one storage, of all views, and exp's result
+    assert sorted(sizes.values()) == [4 * 7 * 5, 4 * 7 * 5] and kept
 
 
 def test_operators():
@@ -171,13 +170,10 @@ def test_statistics():
 def test_the_cells():
     grid = step_cells.grid()
     assert {cell.model for cell in grid} == {name for name in MODELS if not name.startswith("tiny")}
-    assert {cell.batch * cell.length for cell in grid} == {128, 512, 2048, 4096} and len(
-        set(grid)
-    ) == len(grid)
-    assert {cell.rank for cell in grid} == {4, 16, 64} and {cell.targets for cell in grid} == {
-        "square",
-        "linear",
-    }
+    assert {cell.batch * cell.length for cell in grid} == {128, 512, 2048, 4096}
+    assert len(set(grid)) == len(grid)
+    assert {cell.rank for cell in grid} == {4, 16, 64}
+    assert {cell.targets for cell in grid} == {"square", "linear"}
     assert {(cell.dtype, cell.compiled) for cell in grid} == {
         (dtype, graph) for dtype in (torch.float32, torch.bfloat16) for graph in (False, True)}
     assert all(cell.dtype in TOLERANCE for cell in (*grid, *step_cells.DEFAULT))
@@ -189,8 +185,7 @@ def test_the_cells():
             parameter.numel()
             for parameter in family.build(family.width, family.layers).parameters()
         )
-        for name, family in MODELS.items()
-        if name.startswith("MiniMind")
+        for name, family in MODELS.items() if name.startswith("MiniMind")
     }
     assert {name: round(size / 1e6) for name, size in sizes.items()} == {
         "MiniMind 26M": 26,
@@ -252,10 +247,8 @@ def test_merge_and_the_readme(tmp_path, capsys):
         found["machine"]["date"],
     ):
         assert part in printed
-    assert (
-        step.main(["--readme", str(stepped)]) is None
-        and merge_report.LEGEND not in capsys.readouterr().out
-    )
+    assert step.main(["--readme", str(stepped)]) is None
+    assert merge_report.LEGEND not in capsys.readouterr().out
 
 
 def test_a_wrong_merge_is_void():
@@ -288,7 +281,5 @@ def test_compiled_options(monkeypatch):
         compiled(
             make_contender(name, CONTENDERS[name], given.base, given.adapters), CPU, "inductor"
         )
-    assert (
-        seen[PEFT]["options"] == {}
-        and seen[LORAFX]["options"].keys() == lorafx.compile_options().keys()
-    )
+    assert seen[PEFT]["options"] == {}
+    assert seen[LORAFX]["options"].keys() == lorafx.compile_options().keys()

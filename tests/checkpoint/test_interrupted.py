@@ -1,4 +1,4 @@
-"""Merging on a disk that is interrupted, fails, or is done twice at once: the old or the new stands there, whole."""
+"""Merging that is interrupted, fails, or is done twice at once: the old or the new, whole."""
 
 import errno
 import fcntl
@@ -43,7 +43,7 @@ def stopping(monkeypatch, after: int, stop: Callable[[], None]) -> None:
 
 @pytest.fixture
 def replaced(small):
-    """The files of a folder that is to be replaced, those of the new one, and how to begin again."""
+    """The files of a folder to be replaced, those of the new one, and how to begin again."""
     assert main([*MERGE[:-1], "whole"]) == 0
     assert main(["merge", "base", "t.safetensors", "-o", "before"]) == 0
     Path("before/rest").write_text("of before")
@@ -74,18 +74,15 @@ def test_killed_at_each_step_of_replacing(replaced, monkeypatch, capsys):
                 moved += 1
             elif not os.path.exists("out"):
                 absent += 1
-                assert (
-                    files(Path("out.partial/old")) == before
-                    and files(Path("out.partial/new")) == whole
-                )
+                assert files(Path("out.partial/old")) == before
+                assert files(Path("out.partial/new")) == whole
             if (
                 not force and not moved
             ):  # it was not replaced, and is not now, nor is what was finished lost
                 assert main(["merge", "base", "t.safetensors", "-o", "out"]) == 2
                 assert "replace it with --force" in error(capsys)
-                assert files(Path("out")) == before and (
-                    not absent or files(Path("out.partial/new")) == whole
-                )
+                assert files(Path("out")) == before
+                assert not absent or files(Path("out.partial/new")) == whole
                 force = ["--force"]
             assert main([*MERGE, *force]) == 0
             assert files(Path("out")) == whole and not os.path.exists("out.partial")
@@ -109,9 +106,8 @@ def test_failing_at_each_step_of_replacing(replaced, monkeypatch, capsys):
             code = main([*MERGE, "--force"])
         if code:
             said, found = error(capsys), files(Path("out"))
-            assert "the disk fails" in said and found == (
-                whole if "'out' is finished" in said else before
-            )
+            assert "the disk fails" in said
+            assert found == (whole if "'out' is finished" in said else before)
             assert main([*MERGE, "--force"]) == 0
         assert files(Path("out")) == whole and not os.path.exists("out.partial")
         if code == 0:
@@ -156,9 +152,8 @@ def test_going_on_writes_only_the_rest_and_only_of_the_same(small, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.chdir("elsewhere")
         assert main(["merge", "../base", "../a.safetensors", "-o", "../out"]) == 0
-    assert (
-        files(Path("out")) == files(Path("whole")) and Path("out", first).stat().st_mtime_ns == kept
-    )
+    assert files(Path("out")) == files(Path("whole"))
+    assert Path("out", first).stat().st_mtime_ns == kept
 
 
 OTHERWISE = {"another adapter": ["merge", "base", "t.safetensors"],
@@ -232,9 +227,8 @@ def test_a_file_that_fails_or_is_killed(small, monkeypatch, name):
     arguments = ["merge", name, "a.safetensors", "-o", str(out)]
     before = sorted(os.listdir())
     assert interrupted(monkeypatch, 0, arguments) == 0 and sorted(os.listdir()) == before
-    assert (
-        interrupted(monkeypatch, 1, arguments) == 1 and not out.exists()
-    )  # it only lacks its name
+    # it only lacks its name
+    assert interrupted(monkeypatch, 1, arguments) == 1 and not out.exists()
     assert main(arguments) == 0 and sorted(os.listdir()) == sorted([*before, out.name])
     whole = out.read_bytes()
     for after in range(6):

@@ -39,15 +39,12 @@ class Model(nn.Module):
 
 ADAPTERS = {
     "a": dict(
-        rank=2,
-        alpha=3.0,
-        targets=["qkv[q]", "qkv[0:4]", "turned", "*square", "experts", "back", "in_proj_weight[v]"],
+        rank=2, alpha=3.0,
+        targets=["qkv[q]", "qkv[0:4]", "turned", "*square", "experts", "back", "in_proj_weight[v]"]
     ),
     "b": dict(
-        rank=3,
-        alpha=1.0,
-        targets=["qkv[5:12]", "turned", "back", "attention.out_proj"],
-        trainable="head",
+        rank=3, alpha=1.0, targets=["qkv[5:12]", "turned", "back", "attention.out_proj"],
+        trainable="head"
     ),
     "t": dict(rank=2, targets=["turned", "*square"]),
 }
@@ -110,7 +107,7 @@ def test_the_same_bits_as_in_memory(made, selection):
 
 
 def test_matrices_of_several_blocks(tmp_path, monkeypatch):
-    """More rows than are summed, or read, at a time, the last of them fewer; and an adapter of some rows only."""
+    """More rows than are summed or read at a time, the last fewer; an adapter of some rows only."""
     monkeypatch.chdir(tmp_path)
     base = nn.Sequential(nn.Linear(1009, 5003), nn.Linear(5003, 1511)).bfloat16()
     lorafx.save(
@@ -228,10 +225,8 @@ def test_a_folder_of_peft(tmp_path, capsys):
                  "-o", str(tmp_path / "out.safetensors")]) == 0
     assert same(safetensors.torch.load_file(tmp_path / "out.safetensors"),
                 lorafx.merge(lorafx.load(net, tmp_path / "peft")).state_dict())
-    assert (
-        main(["show", str(tmp_path / "peft")]) == 0
-        and "'default' (PEFT), 2 sites" in capsys.readouterr().out
-    )
+    assert main(["show", str(tmp_path / "peft")]) == 0
+    assert "'default' (PEFT), 2 sites" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "a.safetensors")]) == 0
     assert main(["diff", str(tmp_path / "peft"), str(tmp_path / "a.safetensors")]) == 0
     assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "new")]) == 2
@@ -240,7 +235,7 @@ def test_a_folder_of_peft(tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_torch_save_wrote_is_summed_some_rows_at_a_time(here, monkeypatch, dtype):
-    """And the archive is whole: every checksum is right, every storage where a mapping of the file wants it."""
+    """And the archive is whole: checksums are right, storages where a mapping wants them."""
     base = nn.Sequential(
         nn.Linear(1009, 5003), nn.Linear(5003, 1511), nn.Embedding(3, 1009)
     ).bfloat16()

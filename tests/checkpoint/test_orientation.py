@@ -38,9 +38,8 @@ def test_square_matrices_that_peft_says_are_turned(targets):
     assert json.loads(Path("ours/adapter_config.json").read_text())["fan_in_fan_out"] is True
     assert main(["convert", "peft", "a.safetensors"]) == 0
     for adapter in ("ours", "a.safetensors"):
-        assert main(["merge", "base", adapter, "-o", "out", "--force"]) == 0 and close(
-            read_folder(), wanted
-        )
+        assert main(["merge", "base", adapter, "-o", "out", "--force"]) == 0
+        assert close(read_folder(), wanted)
 
 
 def test_square_matrices_that_nothing_tells_are_refused(capsys):
@@ -50,9 +49,8 @@ def test_square_matrices_that_nothing_tells_are_refused(capsys):
     for value in (False, None):
         Path("peft/adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": value}))
         assert main(["merge", "base", "peft", "-o", "out"]) == 2 and says in last_error(capsys)
-    of_peft(
-        gpt2(), target_modules=["lm_head", "attn.c_proj"]
-    )  # PEFT's word is of the last, and others gainsay it
+    # PEFT's word is of the last, and the others contradict it
+    of_peft(gpt2(), target_modules=["lm_head", "attn.c_proj"])
     assert main(["merge", "base", "peft", "-o", "out"]) == 2 and says in last_error(capsys)
     factors = {f"transformer.h.0.attn.c_proj.lora.{name}.weight": torch.ones(*shape)
                for name, shape in (("A", (2, 8)), ("B", (8, 2)))}

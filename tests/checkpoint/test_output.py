@@ -1,4 +1,4 @@
-"""Merging on a disk beside other files: what it reads, replaces and carries along, and what it refuses to touch."""
+"""Merging on a disk beside other files: what is read, replaced, carried along, and refused."""
 
 import json
 import os
@@ -20,15 +20,9 @@ from tests.support.oracle import randomise
 
 def test_a_folder_that_holds_its_weights_twice(small, capsys):
     names = [
-        "adapter_config.json",
-        "consolidated.safetensors",
-        "flax_model.msgpack",
-        "model.fp16.safetensors",
-        "model.safetensors",
-        "pytorch_model-00001-of-00001.bin",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-        "tf_model.h5",
+        "adapter_config.json", "consolidated.safetensors", "flax_model.msgpack",
+        "model.fp16.safetensors", "model.safetensors", "pytorch_model-00001-of-00001.bin",
+        "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5"
     ]
     for name in names:
         Path("base", name).write_bytes(b"{}")
@@ -117,8 +111,7 @@ IN_THE_WAY: dict[str, Callable[[Path], object]] = {
     "a folder": lambda path: (path.mkdir(), (path / "thesis.txt").write_text("mine")),
     "a folder of a checkpoint": lambda path: shutil.copytree("base", path),
     "a link as the state": lambda path: (
-        path.mkdir(),
-        (path / STATE).symlink_to(Path("mine").resolve()),
+        path.mkdir(), (path / STATE).symlink_to(Path("mine").resolve())
     ),
 }
 
@@ -145,10 +138,8 @@ def test_names_of_any_kind(small, monkeypatch):
     ):
         Path("base", name).parent.mkdir(exist_ok=True)
         Path("base", name).write_text(name)
-    assert (
-        main([*MERGE[:-1], "whole"]) == 0
-        and files(Path("whole")).keys() == files(Path("base")).keys()
-    )
+    assert main([*MERGE[:-1], "whole"]) == 0
+    assert files(Path("whole")).keys() == files(Path("base")).keys()
     for after in range(len(files(Path("base")))):
         assert interrupted(monkeypatch, after, MERGE) == after
         assert main(MERGE) == 0
@@ -164,10 +155,8 @@ def test_files_of_odd_kinds(small, monkeypatch, capsys):
     assert main(["merge", "linked", "a.safetensors", "-o", "new/folders/out"]) == 0
     before, after = files(Path("base")), files(Path("new/folders/out"))
     assert before.keys() == after.keys() and after["again.json"] == before["sub/tokenizer.json"]
-    assert (
-        not os.path.exists("new/folders/out/none")
-        and os.stat("new/folders/out/again.json").st_nlink == 1
-    )
+    assert not os.path.exists("new/folders/out/none")
+    assert os.stat("new/folders/out/again.json").st_nlink == 1
 
     def forbidden(path, *mode):
         if Path(path).name == "again.json":

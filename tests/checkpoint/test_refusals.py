@@ -17,9 +17,11 @@ BAD_PATHS = {
     "base a.safetensors -o base": "'base' is 'base' itself or in it",
     "base a.safetensors -o base/new": "'base/new' is 'base' itself or in it",
     "base a.safetensors -o . --force": "'.' is there already and is not a folder with a checkpoint",
-    "base a.safetensors -o a.safetensors --force": "is there already and is not a folder with a checkpoint",
+    "base a.safetensors -o a.safetensors --force":
+        "is there already and is not a folder with a checkpoint",
     "base.safetensors a.safetensors -o base.safetensors --force": "itself or in it",
-    "base.safetensors a.safetensors -o a.safetensors --force": "'a.safetensors' is 'a.safetensors' or in it",
+    "base.safetensors a.safetensors -o a.safetensors --force":
+        "'a.safetensors' is 'a.safetensors' or in it",
     "base.safetensors a.safetensors -o t.safetensors": "'t.safetensors' is there already",
     "base.safetensors a.safetensors -o out.pth": "end 'out.pth' in .safetensors",
     "base.pth a.safetensors -o base": "end 'base' in .pth or .pt",
@@ -30,7 +32,8 @@ BAD_PATHS = {
     "base --adapter a.safetensors=inf -o out": "must be a finite number, not inf",
     "base --adapter h.safetensors=0.5 -o out": "which cannot be weighed by 0.5",
     "base h.safetensors --adapter i.safetensors -o out": "both train '1.weight' whole",
-    "base/sub a.safetensors -o out": "holds neither model.safetensors.index.json nor model.safetensors",
+    "base/sub a.safetensors -o out":
+        "holds neither model.safetensors.index.json nor model.safetensors",
     "base/config.json a.safetensors -o out": "is not a checkpoint by its ending",
 }
 
@@ -50,31 +53,26 @@ def other(change, name="base.safetensors"):
 
 BAD_BASES = {
     "other shapes": (
-        lambda s: s.update({"0.weight": torch.ones(6, 5)}),
-        "do not fit the tensor (6, 5)",
+        lambda s: s.update({"0.weight": torch.ones(6, 5)}), "do not fit the tensor (6, 5)"
     ),
     "the other way": (
-        lambda s: s.update({"0.weight": torch.ones(4, 6)}),
-        "do not fit the tensor (4, 6)",
+        lambda s: s.update({"0.weight": torch.ones(4, 6)}), "do not fit the tensor (4, 6)"
     ),
     "no tensor": (
         lambda s: s.update({"0_weight": s.pop("0.weight")}),
-        "has '0', but 'base.safetensors' has no such",
+        "has '0', but 'base.safetensors' has no such"
     ),
     "integers": (
-        lambda s: s.update({"0.weight": torch.ones(6, 4, dtype=torch.int8)}),
-        "stored as torch.int8",
+        lambda s: s.update({"0.weight": torch.ones(6, 4, dtype=torch.int8)}), "stored as torch.int8"
     ),
     "two ways": (
         lambda s: s.update(
             {
                 p + n: s.pop(n) if p == "model." else s[n].clone()
-                for p in ("module.", "model.")
-                for n in list(s)
-                if n[0] in "01"
+                for p in ("module.", "model.") for n in list(s) if n[0] in "01"
             }
         ),
-        "in several ways",
+        "in several ways"
     ),
     "trained of another shape": (lambda s: s.update({"1.bias": torch.ones(2)}), "has it as (2,)"),
 }
@@ -85,9 +83,8 @@ def test_a_base_that_the_adapter_does_not_fit(small, case, capsys):
     change, message = BAD_BASES[case]
     other(change)
     assert main(["merge", "base.safetensors", "h.safetensors", "-o", "out.safetensors"]) == 2
-    assert message in error(capsys) and not [
-        path for path in os.listdir() if path.startswith("out")
-    ]
+    assert message in error(capsys)
+    assert not [path for path in os.listdir() if path.startswith("out")]
 
 
 BAD_FILES = {
@@ -161,9 +158,8 @@ def test_force_replaces(small):
     whole = files(Path("out"))
     Path("out/rest").write_text("of before")
     assert main(["merge", "base", "a.safetensors", "-o", "out", "--force"]) == 0
-    assert files(Path("out")) == whole and not [
-        path for path in os.listdir() if path.startswith(".")
-    ]
+    assert files(Path("out")) == whole
+    assert not [path for path in os.listdir() if path.startswith(".")]
     assert main(["merge", "base.pth", "a.safetensors", "-o", "base2.pth"]) == 0
     assert main(["merge", "base.pth", "t.safetensors", "-o", "base2.pth", "--force"]) == 0
     assert not torch.equal(torch.load("base2.pth")["0.weight"], small["0.weight"])

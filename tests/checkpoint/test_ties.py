@@ -17,13 +17,8 @@ def test_a_tied_head(tmp_path, monkeypatch, capsys):
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     config = transformers.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        vocab_size=31,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, vocab_size=31,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True
     )
     base = transformers.LlamaForCausalLM(config).eval()
     base.save_pretrained("base")
@@ -53,10 +48,8 @@ def test_config_says_tied(small, capsys):
             for untie in ([], ["--untie"])
         ]
 
-    assert says({"tie_word_embeddings": True, "vocab_size": 6}) == [
-        2,
-        2,
-    ]  # which other is not known
+    # which other is not known
+    assert says({"tie_word_embeddings": True, "vocab_size": 6}) == [2, 2]
     assert "is tied to another that 'base' does not hold" in capsys.readouterr().err
     assert says({"vocab_size": 6}) == [2, 2] and "may be tied to another" in capsys.readouterr().err
     assert says({"text": {"tie_word_embeddings": False}, "vocab_size": 6})[0] == 0
@@ -77,11 +70,7 @@ def test_memory_that_tensors_of_torch_save_share(small, whole, capsys):
         "tied.pth",
     )
     arguments = [
-        "merge",
-        "tied.pth",
-        "h.safetensors" if whole else "a.safetensors",
-        "-o",
-        "out.pth",
+        "merge", "tied.pth", "h.safetensors" if whole else "a.safetensors", "-o", "out.pth"
     ]
     if not whole:
         assert main(arguments) == 2
@@ -95,6 +84,5 @@ def test_memory_that_tensors_of_torch_save_share(small, whole, capsys):
         main(["merge", "tied.pth", "t.safetensors", "-o", "cast.pth", "--dtype", "bfloat16"]) == 0
     )
     out = torch.load("cast.pth")
-    assert (
-        out["tied"].data_ptr() == out["1.weight"].data_ptr() and out["tied"].dtype == torch.bfloat16
-    )
+    assert out["tied"].data_ptr() == out["1.weight"].data_ptr()
+    assert out["tied"].dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Merging on a disk by what transformers does: it ties more than heads by one word, and loads base models of others."""
+"""Merging on a disk as transformers reads it: ties of more than heads, bases of other models."""
 
 import json
 from pathlib import Path
@@ -64,8 +64,7 @@ def save(name: str, config: str, options: dict[str, object]) -> nn.Module:
 def square_llama() -> nn.Module:
     """A tied model with as many tokens as features."""
     return save(
-        "LlamaForCausalLM",
-        "LlamaConfig",
+        "LlamaForCausalLM", "LlamaConfig",
         {
             "hidden_size": 8,
             "intermediate_size": 12,
@@ -74,7 +73,7 @@ def square_llama() -> nn.Module:
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
             "tie_word_embeddings": True,
-        },
+        }
     )
 
 
@@ -82,15 +81,11 @@ def square_llama() -> nn.Module:
     "name, config, options, head, more",
     [
         (
-            "BartForConditionalGeneration",
-            "BartConfig",
-            PAIR,
-            "lm_head",
-            "tie_word_embeddings may tie more in such a model",
+            "BartForConditionalGeneration", "BartConfig", PAIR, "lm_head",
+            "tie_word_embeddings may tie more in such a model"
         ),
         (
-            "T5ForConditionalGeneration",
-            "T5Config",
+            "T5ForConditionalGeneration", "T5Config",
             {
                 "d_model": 8,
                 "d_kv": 4,
@@ -99,24 +94,17 @@ def square_llama() -> nn.Module:
                 "num_heads": 2,
                 "vocab_size": 11,
             },
-            "lm_head",
-            "may tie more in such a model",
+            "lm_head", "may tie more in such a model"
         ),
         (
-            "BertForMaskedLM",
-            "BertConfig",
-            BERT,
-            "cls.predictions.decoder",
-            "may tie 'cls.predictions.bias' too",
+            "BertForMaskedLM", "BertConfig", BERT, "cls.predictions.decoder",
+            "may tie 'cls.predictions.bias' too"
         ),
         (
-            "RobertaForMaskedLM",
-            "RobertaConfig",
-            BERT,
-            "lm_head.decoder",
-            "may tie 'lm_head.bias' too",
+            "RobertaForMaskedLM", "RobertaConfig", BERT, "lm_head.decoder",
+            "may tie 'lm_head.bias' too"
         ),
-    ],
+    ]
 )
 def test_what_else_one_word_ties_is_not_untied(name, config, options, head, more, capsys):
     model = randomise(lorafx.inject(save(name, config, options), 2, targets=head))
@@ -125,12 +113,10 @@ def test_what_else_one_word_ties_is_not_untied(name, config, options, head, more
         capsys.readouterr()
         assert main([*MERGE, *untie]) == 2
         assert more in error(capsys) and not Path("out").exists()
-    lorafx.merge(model, untie=True).save_pretrained(
-        "memory"
-    )  # transformers 5 then ties what is equal
+    # transformers 5 then ties what is equal
+    lorafx.merge(model, untie=True).save_pretrained("memory")
     merged, words = (
-        getattr(transformers, name).from_pretrained("memory").eval(),
-        torch.arange(6)[None],
+        getattr(transformers, name).from_pretrained("memory").eval(), torch.arange(6)[None]
     )
     more = {"decoder_input_ids": words} if model.config.is_encoder_decoder else {}
     torch.testing.assert_close(
@@ -142,13 +128,12 @@ def test_what_else_one_word_ties_is_not_untied(name, config, options, head, more
     "name, config, options, head",
     [
         (
-            "DistilBertForMaskedLM",
-            "DistilBertConfig",
+            "DistilBertForMaskedLM", "DistilBertConfig",
             {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 12, "vocab_size": 11},
-            "vocab_projector",
+            "vocab_projector"
         ),
         ("GPT2LMHeadModel", "GPT2Config", GPT2, "lm_head"),
-    ],
+    ]
 )
 def test_a_head_and_an_embedding_are_untied(name, config, options, head):
     model = randomise(lorafx.inject(save(name, config, options), 2, targets=head))
@@ -188,9 +173,8 @@ def test_matrices_of_the_shape_of_a_trained_embedding_stay_as_they_are(stored_tw
 
 def test_a_head_that_the_config_wrongly_says_is_tied(capsys):
     model = save(
-        "LlamaForCausalLM",
-        "LlamaConfig",
-        {**BERT, "num_key_value_heads": 2, "tie_word_embeddings": False},
+        "LlamaForCausalLM", "LlamaConfig",
+        {**BERT, "num_key_value_heads": 2, "tie_word_embeddings": False}
     )
     path, model = Path("base/config.json"), randomise(lorafx.inject(model, 2, targets="lm_head"))
     lorafx.save(model, "a.safetensors")
@@ -253,9 +237,8 @@ def test_two_base_models_in_one(capsys):
 
 def test_an_index_that_counts_parameters():
     model = save(
-        "LlamaForCausalLM",
-        "LlamaConfig",
-        {**BERT, "num_key_value_heads": 2, "tie_word_embeddings": True},
+        "LlamaForCausalLM", "LlamaConfig",
+        {**BERT, "num_key_value_heads": 2, "tie_word_embeddings": True}
     )
     model.save_pretrained("sharded", max_shard_size="1KB")
     lorafx.save(randomise(lorafx.inject(model, 2, targets="lm_head")), "a.safetensors")
@@ -276,9 +259,8 @@ def test_an_index_that_counts_parameters():
 def test_a_head_of_peft_in_a_tied_checkpoint(options, capsys):
     """PEFT writes the weight of the head beside its pair, unasked."""
     model = save(
-        "LlamaForCausalLM",
-        "LlamaConfig",
-        {**BERT, "num_key_value_heads": 2, "tie_word_embeddings": True},
+        "LlamaForCausalLM", "LlamaConfig",
+        {**BERT, "num_key_value_heads": 2, "tie_word_embeddings": True}
     )
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
     stir(wrapped, ("lora_", "modules_to_save"))

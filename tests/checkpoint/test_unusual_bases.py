@@ -181,5 +181,8 @@ def test_a_shard_that_is_a_pipe(small, capsys):
 def test_a_base_in_a_checkpoint_of_a_training_run(small, capsys):
     torch.save({"epoch": 3, "model": small}, "run.pth")
     assert main(["merge", "run.pth", "a.safetensors", "-o", "out.pth"]) == 2
-    message = "'run.pth' holds tensors under 'model': save that part by itself, torch.save(content['model'], ...)."
+    message = (
+        "'run.pth' holds tensors under 'model': save that part by itself, "
+        "torch.save(content['model'], ...)."
+    )
     assert message in error(capsys) and not os.path.exists("out.pth")

@@ -12,17 +12,25 @@ THREADS = "is not a whole number from 1 to 1024"
 WRONG_ARGUMENTS = {
     "": "lorafx: the following arguments are required: COMMAND; 'lorafx --help' has examples.",
     "fold a": "lorafx: argument COMMAND: invalid choice: 'fold' (choose from ",
-    "merge": "lorafx merge: the following arguments are required: BASE, -o/--output; 'lorafx merge --help' has",
-    "merge base a.safetensors -o out --frob": "lorafx merge: unrecognized arguments: --frob; 'lorafx merge --help'",
-    "merge base a.safetensors -o out --dtype x": "lorafx merge: argument --dtype: invalid choice: 'x' (choose from ",
-    "merge base a.safetensors -o out --threads x": f"argument --threads: 'x' {THREADS}; 'lorafx merge --help' has",
+    "merge":
+        "lorafx merge: the following arguments are required: BASE, -o/--output; "
+        "'lorafx merge --help' has",
+    "merge base a.safetensors -o out --frob":
+        "lorafx merge: unrecognized arguments: --frob; 'lorafx merge --help'",
+    "merge base a.safetensors -o out --dtype x":
+        "lorafx merge: argument --dtype: invalid choice: 'x' (choose from ",
+    "merge base a.safetensors -o out --threads x":
+        f"argument --threads: 'x' {THREADS}; 'lorafx merge --help' has",
     "merge base a.safetensors -o out --threads 0": THREADS,
     "merge base a.safetensors -o out --threads 1000000": THREADS,
     "merge base a.safetensors -o out --threads 100000000000000000000": THREADS,
     "merge base --adapter =1 -o out": "argument --adapter: '' is not a path",
-    "diff a.safetensors a.safetensors --tolerance nan": "argument --tolerance: 'nan' is not a finite number of at least 0",
-    "diff a.safetensors a.safetensors --tolerance -1": "argument --tolerance: '-1' is not a finite number of at least 0",
-    "diff a.safetensors a.safetensors --tolerance inf": "argument --tolerance: 'inf' is not a finite number of at least 0",
+    "diff a.safetensors a.safetensors --tolerance nan":
+        "argument --tolerance: 'nan' is not a finite number of at least 0",
+    "diff a.safetensors a.safetensors --tolerance -1":
+        "argument --tolerance: '-1' is not a finite number of at least 0",
+    "diff a.safetensors a.safetensors --tolerance inf":
+        "argument --tolerance: 'inf' is not a finite number of at least 0",
     "show a.safetensors b": "lorafx show: unrecognized arguments: b",
 }
 
@@ -44,14 +52,9 @@ PATHS = {
     "": "'' is not a path",
 }
 USES = (
-    "show {}",
-    "convert {} new.safetensors",
-    "convert a.safetensors {} --force",
-    "diff a.safetensors {}",
-    "merge {} a.safetensors -o out",
-    "merge base {} -o out",
-    "merge base --adapter {}=0.5 -o out",
-    "merge base a.safetensors -o {} --force",
+    "show {}", "convert {} new.safetensors", "convert a.safetensors {} --force",
+    "diff a.safetensors {}", "merge {} a.safetensors -o out", "merge base {} -o out",
+    "merge base --adapter {}=0.5 -o out", "merge base a.safetensors -o {} --force"
 )
 
 

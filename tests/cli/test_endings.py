@@ -76,11 +76,8 @@ def test_interrupted_while_it_runs(small, tmp_path):
 )
 def test_without_an_output(small, arguments, closed, code):
     done = subprocess.run(
-        f"{sys.executable} -m lorafx {arguments} {closed}",
-        shell=True,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(lorafx.__file__).parents[1])},
+        f"{sys.executable} -m lorafx {arguments} {closed}", shell=True, capture_output=True,
+        text=True, env=os.environ | {"PYTHONPATH": str(Path(lorafx.__file__).parents[1])}
     )
     assert (done.returncode, done.stderr) == (code, "") and (code == 0 or not done.stdout)
 

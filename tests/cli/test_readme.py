@@ -17,13 +17,8 @@ README = Path(lorafx.__file__).parent / "_checkpoint" / "README.md"
 def make_files() -> None:
     """A small Llama with a tied head in the folder base, and adapters for it."""
     config = transformers.LlamaConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        vocab_size=640,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, vocab_size=640,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True
     )
     base = transformers.LlamaForCausalLM(config)
     base.save_pretrained("base", max_shard_size="3MB")

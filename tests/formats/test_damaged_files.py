@@ -11,120 +11,91 @@ from tests.support.adapter_files import Model, edit, edit_about, injected
 
 DAMAGE = {
     "missing half": (
-        lambda t, h: t.pop("up.lora.A"),
-        lorafx.FormatError,
-        "has 'up.lora.B' but not its other half",
+        lambda t, h: t.pop("up.lora.A"), lorafx.FormatError,
+        "has 'up.lora.B' but not its other half"
     ),
     "extra key": (
-        lambda t, h: t.update(x=torch.zeros(1)),
-        lorafx.FormatError,
-        "has a tensor 'x', which is neither",
+        lambda t, h: t.update(x=torch.zeros(1)), lorafx.FormatError,
+        "has a tensor 'x', which is neither"
     ),
     "substring key": (
-        lambda t, h: t.update({"up.lora.A.x": torch.zeros(1)}),
-        lorafx.FormatError,
-        "'up.lora.A.x'",
+        lambda t, h: t.update({"up.lora.A.x": torch.zeros(1)}), lorafx.FormatError, "'up.lora.A.x'"
     ),
     "no tensors": (lambda t, h: t.clear(), lorafx.FormatError, "holds no adapter"),
     "nan": (
-        lambda t, h: t["up.lora.A"].fill_(float("nan")),
-        lorafx.FormatError,
-        "'up.lora.A' has NaN or infinite",
+        lambda t, h: t["up.lora.A"].fill_(float("nan")), lorafx.FormatError,
+        "'up.lora.A' has NaN or infinite"
     ),
     "ranks differ": (
-        lambda t, h: t.update({"up.lora.A": torch.zeros(3, 5)}),
-        lorafx.FormatError,
-        r"at 'up', A \(3, 5\) and B \(5, 2\) are not \(rank, in\) and \(out, rank\)",
+        lambda t, h: t.update({"up.lora.A": torch.zeros(3, 5)}), lorafx.FormatError,
+        r"at 'up', A \(3, 5\) and B \(5, 2\) are not \(rank, in\) and \(out, rank\)"
     ),
     "dtype": (
         lambda t, h: t.update({"up.lora.A": torch.zeros(2, 5, dtype=torch.int8)}),
-        lorafx.FormatError,
-        "int8",
+        lorafx.FormatError, "int8"
     ),
     "shape": (
-        lambda t, h: t.update({"up.lora.A": torch.zeros(2, 7)}),
-        lorafx.MismatchError,
-        "maps 7 to 5 features at 'up', but this model 5 to 5",
+        lambda t, h: t.update({"up.lora.A": torch.zeros(2, 7)}), lorafx.MismatchError,
+        "maps 7 to 5 features at 'up', but this model 5 to 5"
     ),
     "other site": (
         lambda t, h: (
             t.update({"upp.lora.A": t.pop("up.lora.A"), "upp.lora.B": t.pop("up.lora.B")}),
-            h.update(adapter=h["adapter"].replace('"up"', '"upp"')),
+            h.update(adapter=h["adapter"].replace('"up"', '"upp"'))
         ),
         lorafx.MismatchError,
-        "has an adapter at 'upp', but in this model there is no such site; near it: 'up'",
+        "has an adapter at 'upp', but in this model there is no such site; near it: 'up'"
     ),
     "no header": (
-        lambda t, h: h.clear(),
-        lorafx.FormatError,
-        "not written by lorafx.*header's format is None",
+        lambda t, h: h.clear(), lorafx.FormatError, "not written by lorafx.*header's format is None"
     ),
     "version": (
-        lambda t, h: h.update(version="9"),
-        lorafx.FormatError,
-        "has format version '9', not 1: update lorafx",
+        lambda t, h: h.update(version="9"), lorafx.FormatError,
+        "has format version '9', not 1: update lorafx"
     ),
     "header": (
-        lambda t, h: h.update(adapter="{"),
-        lorafx.FormatError,
-        "The header of .* is damaged",
+        lambda t, h: h.update(adapter="{"), lorafx.FormatError, "The header of .* is damaged"
     ),
     "config": (
-        edit_about(config={"dropuot": 1}),
-        lorafx.FormatError,
-        "holds 'dropuot', which this lorafx",
+        edit_about(config={"dropuot": 1}), lorafx.FormatError, "holds 'dropuot', which this lorafx"
     ),
     "rank": (
-        edit_about(config={"rank": 0, "dtype": None}),
-        lorafx.FormatError,
-        "rank must be an integer of at least",
+        edit_about(config={"rank": 0, "dtype": None}), lorafx.FormatError,
+        "rank must be an integer of at least"
     ),
     "scale": (
-        edit_about(scales={"up": float("nan"), "head": 1.0}),
-        lorafx.FormatError,
-        "at 'up', the scale is nan",
+        edit_about(scales={"up": float("nan"), "head": 1.0}), lorafx.FormatError,
+        "at 'up', the scale is nan"
     ),
     "no scale": (
-        edit_about(scales={}),
-        lorafx.FormatError,
-        "The header of .* is damaged: KeyError",
+        edit_about(scales={}), lorafx.FormatError, "The header of .* is damaged: KeyError"
     ),
     "name": (edit_about(name="../x"), lorafx.FormatError, "'../x' cannot name an adapter"),
     "trained": (
         lambda t, h: (
-            t.update({"upp.weight": torch.zeros(5, 5)}),
-            edit_about(trained=["upp.weight"])(t, h),
+            t.update({"upp.weight": torch.zeros(5, 5)}), edit_about(trained=["upp.weight"])(t, h)
         ),
-        lorafx.MismatchError,
-        r"has a trained 'upp.weight' \(5, 5\), but this model has 'up.weight'",
+        lorafx.MismatchError, r"has a trained 'upp.weight' \(5, 5\), but this model has 'up.weight'"
     ),
     "trained shape": (
         lambda t, h: (
-            t.update({"up.weight": torch.zeros(5, 4)}),
-            edit_about(trained=["up.weight"])(t, h),
+            t.update({"up.weight": torch.zeros(5, 4)}), edit_about(trained=["up.weight"])(t, h)
         ),
-        lorafx.MismatchError,
-        r"'up.weight' \(5, 4\), but this model has it as \(5, 5\)",
+        lorafx.MismatchError, r"'up.weight' \(5, 4\), but this model has it as \(5, 5\)"
     ),
     "site missing": (
-        lambda t, h: (t.pop("up.lora.A"), t.pop("up.lora.B")),
-        lorafx.FormatError,
-        "has 'up' in only one of its header and its tensors",
+        lambda t, h: (t.pop("up.lora.A"), t.pop("up.lora.B")), lorafx.FormatError,
+        "has 'up' in only one of its header and its tensors"
     ),
     "scale text": (
-        edit_about(scales={"up": "2", "head": 1.0}),
-        lorafx.FormatError,
-        "at 'up', the scale is '2'",
+        edit_about(scales={"up": "2", "head": 1.0}), lorafx.FormatError, "at 'up', the scale is '2'"
     ),
     "other targets": (
         lambda t, h: h.update(adapter=h["adapter"].replace('["up", "head"]', '["up", "hat"]')),
-        lorafx.FormatError,
-        "has 'hat' in only one of",
+        lorafx.FormatError, "has 'hat' in only one of"
     ),
     "deep header": (
-        lambda t, h: h.update(adapter="[" * 10**5),
-        lorafx.FormatError,
-        "is damaged: RecursionError",
+        lambda t, h: h.update(adapter="[" * 10**5), lorafx.FormatError, "is damaged: RecursionError"
     ),
     "name type": (edit_about(name=5), lorafx.FormatError, "5 cannot name an adapter"),
 }

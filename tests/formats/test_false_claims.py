@@ -66,7 +66,7 @@ BIG = b"\x8a\x06" + HUGE.to_bytes(6, "little")  # in a pickle
 FALSE_CLAIMS = {
     "header": (
         lambda: (2**40).to_bytes(8, "little") + b"{}",
-        "header claims 1099511627776 bytes, and the file has",
+        "header claims 1099511627776 bytes, and the file has"
     ),
     "shape": (lambda: native(x=entry([HUGE], 0, 0)), "claims more than the file's"),
     "offsets": (lambda: native(x=entry([HUGE], 0, 4 * HUGE)), "is not within the file"),
@@ -75,29 +75,26 @@ FALSE_CLAIMS = {
     "negative": (lambda: native(x=entry([-1, -4], 0, 0)), "a shape is not made of sizes"),
     "float": (lambda: native(x=entry([1.0], 0, 4)), "is not within the file"),
     "dtype": (
-        lambda: native(x=entry([1], 0, 0, "C64")),
-        "'x' has dtype 'C64', which is none of I64, F64",
+        lambda: native(x=entry([1], 0, 0, "C64")), "'x' has dtype 'C64', which is none of I64, F64"
     ),
     "overlap": (
         lambda: native(x=entry([1], 0, 4), y=entry([1], 0, 4)) + bytes(4),
-        "'y' does not begin where the",
+        "'y' does not begin where the"
     ),
     "hole": (
         lambda: native(x=entry([1], 4, 8)) + bytes(8),
-        "'x' does not begin where the tensor before it ends",
+        "'x' does not begin where the tensor before it ends"
     ),
     "more": (lambda: native(x=entry([1], 0, 4)) + bytes(8), "its tensors end at byte"),
     "name": (
         lambda: native(**{"a\n": entry([1], 0, 4)}) + bytes(4),
-        r"the name 'a\\n' has characters that cannot",
+        r"the name 'a\\n' has characters that cannot"
     ),
     "long name": (
-        lambda: native(**{"a" * 501: entry([1], 0, 4)}) + bytes(4),
-        "a name of 501 characters",
+        lambda: native(**{"a" * 501: entry([1], 0, 4)}) + bytes(4), "a name of 501 characters"
     ),
     "twice": (
-        lambda: b"\x10" + bytes(7) + b'{"a": 1, "a": 2}',
-        "'a' stands twice in one JSON object",
+        lambda: b"\x10" + bytes(7) + b'{"a": 1, "a": 2}', "'a' stands twice in one JSON object"
     ),
     "metadata": (lambda: native(__metadata__={"a": 1}), "its metadata is not an object of strings"),
     "storage": (lambda: program(b"K\nt", BIG + b"t"), "does not match expected size"),
@@ -107,31 +104,31 @@ FALSE_CLAIMS = {
     "expanded": (lambda: program(SIZES, b"K\x32K\x05\x86"), "not resizable"),
     "text": (
         lambda: program(b"X\x0d\x00\x00\x00", b"X\xff\xff\xff\x7f"),
-        "is damaged or holds more than tensors",
+        "is damaged or holds more than tensors"
     ),
     "call": (
         lambda: program(b"torch._utils\n_rebuild_tensor_v2", b"os\nsystem"),
-        "torch.load with weights_only=True does not let it in",
+        "torch.load with weights_only=True does not let it in"
     ),
     "packed": (
         lambda: zipped(packed=zipfile.ZIP_DEFLATED, tensors={"a": torch.zeros(10**6)}),
-        "is compressed or",
+        "is compressed or"
     ),
     "member": (
         lambda: directory(b"\x14\x00\x00\x00" * 2, b"\xff\xff\xff\x7f" * 2),
-        "compressed or claims more",
+        "compressed or claims more"
     ),
     "bits": (
         lambda: zipped().replace(torch.ones(10).half().numpy().tobytes(), bytes(20)),
-        "the checksum of its member 'archive/data/0' is wrong",
+        "the checksum of its member 'archive/data/0' is wrong"
     ),
     "before zip": (
         lambda: bytes((0x80, 2)) + bytes(100),
-        "it is not an archive, as torch.save has written them",
+        "it is not an archive, as torch.save has written them"
     ),
     "one for all": (
         lambda: program(SIZES + b"q\x08K\x05K\x01\x86", BIG + b"K\x05\x86q\x08K\x00K\x00\x86"),
-        "claims 5000000000000 elements",
+        "claims 5000000000000 elements"
     ),
 }
 

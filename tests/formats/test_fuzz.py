@@ -1,6 +1,7 @@
-"""Thousands of damaged files: each is a clean error that changes nothing, or loads as exactly what the file says.
+"""Thousands of damaged files: each is a clean error that changes nothing, or loads as what it says.
 
-"What the file says" is read independently, by safetensors and by torch.load: the same names, shapes, bits and scales.
+"What it says" is read independently, by safetensors and by torch.load: the same names, shapes, bits
+and scales.
 """
 
 import io
@@ -79,18 +80,16 @@ def check_as_the_file_says(path: Path) -> None:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["adapter"])
         scales = about["scales"]
-        assert adapter.name == about["name"] and sorted(adapter.trained) == sorted(
-            set(about["trained"])
-        )
-    assert found.keys() == expected.keys() and all(
-        same_bits(found[name], expected[name]) for name in found
-    )
+        trained = sorted(set(about["trained"]))
+        assert adapter.name == about["name"] and sorted(adapter.trained) == trained
+    assert found.keys() == expected.keys()
+    assert all(same_bits(found[name], expected[name]) for name in found)
     assert {site: pair.scale for site, pair in adapter.pairs.items()} == scales
     assert all(tensor.isfinite().all() for tensor in found.values())
 
 
 def tidied(path: Path) -> io.BytesIO:
-    """A .pth file without the members that only torch's own reader looks at, and damage in which hurts no tensor."""
+    """A .pth file without the members that only torch reads: damage there hurts no tensor."""
     data, buffer = path.read_bytes(), io.BytesIO()
     if not zipfile.is_zipfile(path):
         return io.BytesIO(data)
@@ -103,9 +102,8 @@ def tidied(path: Path) -> io.BytesIO:
     return buffer
 
 
-@pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore:Detected pickle protocol"
-)  # of odd patterns and bytes
+# Odd patterns and bytes are warned of.
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files(kind: str, tmp_path: Path) -> None:
     name, count, write, mutate = KINDS[kind]
@@ -199,7 +197,7 @@ def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
 
 
 def outcome_of(path: Path, model: torch.nn.Module, before: dict[str, torch.Tensor]) -> str:
-    """How loading into a plain or an injected model ends, which is left as it was; anything unclean is raised."""
+    """How loading into a plain or an injected model ends; the model must be left as it was."""
     try:
         loaded, outcome = lorafx.load(model, path), "loaded"
         check_as_the_file_says(path)

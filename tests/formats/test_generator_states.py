@@ -1,4 +1,4 @@
-"""A training state with a damaged state of a random generator is a FormatError, whatever the damage, and sets nothing."""
+"""A damaged state of a random generator is a FormatError, whatever the damage, and sets nothing."""
 
 import json
 import random
@@ -35,12 +35,7 @@ def damaged_bytes(state: bytes) -> Iterator[bytes]:
     """The bytes of a state cut short, doubled, or replaced."""
     yield from (state[:length] for length in (0, 1, 10, len(state) // 2, len(state) - 1))
     yield from (
-        state + state,
-        bytes(len(state)),
-        b"\xff" * len(state),
-        b"null",
-        b"[" * 100_000,
-        b"\xff\xfe",
+        state + state, bytes(len(state)), b"\xff" * len(state), b"null", b"[" * 100_000, b"\xff\xfe"
     )
 
 
@@ -60,13 +55,12 @@ def cases(place: str) -> Iterator[bytes]:
 
 
 def means_the_same(value: Any, state: Any) -> bool:
-    """A number that waits in Python's generator may be there or not; Python and numpy take 1 for True."""
+    """A number may wait in Python's generator or not; Python and numpy take 1 as True."""
     if isinstance(state, list):
         return (
-            isinstance(value, list)
-            and len(value) == 3
-            and value[:2] == state[:2]
-            and value[2] == 1.5
+            isinstance(
+                value, list
+            ) and len(value) == 3 and value[:2] == state[:2] and value[2] == 1.5
         )
     if not isinstance(value, dict) or value.keys() != state.keys():
         return False

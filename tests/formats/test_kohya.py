@@ -33,9 +33,7 @@ class Net(nn.Module):
 NAMES = {
     "kohya": ("lora_unet_down_blocks_1_to_out_0", "lora_down.weight", "lora_up.weight"),
     "kohya's text encoder": (
-        "lora_te1_down_blocks_1_to_out_0",
-        "lora_down.weight",
-        "lora_up.weight",
+        "lora_te1_down_blocks_1_to_out_0", "lora_down.weight", "lora_up.weight"
     ),
     "diffusers": ("unet.down_blocks.1.to_out.0", "lora.down.weight", "lora.up.weight"),
     "newer diffusers": ("transformer.down_blocks.1.to_out.0", "lora_A.weight", "lora_B.weight"),
@@ -123,72 +121,49 @@ def halves(stem, shape=(2, 4), **more):
 
 WRONG = {
     "ambiguous": (
-        Ambiguous,
-        halves("lora_unet_a_b"),
-        lorafx.MismatchError,
-        "may mean 'a.b', 'a_b'",
+        Ambiguous, halves("lora_unet_a_b"), lorafx.MismatchError, "may mean 'a.b', 'a_b'"
     ),
     "unknown": (
-        Net,
-        halves("lora_unet_down_blocks_7_to_q"),
-        lorafx.MismatchError,
-        "means no module of this",
+        Net, halves("lora_unet_down_blocks_7_to_q"), lorafx.MismatchError, "means no module of this"
     ),
     "half": (
-        Net,
-        {"lora_unet_down_blocks_0_to_q.lora_up.weight": torch.zeros(4, 2)},
-        lorafx.FormatError,
-        "only B of",
+        Net, {"lora_unet_down_blocks_0_to_q.lora_up.weight": torch.zeros(4, 2)}, lorafx.FormatError,
+        "only B of"
     ),
     "extra": (
-        Net,
-        halves("lora_unet_down_blocks_0_to_q", x=torch.zeros(1)),
-        lorafx.FormatError,
-        "a tensor 'x', which",
+        Net, halves("lora_unet_down_blocks_0_to_q", x=torch.zeros(1)), lorafx.FormatError,
+        "a tensor 'x', which"
     ),
     "a convolution": (
-        Net,
-        halves("lora_unet_down_blocks_0_to_q", (2, 4, 3, 3)),
-        lorafx.FormatError,
-        "a convolution, which lorafx does not support",
+        Net, halves("lora_unet_down_blocks_0_to_q", (2, 4, 3, 3)), lorafx.FormatError,
+        "a convolution, which lorafx does not support"
     ),
     "several networks": (
-        Net,
-        halves("lora_te1_down_blocks_0_to_q") | halves("lora_te2_down_blocks_1_to_q"),
-        lorafx.MismatchError,
-        "means no module of this",
+        Net, halves("lora_te1_down_blocks_0_to_q") | halves("lora_te2_down_blocks_1_to_q"),
+        lorafx.MismatchError, "means no module of this"
     ),
     "another prefix": (
-        Net,
-        halves("decoder.down_blocks.0.to_q"),
-        lorafx.MismatchError,
-        "means no module of this",
+        Net, halves("decoder.down_blocks.0.to_q"), lorafx.MismatchError, "means no module of this"
     ),
     "PEFT's": (
-        Net,
-        {"base_model.model.down_blocks.0.to_q.lora_A.weight": torch.zeros(2, 4)},
-        lorafx.FormatError,
-        "holds PEFT's tensors without its config",
+        Net, {"base_model.model.down_blocks.0.to_q.lora_A.weight": torch.zeros(2, 4)},
+        lorafx.FormatError, "holds PEFT's tensors without its config"
     ),
     "alpha": (
         Net,
         halves(
             "lora_unet_down_blocks_0_to_q", **{"lora_unet_down_blocks_0_to_q.alpha": torch.zeros(2)}
         ),
-        lorafx.FormatError,
-        "alpha of shape",
+        lorafx.FormatError, "alpha of shape"
     ),
     "twice": (
-        Net,
-        halves("lora_unet_down_blocks_0_to_q") | halves("down_blocks.0.to_q"),
-        lorafx.MismatchError,
-        "means no module of this",
+        Net, halves("lora_unet_down_blocks_0_to_q") | halves("down_blocks.0.to_q"),
+        lorafx.MismatchError, "means no module of this"
     ),
     "two ways": (
         Net,
         halves("down_blocks.0.to_q", **{"down_blocks.0.to_q.lora_A.weight": torch.zeros(2, 4)}),
-        lorafx.FormatError,
-        "two tensors for the A of",
+        lorafx.FormatError, "two tensors for the A of"
     ),
 }
 
@@ -208,9 +183,8 @@ def test_the_config_of_one_model_of_diffusers(
     base, x = nn.Sequential(nn.Linear(4, 5)), torch.randn(2, 4)
     A, B = torch.randn(2, 4), torch.randn(5, 2)
     safetensors.torch.save_file(
-        {"0.lora_A.weight": A, "0.lora_B.weight": B},
-        tmp_path / "a.safetensors",
-        {"lora_adapter_metadata": json.dumps(about)},
+        {"0.lora_A.weight": A, "0.lora_B.weight": B}, tmp_path / "a.safetensors",
+        {"lora_adapter_metadata": json.dumps(about)}
     )
     if scale is None:
         with pytest.raises(lorafx.FormatError, match="asks for use_rslora"):

@@ -18,13 +18,8 @@ class TestNative:
     def test_all_of_the_adapter_is_kept(self, tmp_path: Path) -> None:
         model = randomise(
             lorafx.inject(
-                Model(),
-                4,
-                targets="up",
-                alpha=8,
-                rank_pattern={"up": 3},
-                trainable="head",
-                adapter="french",
+                Model(), 4, targets="up", alpha=8, rank_pattern={"up": 3}, trainable="head",
+                adapter="french"
             )
         )
         lorafx.save(model, tmp_path / "a.safetensors")
@@ -87,9 +82,8 @@ def test_one_weight_under_two_names(tmp_path: Path) -> None:
     edit(
         path,
         lambda t, h: (
-            t.update({"up.weight": torch.ones(5, 5)}),
-            edit_about(trained=["up.weight"])(t, h),
-        ),
+            t.update({"up.weight": torch.ones(5, 5)}), edit_about(trained=["up.weight"])(t, h)
+        )
     )
     with pytest.raises(
         lorafx.MismatchError,

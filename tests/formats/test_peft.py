@@ -1,4 +1,4 @@
-"""PEFT's directories, both ways, with PEFT itself: outputs agree, and all that a folder holds is accounted for."""
+"""PEFT's directories, both ways, with PEFT itself: outputs agree, all is accounted for."""
 
 import copy
 import json
@@ -17,9 +17,8 @@ from tests.support.oracle import randomise
 from tests.support.peft_adapters import KINDS, WIDTH, Experts, Mixing, Net, saved_by_peft, stir
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning:peft",
-    "ignore::FutureWarning:transformers",
-    "ignore:`is_gradient_checkpointing`:FutureWarning",
+    "ignore::UserWarning:peft", "ignore::FutureWarning:transformers",
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
 )
 
 
@@ -65,15 +64,11 @@ def test_what_peft_saved(tmp_path_factory, data):
     # PEFT sorts the patterns when it saves them, and forgets which came first.
     assume(not any(name.endswith(f".{key}") for name in chosen for key in patterns))
     config = peft.LoraConfig(
-        r=data.draw(st.integers(1, 4)),
-        lora_alpha=data.draw(st.integers(1, 9)),
-        target_modules=chosen,
-        target_parameters=own or None,
-        use_rslora=data.draw(st.booleans()),
+        r=data.draw(st.integers(1, 4)), lora_alpha=data.draw(st.integers(1, 9)),
+        target_modules=chosen, target_parameters=own or None, use_rslora=data.draw(st.booleans()),
         rank_pattern=patterns,
         alpha_pattern={name: 2 * value for name, value in patterns.items() if value % 2},
-        modules_to_save=saved,
-        bias=data.draw(st.sampled_from(["none", "lora_only", "all"])),
+        modules_to_save=saved, bias=data.draw(st.sampled_from(["none", "lora_only", "all"]))
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -98,14 +93,12 @@ def test_what_lorafx_saved(tmp_path_factory, data):
     ranks = data.draw(st.dictionaries(st.sampled_from(chosen), st.integers(1, 5), max_size=2))
     ours = randomise(
         lorafx.inject(
-            net,
-            data.draw(st.integers(1, 4)),
-            alpha=data.draw(st.sampled_from([None, 3.0])),
+            net, data.draw(st.integers(1, 4)), alpha=data.draw(st.sampled_from([None, 3.0])),
             targets=[f"{name}" for name in chosen if not trainable or name != "head"],
             trainable=trainable,
             rank_pattern={
                 f"^{name}": rank for name, rank in ranks.items() if not trainable or name != "head"
-            },
+            }
         )
     )
     if any(
@@ -138,9 +131,7 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.a, self.head = (
-            nn.Embedding(9, WIDTH),
-            nn.Linear(WIDTH, WIDTH),
-            nn.Linear(WIDTH, 9),
+            nn.Embedding(9, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 9)
         )
         self.b, self.head.weight = self.a, self.embedding.weight
 
@@ -150,7 +141,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("targets, saved", [(["a"], None), (["head"], ["embedding"])], ids=str)
 def test_what_goes_by_another_name_too(tmp_path, targets, saved):
-    """PEFT changes it under one name alone: refused both ways, since lorafx would change it under all."""
+    """PEFT changes it under one name alone, lorafx would under all: refused both ways."""
     net = Tied()
     saved_by_peft(net, tmp_path / "a", target_modules=targets, modules_to_save=saved)
     with pytest.raises(lorafx.MismatchError, match="untie them first|cannot be"):
@@ -204,13 +195,8 @@ def test_experts_run_as_they_were_saved(tmp_path, rank):
     """With grouped products, which ask for a layout, as those of transformers do."""
     import transformers
     config = transformers.MixtralConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=50,
-        num_local_experts=4,
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=50, num_local_experts=4
     )
     net, ids = transformers.MixtralForCausalLM(config).eval(), torch.tensor([[3, 4, 5]])
     theirs = saved_by_peft(net, tmp_path, r=rank, target_modules=["q_proj"],
@@ -249,7 +235,7 @@ class Attending(nn.Module):
 
 
 def test_attention_that_peft_saved(tmp_path):
-    """PEFT adds the delta of out_proj twice (its pull request 3774): taken from its first half alone, all agrees."""
+    """PEFT adds out_proj's delta twice (its pull request 3774): by its first half, all agrees."""
     net, x = Attending().double(), torch.randn(2, 5, WIDTH, dtype=torch.float64)
     theirs = saved_by_peft(net, tmp_path, r=2, lora_alpha=6, target_modules=["attention", "qkv"])
     ours = lorafx.load(net, tmp_path)
@@ -276,13 +262,10 @@ def test_attention_that_peft_saved(tmp_path):
 @pytest.mark.parametrize(
     "targets",
     [
-        ["attention.in_proj_weight[q]"],
-        ["attention.out_proj"],
-        "linear",
-        ["qkv[q]"],
-        ["qkv[v]", "attention.in_proj_weight[k]"],
+        ["attention.in_proj_weight[q]"], ["attention.out_proj"], "linear", ["qkv[q]"],
+        ["qkv[v]", "attention.in_proj_weight[k]"]
     ],
-    ids=str,
+    ids=str
 )
 def test_rows_of_weights_that_lorafx_saved(tmp_path, targets):
     net, x = Attending().double(), torch.randn(2, 5, WIDTH, dtype=torch.float64)
@@ -350,7 +333,7 @@ def test_an_older_file(tmp_path):
     "inside, prefix", [("", "model."), ("", "module."), ("model.", ""), ("module.", "_orig_mod.")]
 )
 def test_a_model_around_the_model(tmp_path, inside, prefix):
-    """Names of another wrapper are matched, those of modules trained whole too; not where some do not fit."""
+    """Names of another wrapper match, those of whole modules too; not where some do not fit."""
     net, x = Net(["linear"]), torch.randn(2, WIDTH)
     theirs = saved_by_peft(net, tmp_path, target_modules=["linear0"], modules_to_save=["head"])
     path = tmp_path / "adapter_model.safetensors"
@@ -368,8 +351,7 @@ def test_a_model_around_the_model(tmp_path, inside, prefix):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     named = [
         key.removeprefix("base_model.model.").partition(".lora")[0]
-        for key in tensors
-        if ".lora_A" in key
+        for key in tensors if ".lora_A" in key
     ]
     (tmp_path / "adapter_config.json").write_text(
         json.dumps(config | {"target_modules": "|".join(named)})

@@ -1,4 +1,4 @@
-"""All that can be wrong with a folder of PEFT's, and all that its format has no place for: errors that name it."""
+"""All that can be wrong with PEFT's folders, or has no place in them: errors that name it."""
 
 import json
 import math
@@ -27,93 +27,87 @@ def key_with(name, shape=(1,)):
 
 WRONG = {
     "dora": (
-        key_with("head.lora_magnitude_vector"),
-        "is part of DoRA, which lorafx does not support",
+        key_with("head.lora_magnitude_vector"), "is part of DoRA, which lorafx does not support"
     ),
     "embedding": (
         key_with("emb.lora_embedding_A"),
-        "is part of an adapter of an embedding, which lorafx does not",
+        "is part of an adapter of an embedding, which lorafx does not"
     ),
     "lora bias": (
-        key_with("head.lora_B.bias"),
-        "is part of lora_bias=True, which lorafx does not support",
+        key_with("head.lora_B.bias"), "is part of lora_bias=True, which lorafx does not support"
     ),
     "option": (config_with(use_dora=True), "asks for use_dora=True, which lorafx does not support"),
     "unknown": (
-        config_with(brand_new="x"),
-        "asks for brand_new='x', which lorafx does not support",
+        config_with(brand_new="x"), "asks for brand_new='x', which lorafx does not support"
     ),
     "init": (
         config_with(init_lora_weights="pissa"),
-        "init_lora_weights='pissa', which changes the base's weights",
+        "init_lora_weights='pissa', which changes the base's weights"
     ),
     "kind": (config_with(peft_type="IA3"), "is for PEFT's 'IA3'; lorafx reads 'LORA'"),
     "rank": (config_with(r=5), "has rank 2 at 'head', but its config says 5"),
     "half": (
         lambda t, c: t.pop("base_model.model.head.lora_A.weight"),
-        "has the lora_B.weight of 'head' but not its",
+        "has the lora_B.weight of 'head' but not its"
     ),
     "extra": (
         key_with("linear0.weight"),
-        "'base_model.model.linear0.weight', which its config does not account for",
+        "'base_model.model.linear0.weight', which its config does not account for"
     ),
     "a bias": (
         key_with("linear0.bias"),
-        "'base_model.model.linear0.bias', which its config does not account for",
+        "'base_model.model.linear0.bias', which its config does not account for"
     ),
     "plain bias": (
         lambda t, c: (config_with(bias="all")(t, c), key_with("head.bias", (4,))(t, c)),
-        "which PEFT does not read: an adapted layer's bias is 'base_model.model.head.base_layer.bias'",
+        "which PEFT does not read: an adapted layer's bias is "
+        "'base_model.model.head.base_layer.bias'"
     ),
     "prefix": (
         lambda t, c: t.update({"head.x": torch.zeros(1)}),
-        "'head.x', which does not begin with 'base_model",
+        "'head.x', which does not begin with 'base_model"
     ),
     "nothing": (lambda t, c: t.clear(), "holds no adapter"),
     "pattern": (config_with(rank_pattern={"(": 1}), "rank and alpha at 'head' cannot be read"),
     "alpha": (config_with(lora_alpha="x"), "rank and alpha at 'head' cannot be read"),
     "not finite": (
         lambda t, c: t["base_model.model.head.lora_A.weight"].fill_(math.inf),
-        "NaN or infinite values",
+        "NaN or infinite values"
     ),
     "no such target": (
-        config_with(target_modules=["linear0"]),
-        "which target_modules does not name, so that PEFT",
+        config_with(target_modules=["linear0"]), "which target_modules does not name, so that PEFT"
     ),
     "missing": (
         config_with(target_modules=["head", "linear0"]),
-        "has no adapter of '.*', which target_modules names",
+        "has no adapter of '.*', which target_modules names"
     ),
     "not saved": (
         config_with(modules_to_save=["linear0"]),
-        "has no tensor of 'linear0', which modules_to_save names",
+        "has no tensor of 'linear0', which modules_to_save names"
     ),
     "rslora": (config_with(use_rslora="no"), "has use_rslora='no', which PEFT does not mean"),
     "convolution": (
         lambda t, c: t.update(
             {f"base_model.model.head.lora_{h}.weight": torch.zeros(2, 2, 1, 1) for h in "AB"}
         ),
-        "adapts 'head', a convolution, which lorafx does not",
+        "adapts 'head', a convolution, which lorafx does not"
     ),
     "tied": (
         config_with(ensure_weight_tying=True),
-        "asks for ensure_weight_tying=True, which lorafx does not",
+        "asks for ensure_weight_tying=True, which lorafx does not"
     ),
     "parameters": (
-        config_with(target_parameters="x"),
-        "has target_parameters='x', which PEFT does not mean",
+        config_with(target_parameters="x"), "has target_parameters='x', which PEFT does not mean"
     ),
     "excluded": (
-        config_with(exclude_modules="he.*"),
-        "which target_modules does not name, so that PEFT",
+        config_with(exclude_modules="he.*"), "which target_modules does not name, so that PEFT"
     ),
     "layers": (
-        config_with(layers_to_transform="1"),
-        "has layers_to_transform='1', not numbers of layers",
+        config_with(layers_to_transform="1"), "has layers_to_transform='1', not numbers of layers"
     ),
     "expression": (
         config_with(target_modules="("),
-        "matches modules by '\\(', which is not a regular expression",
+        "matches modules by '\\(', which is not a regular expression"
     ),
     "expressions": (config_with(layers_pattern=["h", "("]), "which is not a regular expression"),
     "two parameters": (key_with("head.base_layer.lora_A.weight", (2, 6)), "but not its other half"),
@@ -136,16 +130,14 @@ def test_what_is_wrong_with_a_folder(tmp_path, change, message):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(layers_to_transform=1),
-        dict(layers_to_transform=[0, 1], layers_pattern="layers"),
+        dict(layers_to_transform=1), dict(layers_to_transform=[0, 1], layers_pattern="layers"),
         dict(layers_to_transform=[1], layers_pattern=["x", "layers"]),
-        dict(exclude_modules=["1.q"]),
-        dict(exclude_modules=r".*\.0\..*"),
-        dict(target_modules=["q", "model.layers.0.v"], layers_to_transform=[1]),
-    ],
+        dict(exclude_modules=["1.q"]), dict(exclude_modules=r".*\.0\..*"),
+        dict(target_modules=["q", "model.layers.0.v"], layers_to_transform=[1])
+    ]
 )
 def test_layers_and_exclusions_of_peft(tmp_path, options):
-    """Which modules they mean is what PEFT adapts: where one of them has no pair in the file, loading says so."""
+    """They mean what PEFT adapts: where such a module has no pair in the file, loading says so."""
     class Layers(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""PEFT's folders of models of transformers, with drawn configs: what one library saved is the same in the other."""
+"""PEFT's folders of transformers' models, drawn configs: what one saved, the other computes."""
 
 import copy
 import warnings
@@ -15,26 +15,12 @@ import lorafx
 from tests.support.oracle import randomise
 from tests.support.peft_adapters import saved_by_peft
 from tests.zoo.outputs import outputs
-from tests.zoo.rare_architectures import ROWS
+from tests.zoo.all_architectures import ROWS
 from tests.zoo.rows import Row
 
 MODELS = (
-    "llama",
-    "qwen3",
-    "gemma2",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "falcon",
-    "bert",
-    "roberta",
-    "deberta-v2",
-    "t5",
-    "bart",
-    "vit",
-    "clip",
-    "distilbert",
-    "opt",
+    "llama", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "falcon", "bert", "roberta",
+    "deberta-v2", "t5", "bart", "vit", "clip", "distilbert", "opt"
 )
 FOUND = {row.name: row for row in ROWS}
 ROUNDS = settings(
@@ -50,7 +36,7 @@ def assert_same(row: Row, ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def drawn_adapter(data: st.DataObject, row: Row) -> tuple[nn.Module, dict[str, object]]:
-    """A model, and options of LoRA that both libraries take: the modules are sites of both, each of its own weight."""
+    """A model, and options that both libraries take: modules are sites of both, of own weights."""
     base = row.build().double().eval()
     layers = {
         name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))

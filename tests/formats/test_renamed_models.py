@@ -70,8 +70,7 @@ def test_the_merge_of_a_file_on_disk_follows_the_same_rule(
     safetensors.torch.save_file(tensors, base)
     assert main(["merge", base, adapter, "-o", out]) == 0
     merged, wanted = (
-        safetensors.torch.load_file(out),
-        lorafx.merge(lorafx.load(model, adapter)).state_dict(),
+        safetensors.torch.load_file(out), lorafx.merge(lorafx.load(model, adapter)).state_dict()
     )
     assert merged.keys() == wanted.keys()
     for name, tensor in merged.items():

@@ -80,11 +80,13 @@ NESTED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "several": (
         {"model": FLAT, "ema": {"up.weight": torch.zeros(3)}, "step": torch.zeros(())},
-        "under 'model', 'ema': save the part that is meant by itself, torch.save(content['model'], ...).",
+        "under 'model', 'ema': save the part that is meant by itself, "
+        "torch.save(content['model'], ...).",
     ),
     "deeper": (
         {"training": {"net": FLAT, "epoch": 1}},
-        "under 'training.net': save that part by itself, torch.save(content['training']['net'], ...).",
+        "under 'training.net': save that part by itself, "
+        "torch.save(content['training']['net'], ...).",
     ),
 }
 

@@ -22,13 +22,11 @@ NO_TENSORS = {
     "meta": (lambda t: t.to("meta"), "on the meta device and has no values"),
     "complex": (lambda t: t.to(torch.complex64), "has dtype torch.complex64"),
     "quantized": (
-        lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
-        "has dtype torch.qint8",
+        lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "has dtype torch.qint8"
     ),
     "expanded": (lambda t: torch.ones(1).expand(t.shape), "is expanded: its elements share memory"),
     "subclass": (
-        lambda t: t.as_subclass(Odd),
-        "is a Odd, of which a file keeps no more than a plain tensor",
+        lambda t: t.as_subclass(Odd), "is a Odd, of which a file keeps no more than a plain tensor"
     ),
 }
 

@@ -1,4 +1,4 @@
-"""What Python decides is never baked into a graph: it is refused, and models follow the original."""
+"""What Python decides is not baked into a graph: it is refused, and models follow the original."""
 
 import copy
 import cProfile
@@ -14,13 +14,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorafx
+import tests.support.untraceable_statements  # noqa: F401 (adds its rows to the table)
 from lorafx._graph.region_graph import RegionGraph
 from lorafx._graph.trace import _Tracer, trace
 from lorafx._graph.watch import Unsound
 from lorafx._model.program import read_program as read
 from tests.support.oracle import frozen
 from tests.support.traceable import TRACEABLE, sizes
-from tests.support.untraceable import UNTRACEABLE, build, prints, reads_the_mode, rows
+from tests.support.untraceable import UNTRACEABLE, build, rows
+from tests.support.untraceable_decisions import reads_the_mode
+from tests.support.untraceable_surroundings import prints
 
 
 def run(model: nn.Module, arguments: Any) -> Any:

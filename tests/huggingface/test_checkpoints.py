@@ -1,4 +1,4 @@
-"""Checkpoints of unmerged models: base keys hold the base, adapter keys the adapter, and nothing is lost in silence."""
+"""Checkpoints of unmerged models: the base's keys, the adapter's, and nothing lost in silence."""
 
 import pytest
 import safetensors.torch
@@ -10,7 +10,7 @@ from tests.support.transformers_models import IDS, classifier, injected, keys, l
 
 
 def test_checkpoint_of_a_head_trained_whole(tmp_path):
-    """Base keys hold the base, adapter keys the adapter, no tensor twice: a Trainer saves, resumes, reads the best."""
+    """Base keys, adapter keys, no tensor twice: a Trainer saves, resumes, reads the best."""
     base, model = injected(classifier, trainable="classifier")
     again, labels = lorafx.inject(base, rank=2, trainable="classifier"), [0, 1, 2, 0]
     again.load_state_dict(model.state_dict())
@@ -18,15 +18,14 @@ def test_checkpoint_of_a_head_trained_whole(tmp_path):
     assert train(again, tmp_path, labels, resume=str(tmp_path / "checkpoint-3")) == losses
     assert all(map(torch.equal, lorafx.parameters(again), lorafx.parameters(model)))
     read, report = type(base).from_pretrained(tmp_path / "checkpoint-6", output_loading_info=True)
-    assert torch.equal(read(IDS).logits, base(IDS).logits) and report["unexpected_keys"] == set(
-        keys(model)
-    )
+    assert torch.equal(read(IDS).logits, base(IDS).logits)
+    assert report["unexpected_keys"] == set(keys(model))
     assert set(model.state_dict()) == set(base.state_dict()) | set(keys(model))
 
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_base_read_into_a_head_trained_whole(assign):
-    """What an adapter trains whole is not the base's: reading a base's state_dict leaves it, and ejecting shows it."""
+    """What an adapter trains whole: reading a base's state_dict leaves it, ejecting shows it."""
     (_, model), other = injected(classifier, trainable="classifier"), classifier().eval()
     before = [parameter.clone() for parameter in lorafx.parameters(randomise(model))]
     assert model.load_state_dict(

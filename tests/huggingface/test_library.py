@@ -1,4 +1,4 @@
-"""Hugging Face models keep everything: an injected one generates, trains, is saved and used as its base is."""
+"""Hugging Face models keep everything: injected, they generate, train, are saved as before."""
 
 import copy
 
@@ -21,7 +21,7 @@ from tests.support.transformers_models import (
     "options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"do_sample": True}]
 )
 def test_generate(build, options):
-    """Tokens and scores are the base's bitwise at init; trained, the merged model's, and those without a cache."""
+    """Tokens and scores: at init the base's bitwise; trained, the merged model's, cache or not."""
     base, model = injected(build, targets="linear")
     expected = generate(frozen(base), **options)
     assert all(map(torch.equal, generate(model, **options), expected))
@@ -36,7 +36,7 @@ def test_generate(build, options):
 
 
 def test_one_token_after_a_prefill():
-    """The cache holds adapted keys and values: the last token decoded alone gets the logits of the full forward."""
+    """The cache holds adapted keys and values: a token alone gets the full forward's logits."""
     base, model = injected(llama, targets="linear")
     expected = randomise(model)(IDS).logits[:, -1:]
     for prefill, right in ((model, True), (base, False)):
@@ -51,11 +51,11 @@ def test_one_token_after_a_prefill():
         (llama, "linear", set()),
         (t5, "square", set()),
         (bert, "square", set()),
-        (tied_llama, "lm_head", {"lm_head.weight"}),
+        (tied_llama, "lm_head", {"lm_head.weight"}),  # untied, and so written beside the embedding
     ],
-)  # a head that merging unties is written beside the embedding
+)
 def test_files_of_a_merged_model(build, targets, more, tmp_path):
-    """`save_pretrained` of a merged model writes the base's keys and configs; `from_pretrained` computes the same."""
+    """A merged model is saved with the base's keys and configs, and computes the same loaded."""
     base, model = injected(build, targets=targets)
     assert model.config.to_dict() == base.config.to_dict() and model.config is not base.config
     merged = lorafx.merge(randomise(model), untie=True)
@@ -63,27 +63,23 @@ def test_files_of_a_merged_model(build, targets, more, tmp_path):
         base, tmp_path / "base"
     )
     assert (names - more, configs) == expected and names >= more
-    assert f'"architectures": [\n    "{type(base).__name__}"\n  ]' in configs[0] and type(
-        merged
-    ) is type(base)
+    assert f'"architectures": [\n    "{type(base).__name__}"\n  ]' in configs[0]
+    assert type(merged) is type(base)
     again = type(base).from_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(again), logits(merged)) and not torch.equal(
-        logits(again), logits(base)
-    )
+    assert torch.equal(logits(again), logits(merged))
+    assert not torch.equal(logits(again), logits(base))
 
 
 @pytest.mark.parametrize("build", [llama, t5, bert])
 def test_files_of_an_injected_model(build, tmp_path):
-    """They are the base's and the adapter's keys: transformers reads the base and names the rest as unexpected."""
+    """The base's keys and the adapter's: transformers names the latter as unexpected."""
     (base, model), (_, fresh) = injected(build, targets="linear"), injected(build, targets="linear")
     names, configs = written(randomise(model), tmp_path / "model")
-    assert (names - set(keys(model)), configs) == written(base, tmp_path / "base") and names >= set(
-        keys(model)
-    )
+    assert (names - set(keys(model)), configs) == written(base, tmp_path / "base")
+    assert names >= set(keys(model))
     again, report = type(base).from_pretrained(tmp_path / "model", output_loading_info=True)
-    assert torch.equal(logits(again), logits(base)) and report["unexpected_keys"] == set(
-        keys(model)
-    )
+    assert torch.equal(logits(again), logits(base))
+    assert report["unexpected_keys"] == set(keys(model))
     assert not report["missing_keys"] and not report["mismatched_keys"]
     fresh.load_state_dict(
         safetensors.torch.load_file(tmp_path / "model/model.safetensors"), strict=False
@@ -109,7 +105,7 @@ def test_state_dict_of_a_base(build, tmp_path):
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("build", [llama, bert, t5])
 def test_activation_checkpointing(build, before, reentrant):
-    """Layers are computed again in backward, and gradients are those without; the base is not switched along."""
+    """Layers are computed again in backward, to the same gradients; the base is not switched."""
     def gradients(model):
         calls = []
         for branch in [module for name, module in model.named_modules() if name.endswith(".lora")]:
@@ -133,16 +129,15 @@ def test_activation_checkpointing(build, before, reentrant):
         == bool(base.get_input_embeddings()._forward_hooks)
     )
     found, twice = gradients(model)
-    assert (
-        twice > 1.5 * once and model.get_input_embeddings()(IDS).requires_grad
-    )  # enable_input_require_grads
+    assert twice > 1.5 * once
+    assert model.get_input_embeddings()(IDS).requires_grad  # enable_input_require_grads
     for theirs, ours in zip(expected, found, strict=True):
         assert (theirs - ours).abs().max() <= 1e-5 * theirs.abs().max() > 0
 
 
 @pytest.mark.parametrize("build", [llama, t5, bert])
 def test_trainer(build, tmp_path):
-    """It trains the adapter only; a checkpoint has all that `save_pretrained` writes, and resumes bitwise."""
+    """It trains the adapter only; checkpoints have all of `save_pretrained`, and resume bitwise."""
     base = build()
     before, names = fingerprint(base), written(base, tmp_path / "base")[0]
     model = lorafx.inject(base, rank=2)
@@ -153,15 +148,14 @@ def test_trainer(build, tmp_path):
         k for k, value in model.state_dict().items() if not torch.equal(value, start[k])
     } == set(keys(model))
     checkpoint = tmp_path / "run/checkpoint-3"
-    assert set(safetensors.torch.load_file(checkpoint / "model.safetensors")) == names | set(
-        keys(model)
-    )
+    tensors = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    assert set(tensors) == names | set(keys(model))
     assert train(again, tmp_path / "run", resume=str(checkpoint)) == losses
     assert all(map(torch.equal, lorafx.parameters(again), lorafx.parameters(model)))
 
 
 def test_trainer_with_a_head_trained_whole(tmp_path):
-    """A classifier head trains beside the adapter, and both are saved, loaded into a fresh base, and merged."""
+    """A classifier head trains beside the adapter; both are saved, loaded into a base, merged."""
     base = classifier()
     before, fresh = fingerprint(base), copy.deepcopy(base).eval()
     model = lorafx.inject(base, rank=2, targets=["query", "value"], trainable="classifier")
@@ -183,7 +177,7 @@ def test_trainer_with_a_head_trained_whole(tmp_path):
     ],
 )
 def test_pipeline(task, build, options):
-    """A pipeline takes an injected model as it is: the base's answers at init, then the merged model's."""
+    """A pipeline takes an injected model: the base's answers at init, then the merged model's."""
     words = {f"w{i}": i for i in range(100)}
     split = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     split.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -200,20 +194,16 @@ def test_pipeline(task, build, options):
     expected = answers(frozen(base))
     assert answers(model) == expected
     texts, scores = answers(randomise(model))
-    assert (
-        answers(lorafx.merge(model)) == (texts, pytest.approx(scores))
-        and (texts, scores) != expected
-    )
+    assert answers(lorafx.merge(model)) == (texts, pytest.approx(scores))
+    assert (texts, scores) != expected
 
 
 @pytest.mark.parametrize("build", [tied_llama, t5, bert])
 def test_ties(build):
-    """`tie_weights` keeps ties, adapters and outputs; after `set_input_embeddings` it ties the head to the new ones."""
+    """`tie_weights` keeps all; after `set_input_embeddings` it ties the head to the new ones."""
     base, model = injected(build, targets="linear")
     expected, names, old = (
-        logits(randomise(model)),
-        list(model.state_dict()),
-        base.get_input_embeddings(),
+        logits(randomise(model)), list(model.state_dict()), base.get_input_embeddings()
     )
     model.tie_weights()
     assert torch.equal(logits(model), expected)
@@ -221,18 +211,16 @@ def test_ties(build):
     assert head["weight"] is model.get_input_embeddings().weight is not old.weight
     model.set_input_embeddings(new := torch.nn.Embedding(100, 32))
     model.tie_weights()
-    assert (
-        model.get_input_embeddings() is new
-        and head["weight"] is new.weight
-        and list(model.state_dict()) == names
-    )
+    assert model.get_input_embeddings() is new
+    assert head["weight"] is new.weight
+    assert list(model.state_dict()) == names
 
 
 @pytest.mark.parametrize(
     "build, size", [(llama, 110), (llama, 99), (tied_llama, 110), (bert, 110), (t5, 99)]
 )
 def test_resized_embeddings(build, size, tmp_path):
-    """Resizing after injection is resizing before: the base keeps its size, the new rows are frozen, adapters stay."""
+    """Resizing after injection is resizing before: the base keeps its size, new rows are frozen."""
     def resized(model):
         torch.manual_seed(7)
         model.resize_token_embeddings(size, mean_resizing=False)
@@ -248,9 +236,8 @@ def test_resized_embeddings(build, size, tmp_path):
         == logits(model).shape[-1]
         == size
     )
-    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(
-        keys(model)
-    )
+    training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert training == set(keys(model))
     lorafx.save(model, tmp_path / "adapter.safetensors")
     assert torch.equal(logits(lorafx.load(larger, tmp_path / "adapter.safetensors")), logits(model))
     assert torch.equal(logits(lorafx.eject(model)), logits(larger))
@@ -259,7 +246,7 @@ def test_resized_embeddings(build, size, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("build", [llama, t5])
 def test_properties_and_casts(build, dtype):
-    """`to(dtype)` casts the injected model and not its base; a narrow base has wide adapters and its own dtype."""
+    """`to(dtype)` casts the injected model, not its base; a narrow base has wide adapters."""
     base, model = injected(build)
     count = sum(parameter.numel() for parameter in lorafx.parameters(model))
     assert (model.device, model.dtype) == (base.device, base.dtype)
@@ -268,11 +255,9 @@ def test_properties_and_casts(build, dtype):
         == model.num_parameters(only_trainable=True)
         == count
     )
-    assert (
-        str(lorafx.eject(model)) == str(base)
-        and "GraphModule" not in str(model)
-        and "(lora)" in str(model)
-    )
+    assert str(lorafx.eject(model)) == str(base)
+    assert "GraphModule" not in str(model)
+    assert "(lora)" in str(model)
     expected, narrow = logits(cast := frozen(base).to(dtype)), lorafx.inject(cast, rank=2)
     assert narrow.dtype == dtype and torch.equal(logits(narrow), expected)
     assert {p.dtype for p in lorafx.parameters(narrow)} == {
@@ -280,33 +265,30 @@ def test_properties_and_casts(build, dtype):
     }
     model = model.half() if dtype == torch.float16 else model.to(dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype} == {model.dtype}
-    assert (
-        torch.equal(logits(model), expected)
-        and expected.dtype == dtype
-        and base.dtype == torch.float32
-    )
+    assert torch.equal(logits(model), expected)
+    assert expected.dtype == dtype
+    assert base.dtype == torch.float32
     found = logits(randomise(model))
     error = (logits(lorafx.merge(model)) - found).abs().max()
     assert error < 50 * torch.finfo(dtype).eps * found.abs().max() < (found - expected).abs().max()
 
 
-# The number of sites is counted by hand: 6 linear layers in an encoder's layer, 7 in a llama's, 10 in a decoder's.
+# The number of sites is counted by hand: 6 linear layers in an encoder's layer, 7 in a llama's,
+# 10 in a decoder's.
 @pytest.mark.parametrize(
     "build, sites, call",
     [
         (vit, 2 * 6 + 1, lambda model: model(PIXELS).logits),
         (whisper, 2 * 6 + 2 * 10 + 1, lambda model: generate(model, SOUND)[1]),
         (
-            clip,
-            2 * 6 + 2 * 6 + 2,
-            lambda model: model(input_ids=IDS, pixel_values=PIXELS).logits_per_image,
+            clip, 2 * 6 + 2 * 6 + 2,
+            lambda model: model(input_ids=IDS, pixel_values=PIXELS).logits_per_image
         ),
         (
-            llava,
-            2 * 6 + 2 + 2 * 7 + 1,
-            lambda model: model(input_ids=WITH_IMAGE, pixel_values=PIXELS).logits,
+            llava, 2 * 6 + 2 + 2 * 7 + 1,
+            lambda model: model(input_ids=WITH_IMAGE, pixel_values=PIXELS).logits
         ),
-    ],
+    ]
 )
 def test_vision_and_sound(build, sites, call):
     """Identity at init, every linear layer a site, and merged as unmerged."""
@@ -319,7 +301,7 @@ def test_vision_and_sound(build, sites, call):
 
 
 def test_compiled():
-    """An injected llama compiles into one graph, without a break, which computes what the model does."""
+    """An injected llama compiles into one graph, without a break, and computes the same."""
     model = randomise(injected(llama, targets="linear")[1]).requires_grad_(False)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(logits(compiled), logits(model))

@@ -1,4 +1,4 @@
-"""Hugging Face models, tiny: what they can do they still do, and all their linear layers are sites."""
+"""Hugging Face models, tiny: what they can do they still do; all their linear layers are sites."""
 
 import pytest
 import torch
@@ -39,17 +39,13 @@ def test_generation_and_pretrained_files(tmp_path):
     arguments = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 5, "do_sample": False}
     generated = model.generate(IDS, **arguments)
     merged = lorafx.merge(model)
-    assert (
-        torch.equal(merged.generate(IDS, **arguments), generated)
-        and model.config is not base.config
-    )
+    assert torch.equal(merged.generate(IDS, **arguments), generated)
+    assert model.config is not base.config
     merged.save_pretrained(tmp_path)
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(again), logits(merged))
-    assert (
-        isinstance(model, transformers.LlamaForCausalLM)
-        and model.get_input_embeddings() is model.model.embed_tokens
-    )
+    assert isinstance(model, transformers.LlamaForCausalLM)
+    assert model.get_input_embeddings() is model.model.embed_tokens
 
 
 def test_a_lookup_that_shares_its_weight_is_named():

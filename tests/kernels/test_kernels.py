@@ -1,15 +1,13 @@
-"""Linear calls with branches on tensors alone, against x (W + sum s B A)^T + b; what is saved, and what is computed."""
+"""Linear calls with branches on tensors alone, against x (W + sum s B A)^T + b."""
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from torch import nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import lorafx
@@ -18,71 +16,7 @@ from lorafx._kernels.addend import Addend
 from lorafx._kernels.calls import Linear
 from lorafx._kernels.linears import linears
 from tests.support.internals import replace_internal
-
-
-def normal(*shape, dtype=torch.float64):
-    return torch.randn(*shape, dtype=dtype, requires_grad=True)
-
-
-def calls_of(width, outs, dtype=torch.float64, bias=True, rank=2):
-    """A call for each width in `outs`; the second has a block of its features adapted too, the last nothing."""
-    calls = []
-    for position, out in enumerate(outs):
-        addends = [
-            Addend(
-                normal(out, rank + position, dtype=dtype),
-                normal(rank + position, width, dtype=dtype),
-                0.7,
-            )
-        ]
-        if position == 1:
-            addends.append(
-                Addend(
-                    normal(out - 3, 1, dtype=dtype), normal(1, width, dtype=dtype), -1.3, start=2
-                )
-            )
-        weight = torch.randn(out, width, dtype=dtype)
-        b = torch.randn(out, dtype=dtype) if bias and position != 1 else None
-        calls.append(Linear(weight, b, addends if position < 2 or position < len(outs) - 1 else []))
-    return calls
-
-
-def factors(calls):
-    return [factor for call in calls for addend in call.addends for factor in addend[:2]]
-
-
-def expected(x, calls):
-    """By the definition: W and the addends as one matrix."""
-    outputs = []
-    for weight, bias, addends in calls:
-        for B, A, scale, _, start, *_ in addends:
-            weight = weight + F.pad(scale * B @ A, (0, 0, start, weight.shape[0] - start - len(B)))
-        outputs.append(x @ weight.mT + (0 if bias is None else bias))
-    return outputs
-
-
-def check(x, calls, used=None):
-    """Outputs and gradients; `used` are the outputs that a loss sees."""
-    inputs = [x, *factors(calls)]
-    got, wanted = linears(x, calls), expected(x, calls)
-    in_place = len(calls) == 1 and kernels.is_small(x, calls[0]) and not kernels.merges(x, calls)
-    assert all(
-        (type(y.grad_fn).__name__ == "_LinearsBackward") != in_place for y in got if y.requires_grad
-    )
-    assert not any(y._is_view() for y in got)
-    for y, target in zip(got, wanted):
-        torch.testing.assert_close(y, target, rtol=1e-10, atol=1e-10)
-    chosen = range(len(calls)) if used is None else used
-    ours, theirs = (
-        torch.autograd.grad(sum(ys[k].sin().sum() for k in chosen), inputs, allow_unused=True)
-        for ys in (got, wanted)
-    )
-    for mine, target, tensor in zip(ours, theirs, inputs):
-        assert (mine is None) == (target is None)
-        if mine is not None:
-            torch.testing.assert_close(mine, target, rtol=1e-10, atol=1e-10)
-            assert mine.shape == tensor.shape and mine.dtype == tensor.dtype
-
+from tests.support.linear_calls import calls_of, check, expected, factors, normal
 
 FORMS = {
     "merged": (0.0, 0.0),
@@ -253,77 +187,6 @@ def test_checkpointing_and_offloading(reentrant, dropout, outs):
     torch.testing.assert_close([factor.grad for factor in factors(calls)], list(plain))
 
 
-class Saved:
-    """The bytes that autograd saves, each tensor once, without the model's own."""
-
-    def __init__(self, *own):
-        self.own, self.found = {t.untyped_storage().data_ptr() for t in own}, {}
-
-    def __enter__(self):
-        self.hooks = saved_tensors_hooks(self.pack, lambda t: t)
-        self.hooks.__enter__()
-        return self
-
-    def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.own:
-            self.found[storage.data_ptr()] = storage.nbytes(), tensor
-        return tensor
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
-
-    @property
-    def bytes(self):
-        return sum(size for size, _ in self.found.values())
-
-
-def own(calls):
-    return [
-        *factors(calls),
-        *(tensor for call in calls for tensor in call[:2] if tensor is not None),
-    ]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_only_x_and_the_ranks_are_saved(dtype):
-    """Of q, k and v under float32 adapters: bytes(x) and 3 ranks a row, in float32."""
-    x = torch.randn(2, 64, 256, dtype=dtype, requires_grad=True)
-    calls = [
-        Linear(
-            torch.randn(out, 256, dtype=dtype),
-            None,
-            [Addend(normal(out, 8, dtype=torch.float32), normal(8, 256, dtype=torch.float32), 1.0)],
-        )
-        for out in (256, 64, 64)
-    ]
-    with Saved(*own(calls)) as saved:
-        outputs = linears(x, calls)
-    assert saved.bytes == x.nbytes + 2 * 64 * 24 * 4 <= 1.2 * x.nbytes
-    assert all(y.dtype == dtype for y in outputs)
-
-
-SMALL = {
-    "in place": (torch.randn(2, 64, 256), 16, True),
-    "few rows of low rank": (torch.randn(2, 64, 256), 4, True),
-    "many rows of low rank": (torch.randn(4, 64, 256), 4, False),
-    "rows that are no view": (torch.randn(2, 256, 64).transpose(1, 2), 16, False),
-    "a matrix by columns": (torch.randn(256, 128).t(), 16, True),
-    "half precision": (torch.randn(2, 64, 256).bfloat16(), 16, False),
-    "large": (torch.randn(2048, 256), 16, False),
-}
-
-
-@pytest.mark.parametrize("x, rank, in_place", SMALL.values(), ids=SMALL)
-def test_a_small_call_saves_the_same(x, rank, in_place):
-    """x once, and its ranks a row, whichever way it is computed."""
-    x, calls = x.detach().requires_grad_(), calls_of(256, (256,), x.dtype, rank=rank)
-    with Saved(*own(calls)) as saved:
-        y = linears(x, calls)[0]
-    assert (type(y.grad_fn).__name__ != "_LinearsBackward") == in_place
-    assert saved.bytes == x.nbytes + x.numel() // 256 * rank * x.itemsize
-
-
 def test_several_addends_of_a_small_call(form):
     x, (call,) = normal(3, 4, 7), calls_of(7, (5,))
     more = [
@@ -339,80 +202,13 @@ def test_selective_checkpointing(form, outs, shape):
     x, calls = normal(*shape), calls_of(7, outs)
     keep = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
     loss = checkpoint(
-        lambda x: sum(y.pow(3).sum() for y in linears(x, calls)),
-        x,
-        use_reentrant=False,
-        context_fn=lambda: create_selective_checkpoint_contexts(keep),
+        lambda x: sum(y.pow(3).sum() for y in linears(x, calls)), x, use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(keep)
     )
     wanted = sum(y.pow(3).sum() for y in expected(x, calls))
     torch.testing.assert_close(
         *(torch.autograd.grad(total, [x, *factors(calls)]) for total in (loss, wanted))
     )
-
-
-def test_dropout_saves_a_bit_an_element():
-    x, calls = torch.randn(64, 256, requires_grad=True), calls_of(256, (256,), torch.float32)
-    calls = [
-        call._replace(addends=[a._replace(dropout=0.1) for a in call.addends]) for call in calls
-    ]
-    with Saved(*own(calls)) as saved:
-        linears(x, calls)
-    assert saved.bytes == x.nbytes + 64 * 2 * 4 + 64 * 256 // 8
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that compute: no views, and no memory that is only reserved."""
-
-    SILENT = {
-        "view",
-        "_unsafe_view",
-        "t",
-        "detach",
-        "narrow",
-        "slice",
-        "split_with_sizes",
-        "empty",
-        "new_empty",
-        "alias",
-        "empty_like",
-        "transpose",
-    }
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name not in self.SILENT:
-            self.counts[name] += 1
-        return func(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("rank, copies", [(4, 3), (16, 2)])
-def test_operators_of_a_group(rank, copies):
-    """q, k and v: 26 or 27, of which the frozen model needs 8 (3 products forward, 3 and 2 sums backward)."""
-    rows = 256
-    x = torch.randn(rows, 128, requires_grad=True)
-    calls = [
-        Linear(
-            torch.randn(out, 128),
-            None,
-            [
-                Addend(
-                    normal(out, rank, dtype=torch.float32),
-                    normal(rank, 128, dtype=torch.float32),
-                    1.0,
-                )
-            ],
-        )
-        for out in (128, 64, 64)
-    ]
-    gradients = [torch.ones(rows, out) for out in (128, 64, 64)]
-    with Operators() as count:
-        torch.autograd.grad(linears(x, calls), [x, *factors(calls)], gradients)
-    assert count.counts == {"mm": 12, "addmm_": 6, "cat": copies, "_to_copy": 6}
-    assert count.counts.total() - 8 <= 19
 
 
 def test_dropout():
@@ -432,7 +228,7 @@ def test_dropout():
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_gradients_with_dropout(shared):
-    """The mask that forward drew is the one of backward: the function is linear in what is left of x."""
+    """The mask of forward is that of backward: the function is linear in what is left of x."""
     x, calls = normal(5, 11), calls_of(11, (7, 5))
     calls = [
         call._replace(addends=[a._replace(dropout=0.4, shared=shared) for a in call.addends[:1]])
@@ -476,29 +272,8 @@ def test_autocast(form):
         assert got.dtype == torch.float32 and (got - wanted).norm() < 0.1 * wanted.norm()
 
 
-def test_a_product_that_rounds_its_operands_is_never_merged(monkeypatch):
-    replace_internal(monkeypatch, "merge_from", 0.0)
-    x, calls = torch.randn(6, 32), calls_of(32, (32,), torch.float32)
-    assert kernels.merges(x, calls)
-    assert not kernels.merges(x.bfloat16(), calls)
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    try:
-        assert not kernels.merges(x, calls)
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
-
-
-def test_the_form_is_chosen_by_shapes():
-    for rows, merged in (
-        (1023, False),
-        (1024, True),
-    ):  # MERGE_FROM = 4: rows (in + out) >= 8 in out
-        x = torch.empty(rows, 256)
-        assert kernels.merges(x, calls_of(256, (256,), torch.float32)) is merged
-
-
 def test_mixed_precision_is_as_close_as_float32_branches():
-    """bfloat16 base, float32 adapters: the error of a model's gradients beside that of branches wholly in float32."""
+    """bfloat16 base, float32 adapters: the gradients' error beside branches all in float32."""
     torch.manual_seed(0)
     base = nn.Sequential(
         *[layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.Tanh())]

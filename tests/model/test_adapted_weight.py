@@ -48,9 +48,8 @@ class TestAdaptedWeight:
     def test_is_the_sum_in_values_and_gradients(self, use, parts, monkeypatch):
         sums = []
         monkeypatch.setattr(
-            AdaptedWeight,
-            "whole",
-            lambda self, made=AdaptedWeight.whole: sums.append(1) or made(self),
+            AdaptedWeight, "whole",
+            lambda self, made=AdaptedWeight.whole: sums.append(1) or made(self)
         )
         run, in_parts = USES[use]
         factors = [
@@ -78,17 +77,12 @@ class TestAdaptedWeight:
     @pytest.mark.parametrize(
         "write",
         [
-            lambda w: w.zero_(),
-            lambda w: nn.init.normal_(w),
-            lambda w: w.data.copy_(W),
-            lambda w: w.__setitem__(0, 1),
-            lambda w: w.__iadd__(1),
-            lambda w: torch.add(w, 1, out=w),
-            lambda w: w.requires_grad_(),
-            lambda w: setattr(w, "data", W),
-            lambda w: torch._foreach_mul_([w], 2.0),
-            lambda w: w.detach().mul_(2),
-        ],
+            lambda w: w.zero_(), lambda w: nn.init.normal_(w), lambda w: w.data.copy_(W),
+            lambda w: w.__setitem__(0, 1), lambda w: w.__iadd__(1),
+            lambda w: torch.add(w, 1, out=w), lambda w: w.requires_grad_(),
+            lambda w: setattr(w, "data", W), lambda w: torch._foreach_mul_([w], 2.0),
+            lambda w: w.detach().mul_(2)
+        ]
     )
     def test_writing_is_refused(self, write):
         with pytest.raises(

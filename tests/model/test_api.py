@@ -15,8 +15,7 @@ from tests.support.oracle import factors_of, fingerprint, frozen, oracle, random
 def names(model: nn.Module) -> list[str]:
     return [
         name.removesuffix(".lora.default.A")
-        for name, _ in lorafx.named_parameters(model)
-        if name.endswith(".A")
+        for name, _ in lorafx.named_parameters(model) if name.endswith(".A")
     ]
 
 
@@ -64,11 +63,9 @@ class TestConfig:
         torch.manual_seed(3)
         second = lorafx.inject(nn.Linear(400, 400), 50).lora.default
         assert torch.equal(first.A, second.A)
-        assert (
-            abs(first.A.std() - 0.02) < 3e-4
-            and abs(first.A.mean()) < 6e-4
-            and first.B.abs().max() == 0
-        )
+        assert abs(first.A.std() - 0.02) < 3e-4
+        assert abs(first.A.mean()) < 6e-4
+        assert first.B.abs().max() == 0
 
     def test_kaiming(self):
         A = lorafx.inject(nn.Linear(400, 400), 50, init="kaiming").lora.default.A
@@ -76,12 +73,8 @@ class TestConfig:
 
     def test_rank_and_alpha_patterns(self, block):
         model = lorafx.inject(
-            block,
-            4,
-            alpha=8,
-            targets="linear",
-            rank_pattern={"up|down": 2, "up": 3},
-            alpha_pattern={r"h.*d": 1.0},
+            block, 4, alpha=8, targets="linear", rank_pattern={"up|down": 2, "up": 3},
+            alpha_pattern={r"h.*d": 1.0}
         )
         held = {
             name: model.get_submodule(f"{name}.lora.default")
@@ -304,9 +297,8 @@ class TestMerge:
         merged = lorafx.merge(model, untie=True)
         torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=1e-10, atol=1e-10)
         assert merged.embedding.weight.data_ptr() == block.embedding.weight.data_ptr()
-        tied = randomise(
-            lorafx.inject(Tied().double(), targets="linear")
-        )  # reads its weight twice through one module
+        # this one reads its weight twice through one module
+        tied = randomise(lorafx.inject(Tied().double(), targets="linear"))
         torch.testing.assert_close(lorafx.merge(tied)(TOKENS), tied(TOKENS), rtol=1e-10, atol=1e-10)
         lorafx.add(model, "square only", targets="square")
         assert (
@@ -323,7 +315,6 @@ class TestMerge:
         assert fingerprint(model) == before
         lorafx.activate(model, {"a": 0.5, "b": -1.0})
         torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=1e-10, atol=1e-10)
-        assert not any("lora" in key for key in merged.state_dict()) and "_lorafx" not in vars(
-            merged
-        )
+        assert not any("lora" in key for key in merged.state_dict())
+        assert "_lorafx" not in vars(merged)
         assert all(p.requires_grad for p in merged.parameters())

@@ -1,4 +1,4 @@
-"""Every way of calling from outside: contexts, transforms, hooks, compilers; an injected model is like the original."""
+"""Calls from outside, by contexts, transforms, hooks, compilers: a model acts like the original."""
 
 import copy
 
@@ -50,7 +50,7 @@ def base(request):
 
 
 def both(base):
-    """An injected model whose adapters are not zero, and the original with W + s B A in the place of W."""
+    """An injected model, adapters not zero, and the original with W + s B A in W's place."""
     model = randomise(lorafx.inject(base, rank=2, targets="linear"))
     return model, Oracle(
         base, lorafx.sites(base), factors_of(model, {"default": 1.0})
@@ -132,7 +132,7 @@ HOOKS = {
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", HOOKS)
 def test_hooks(kind, when):
-    """On a linear layer: before injection they carry over, and after it they see the adapted layer."""
+    """On a linear layer: earlier ones carry over, later ones see the adapted layer."""
     base = nn.Sequential(nn.Tanh(), nn.Linear(8, 8), nn.Tanh()).double()
     if when == "before":
         getattr(base[1], kind)(HOOKS[kind])

@@ -28,122 +28,84 @@ class Net(nn.Module):
 
 SETTINGS = {
     "typo": (
-        {"targets": "q_prj"},
-        NoSiteError,
-        r"No linear call matches targets='q_prj'\. This model has 2 sites, such as 'q_proj'.*lorafx\.sites",
+        {"targets": "q_prj"}, NoSiteError,
+        r"No linear call matches targets='q_prj'\. This model has 2 sites, such as 'q_proj'"
+        r".*lorafx\.sites"
     ),
     "one of several": (
-        {"targets": ["q_proj", "k_proj"]},
-        NoSiteError,
-        "targets='k_proj'.*such as .*'q_proj'",
+        {"targets": ["q_proj", "k_proj"]}, NoSiteError, "targets='k_proj'.*such as .*'q_proj'"
     ),
     "regex": ({"targets": re.compile("q")}, NoSiteError, "No linear call matches targets='q'"),
     "no linear call": (
-        {"targets": "conv"},
-        NoSiteError,
-        r"'conv' cannot be adapted: a convolution \(Conv1d\), which lorafx does not adapt yet",
+        {"targets": "conv"}, NoSiteError,
+        r"'conv' cannot be adapted: a convolution \(Conv1d\), which lorafx does not adapt yet"
     ),
     "predicate": (
-        {"targets": lambda site: False},
-        NoSiteError,
-        "No linear call matches targets=<function",
+        {"targets": lambda site: False}, NoSiteError, "No linear call matches targets=<function"
     ),
     "kind of target": (
-        {"targets": 3},
-        ConfigError,
-        "targets takes names, globs, .* or a function of a Site, not 3",
+        {"targets": 3}, ConfigError, "targets takes names, globs, .* or a function of a Site, not 3"
     ),
     "nothing": ({"targets": []}, NoSiteError, r"No linear call is left to adapt: targets=\[\]"),
     "all excluded": (
-        {"exclude": "q_proj"},
-        NoSiteError,
-        "No linear call is left to adapt: .*exclude='q_proj'",
+        {"exclude": "q_proj"}, NoSiteError, "No linear call is left to adapt: .*exclude='q_proj'"
     ),
     "exclude typo": (
-        {"exclude": "q_prj"},
-        NoSiteError,
-        "No linear call matches exclude='q_prj'.*'q_proj'",
+        {"exclude": "q_prj"}, NoSiteError, "No linear call matches exclude='q_prj'.*'q_proj'"
     ),
     "rank": ({"rank": 0}, ConfigError, "rank must be an integer of at least 1, not 0"),
     "rank type": ({"rank": 2.0}, ConfigError, "rank must be an integer of at least 1, not 2.0"),
     "rank pattern": (
-        {"rank_pattern": {"q_proj": 0}},
-        ConfigError,
-        "rank must be an integer of at least 1, not 0",
+        {"rank_pattern": {"q_proj": 0}}, ConfigError, "rank must be an integer of at least 1, not 0"
     ),
     "rank pattern typo": (
-        {"rank_pattern": {"q_prj": 2}},
-        NoSiteError,
-        "pattern 'q_prj' matches none of .*'q_proj'",
+        {"rank_pattern": {"q_prj": 2}}, NoSiteError, "pattern 'q_prj' matches none of .*'q_proj'"
     ),
     "rank pattern regex": (
-        {"rank_pattern": {"(": 2}},
-        ConfigError,
-        r"the pattern '\(' is not a regular expression",
+        {"rank_pattern": {"(": 2}}, ConfigError, r"the pattern '\(' is not a regular expression"
     ),
     "alpha": (
-        {"alpha": float("nan")},
-        ConfigError,
-        "alpha must be a finite number above 0, not nan",
+        {"alpha": float("nan")}, ConfigError, "alpha must be a finite number above 0, not nan"
     ),
     "alpha pattern": (
-        {"alpha_pattern": {"v_proj": 2}},
-        NoSiteError,
-        "pattern 'v_proj' matches none",
+        {"alpha_pattern": {"v_proj": 2}}, NoSiteError, "pattern 'v_proj' matches none"
     ),
     "rslora": (
-        {"rslora": True},
-        ConfigError,
-        r"rslora divides alpha by sqrt\(rank\), but there is no alpha",
+        {"rslora": True}, ConfigError,
+        r"rslora divides alpha by sqrt\(rank\), but there is no alpha"
     ),
     "share_dropout": (
-        {"share_dropout": 1},
-        ConfigError,
-        "share_dropout must be True or False, not 1",
+        {"share_dropout": 1}, ConfigError, "share_dropout must be True or False, not 1"
     ),
     "dropout range": (
-        {"dropout": 1.0},
-        ConfigError,
-        "dropout must be at least 0 and below 1, not 1.0",
+        {"dropout": 1.0}, ConfigError, "dropout must be at least 0 and below 1, not 1.0"
     ),
     "init": (
-        {"init": "zeros"},
-        ConfigError,
-        "init must be one of 'gaussian', 'kaiming', not 'zeros'",
+        {"init": "zeros"}, ConfigError, "init must be one of 'gaussian', 'kaiming', not 'zeros'"
     ),
     "dtype": (
-        {"dtype": torch.int8},
-        ConfigError,
-        "dtype must be one of torch.float16, .* not torch.int8",
+        {"dtype": torch.int8}, ConfigError, "dtype must be one of torch.float16, .* not torch.int8"
     ),
     "trainable": (
-        {"trainable": "con"},
-        NoSiteError,
-        "No module with parameters matches trainable='con'.*has 'conv'",
+        {"trainable": "con"}, NoSiteError,
+        "No module with parameters matches trainable='con'.*has 'conv'"
     ),
     "dotted name": (
-        {"adapter": "a.b"},
-        ConfigError,
-        "'a.b' cannot name an adapter: use a word without dots",
+        {"adapter": "a.b"}, ConfigError, "'a.b' cannot name an adapter: use a word without dots"
     ),
     "private name": ({"adapter": "_frozen"}, ConfigError, "'_frozen' cannot name an adapter"),
     "no name": ({"adapter": 5}, ConfigError, "5 cannot name an adapter"),
     "init type": ({"init": ["gaussian"]}, ConfigError, "init must be one of"),
     "patterns": (
-        {"rank_pattern": ["q_proj"]},
-        ConfigError,
-        "rank_pattern must be a dict of regular expressions",
+        {"rank_pattern": ["q_proj"]}, ConfigError,
+        "rank_pattern must be a dict of regular expressions"
     ),
     "pattern type": (
-        {"alpha_pattern": {5: 1.0}},
-        ConfigError,
-        "the pattern 5 is not a regular expression",
+        {"alpha_pattern": {5: 1.0}}, ConfigError, "the pattern 5 is not a regular expression"
     ),
     "class": ({"targets": nn.Linear}, ConfigError, "targets takes names, globs"),
     "trainable type": (
-        {"trainable": 5},
-        ConfigError,
-        "trainable takes names and globs of modules, not 5",
+        {"trainable": 5}, ConfigError, "trainable takes names and globs of modules, not 5"
     ),
     "taken name": ({"adapter": "train"}, ConfigError, "'train' cannot name an adapter"),
     "empty name": ({"adapter": ""}, ConfigError, "'' cannot name an adapter"),
@@ -208,94 +170,75 @@ def with_lora_attribute(model: nn.Module) -> nn.Module:
 MODELS = {
     "no module": (lambda: 3, UnsupportedModelError, "A model is an nn.Module, not a int"),
     "no linear": (
-        lambda: nn.Sequential(nn.ReLU()),
-        NoSiteError,
-        "This model makes no linear call on a weight of",
+        lambda: nn.Sequential(nn.ReLU()), NoSiteError,
+        "This model makes no linear call on a weight of"
     ),
     "no linear but matrices": (
-        lambda: nn.LSTM(3, 3),
-        NoSiteError,
-        r"'weight_ih_l0' cannot be adapted: a recurrent layer \(LSTM\), which lorafx",
+        lambda: nn.LSTM(3, 3), NoSiteError,
+        r"'weight_ih_l0' cannot be adapted: a recurrent layer \(LSTM\), which lorafx"
     ),
     "a bracket in a name": (
-        lambda: nn.Sequential(OrderedDict({"a[0]": nn.Linear(3, 3)})),
-        NoSiteError,
-        r"'a\[0\]' cannot be adapted: its name holds '\[', which is how blocks of rows are",
+        lambda: nn.Sequential(OrderedDict({"a[0]": nn.Linear(3, 3)})), NoSiteError,
+        r"'a\[0\]' cannot be adapted: its name holds '\[', which is how blocks of rows are"
     ),
     "closure": (
-        lambda: with_closure(Net()),
-        UnsupportedModelError,
-        "This Net holds a function, 'act', that closes over a part of the model",
+        lambda: with_closure(Net()), UnsupportedModelError,
+        "This Net holds a function, 'act', that closes over a part of the model"
     ),
     "closure over a weight": (
-        lambda: with_closure_over_a_weight(Net()),
-        UnsupportedModelError,
-        "'act', that",
+        lambda: with_closure_over_a_weight(Net()), UnsupportedModelError, "'act', that"
     ),
     "hook": (
-        lambda: with_hook(Net()),
-        UnsupportedModelError,
-        r"'q_proj' \(Linear\) holds a function, hook \d+, that closes over a part",
+        lambda: with_hook(Net()), UnsupportedModelError,
+        r"'q_proj' \(Linear\) holds a function, hook \d+, that closes over a part"
     ),
     "inference mode": (
-        torch.inference_mode()(lambda: Net()),
-        UnsupportedModelError,
-        "was made in inference mode, so that autograd cannot use its 'weight'",
+        torch.inference_mode()(lambda: Net()), UnsupportedModelError,
+        "was made in inference mode, so that autograd cannot use its 'weight'"
     ),
     "lazy": (
-        lambda: nn.Sequential(nn.LazyLinear(4)),
-        UnsupportedModelError,
-        r"'0' \(LazyLinear\) is lazy, its 'weight' has no shape yet: run one batch",
+        lambda: nn.Sequential(nn.LazyLinear(4)), UnsupportedModelError,
+        r"'0' \(LazyLinear\) is lazy, its 'weight' has no shape yet: run one batch"
     ),
     "data parallel": (
-        lambda: nn.DataParallel(Net()),
-        UnsupportedModelError,
-        "This DataParallel is wrapped for data-parallel training: inject into model.module",
+        lambda: nn.DataParallel(Net()), UnsupportedModelError,
+        "This DataParallel is wrapped for data-parallel training: inject into model.module"
     ),
     "compiled": (
-        lambda: torch.compile(Net(), backend="eager"),
-        UnsupportedModelError,
-        "This OptimizedModule is compiled: inject into model._orig_mod",
+        lambda: torch.compile(Net(), backend="eager"), UnsupportedModelError,
+        "This OptimizedModule is compiled: inject into model._orig_mod"
     ),
     "compiled in place": (
-        lambda: compiled_in_place(Net()),
-        UnsupportedModelError,
-        r"'q_proj' \(Linear\) is compiled: call .compile\(\) on the injected model instead",
+        lambda: compiled_in_place(Net()), UnsupportedModelError,
+        r"'q_proj' \(Linear\) is compiled: call .compile\(\) on the injected model instead"
     ),
     "patched": (
-        lambda: patched(Net()),
-        UnsupportedModelError,
-        r"'q_proj' \(Linear\) has a forward of its own, patched in by another tool",
+        lambda: patched(Net()), UnsupportedModelError,
+        r"'q_proj' \(Linear\) has a forward of its own, patched in by another tool"
     ),
     "injected": (
-        lambda: lorafx.inject(Net()),
-        AdapterError,
-        "This Net is injected already: lorafx.add gives it another adapter",
+        lambda: lorafx.inject(Net()), AdapterError,
+        "This Net is injected already: lorafx.add gives it another adapter"
     ),
     "injected below": (
-        lambda: nn.Sequential(lorafx.inject(Net())),
-        UnsupportedModelError,
-        r"'0' \(Net\) is part of an injected model: eject that",
+        lambda: nn.Sequential(lorafx.inject(Net())), UnsupportedModelError,
+        r"'0' \(Net\) is part of an injected model: eject that"
     ),
     "part of an injected": (
-        lambda: lorafx.inject(nn.Sequential(Net()), targets="linear")[0],
-        UnsupportedModelError,
-        r"'q_proj.lora' \(Branch\) is part of an injected model",
+        lambda: lorafx.inject(nn.Sequential(Net()), targets="linear")[0], UnsupportedModelError,
+        r"'q_proj.lora' \(Branch\) is part of an injected model"
     ),
     "not copyable": (
-        lambda: with_non_copyable(Net()),
-        UnsupportedModelError,
-        "This Net cannot be copied: cannot pickle '_thread.lock' object. Remove the attribute",
+        lambda: with_non_copyable(Net()), UnsupportedModelError,
+        "This Net cannot be copied: cannot pickle '_thread.lock' object. Remove the attribute"
     ),
     "own copy": (
-        lambda: nn.Sequential(OwnWeights(3, 3)),
-        UnsupportedModelError,
-        "did not keep the weight '0.weight': some class on the way has a __deepcopy__",
+        lambda: nn.Sequential(OwnWeights(3, 3)), UnsupportedModelError,
+        "did not keep the weight '0.weight': some class on the way has a __deepcopy__"
     ),
     "lora taken": (
-        lambda: with_lora_attribute(Net()),
-        UnsupportedModelError,
-        "The module of 'q_proj' has an attribute 'lora' already",
+        lambda: with_lora_attribute(Net()), UnsupportedModelError,
+        "The module of 'q_proj' has an attribute 'lora' already"
     ),
 }
 
@@ -365,43 +308,36 @@ def test_functions_that_need_an_injected_model(call):
 
 ADAPTERS = {
     "unknown to activate": (
-        lambda m: lorafx.activate(m, "x"),
-        "This model has no adapter 'x'; it has 'default'",
+        lambda m: lorafx.activate(m, "x"), "This model has no adapter 'x'; it has 'default'"
     ),
     "unknown weighted": (
-        lambda m: lorafx.activate(m, {"default": 1.0, "x": 1.0}),
-        "has no adapter 'x'",
+        lambda m: lorafx.activate(m, {"default": 1.0, "x": 1.0}), "has no adapter 'x'"
     ),
     "weight": (
         lambda m: lorafx.activate(m, {"default": float("inf")}),
-        "adapter 'default' must be .* not inf",
+        "adapter 'default' must be .* not inf"
     ),
     "unknown to merge": (lambda m: lorafx.merge(m, "x"), "This model has no adapter 'x'"),
     "unknown to remove": (lambda m: lorafx.remove(m, "x"), "This model has no adapter 'x'"),
     "unknown to save": (lambda m: lorafx.save(m, "x.pth", "x"), "This model has no adapter 'x'"),
     "unknown parameters": (
-        lambda m: list(lorafx.parameters(m, "x")),
-        "This model has no adapter 'x'",
+        lambda m: list(lorafx.parameters(m, "x")), "This model has no adapter 'x'"
     ),
     "unknown to compose": (
-        lambda m: lorafx.compose(m, {"x": 1.0}, "y"),
-        "This model has no adapter 'x'",
+        lambda m: lorafx.compose(m, {"x": 1.0}, "y"), "This model has no adapter 'x'"
     ),
     "nothing to compose": (
-        lambda m: lorafx.compose(m, {}, "y"),
-        "nothing to compose: name at least one adapter",
+        lambda m: lorafx.compose(m, {}, "y"), "nothing to compose: name at least one adapter"
     ),
     "taken by add": (
-        lambda m: lorafx.add(m, "default"),
-        "has an adapter 'default' already: choose another name",
+        lambda m: lorafx.add(m, "default"), "has an adapter 'default' already: choose another name"
     ),
     "taken by compose": (
-        lambda m: lorafx.compose(m, {"default": 1.0}, "default"),
-        "has an adapter 'default' already",
+        lambda m: lorafx.compose(m, {"default": 1.0}, "default"), "has an adapter 'default' already"
     ),
     "none active to save": (
         lambda m: (lorafx.activate(m, []), lorafx.save(m, "x.pth")),
-        "save writes one adapter, but 0 are active: name one with adapter=..., of 'default'",
+        "save writes one adapter, but 0 are active: name one with adapter=..., of 'default'"
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The injected model as a program: regions, copies, GraphModules, exported programs, passes, compile, summary."""
+"""The injected model as a program: regions, copies, GraphModules, export, compile, summary."""
 
 import copy
 import html
@@ -38,9 +38,8 @@ def test_the_original_bias_may_come_later():
 
 
 @pytest.mark.parametrize(
-    "model",
-    [Block(), nn.Linear(4, 4), fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4)))],
-    ids=["break", "region", "graph module"],
+    "model", [Block(), nn.Linear(4, 4), fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4)))],
+    ids=["break", "region", "graph module"]
 )
 def test_copies(model):
     x = TOKENS if isinstance(model, Block) else torch.randn(3, 4)
@@ -81,11 +80,9 @@ def test_a_graph_module_keeps_its_hooked_or_shared_layers_as_regions():
     graph = fx.GraphModule(outer, fx.symbolic_trace(outer).graph)
     graph.leaf = outer.leaf
     model = lorafx.inject(graph)
-    assert (
-        "self.a.lora(" in model.code
-        and "self.b.lora" not in model.code
-        and "self.c.lora" not in model.code
-    )
+    assert "self.a.lora(" in model.code
+    assert "self.b.lora" not in model.code
+    assert "self.c.lora" not in model.code
     assert isinstance(model.b, fx.GraphModule) and isinstance(model.c, fx.GraphModule)
     randomise(model)
     x = torch.randn(2, 3)
@@ -124,9 +121,8 @@ def test_compile_and_export(block):
     torch.testing.assert_close(program.module()(TOKENS), expected)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # Dynamo's own looking
+# Dynamo itself looks at .grad.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_layers_compiled_one_by_one_share_a_graph():
     torch._dynamo.reset()
     model = lorafx.inject(nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))))
@@ -146,9 +142,8 @@ def test_summary(block):
         == sum(p.numel() for p in lorafx.parameters(model))
     )
     assert found.total == sum(p.numel() for p in model.parameters())
-    assert [site.name for site in found.sites] == ["square", "up"] and found.sites[1].ranks == {
-        "default": 2
-    }
+    assert [site.name for site in found.sites] == ["square", "up"]
+    assert found.sites[1].ranks == {"default": 2}
     assert str(found).splitlines()[0].startswith("2 sites adapted, active: default x 1; 36 of ")
     assert "<td>square</td>" in found._repr_html_()
     lorafx.remove(model, "default")

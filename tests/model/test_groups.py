@@ -1,75 +1,19 @@
-"""Linear calls on one value are computed together: in regions, and in what the compiler captures."""
+"""Linear calls on one value are computed together, in regions."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import fx, nn
 from torch._dynamo.testing import CompileCounter
 
 import lorafx
-from lorafx._model import inductor
 from lorafx._model.lower import joined, lower
+from tests.support.grouped_models import X, Attention, Functional, Gated, Twice, in_place_on_x
 from tests.support.internals import never_plain, replace_internal, watch_linears
 from tests.support.oracle import Oracle, factors_of, frozen, randomise
-
-X = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-class Attention(nn.Module):
-    """Straight-line code, so that it becomes a region."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(8, n) for n in (8, 6, 6, 8))
-
-    def forward(self, x):
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        return self.o(q + F.pad((k.softmax(-1) * v), (0, 2)))
-
-
-class Gated(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gate, self.up, self.down = (
-            nn.Linear(8, 12),
-            nn.Linear(8, 12, bias=False),
-            nn.Linear(12, 8),
-        )
-        self.act = nn.SiLU(inplace=True)
-
-    def forward(self, x):
-        return self.down(self.act(self.gate(x)) * self.up(x))
-
-
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w1, self.w2, self.last = (
-            nn.Parameter(torch.randn(8, 8)),
-            nn.Parameter(torch.randn(8, 8)),
-            nn.Linear(8, 8),
-        )
-
-    def forward(self, x):
-        return F.linear(x, self.w1) * F.linear(x, self.w2).tanh() + self.last(x)
-
-
-class Twice(Gated):
-    def forward(self, x):
-        return self.down(self.gate(x) * self.gate(x) + self.up(x))
-
-
-class Python(Attention):
-    """The same as Attention, but Python decides."""
-
-    def forward(self, x):
-        if x.ndim > 1:
-            return super().forward(x)
-        return x
 
 
 def joins(module):
@@ -109,26 +53,15 @@ def test_joined(build, sizes, merge_from, monkeypatch):
 
 def test_the_graph_stays_as_it_was_written():
     model = lorafx.inject(Gated(), targets="linear")
-    assert (
-        type(model) is not Gated and isinstance(model, Gated) and isinstance(model, fx.GraphModule)
-    )
-    assert [str(node.target) for node in model.graph.find_nodes(op="call_module")] == [
-        "gate",
-        "act",
-        "up",
-        "down",
-    ]
+    assert type(model) is not Gated
+    assert isinstance(model, Gated)
+    assert isinstance(model, fx.GraphModule)
+    called = [str(node.target) for node in model.graph.find_nodes(op="call_module")]
+    assert called == ["gate", "act", "up", "down"]
     alone = lorafx.inject(Gated(), targets="linear", group=False)
     assert type(alone) is Gated and "adapted_linear(" in alone.gate.code
     lorafx.add(alone, "b", targets="linear")
     assert type(alone) is Gated
-
-
-def in_place_on_x(self, x):
-    x = x * 1
-    gate = self.gate(x)
-    x.add_(1)
-    return self.down(gate * self.up(x))
 
 
 def in_place_on_a_view(self, x):
@@ -162,9 +95,8 @@ def test_a_value_that_changes_in_between_is_read_twice(forward):
     oracle = Oracle(base, lorafx.sites(base), factors_of(model, {"default": 1.0}))
     torch.testing.assert_close(model(X), oracle.model(X))
     by_a_module = forward is in_place_by_a_module  # which is called in its turn, and watched
-    assert isinstance(model, fx.GraphModule) is by_a_module and (
-        not by_a_module or joins(model) == [3]
-    )
+    assert isinstance(model, fx.GraphModule) is by_a_module
+    assert not by_a_module or joins(model) == [3]
 
 
 def test_what_changes_nothing_may_stand_in_between():
@@ -234,10 +166,8 @@ class TestOneByOne:
 
 def test_a_member_that_is_compiled_by_itself_is_called():
     torch._dynamo.reset()
-    model, counter = (
-        randomise(lorafx.inject(Attention().double(), rank=2, targets="linear")),
-        CompileCounter(),
-    )
+    model = randomise(lorafx.inject(Attention().double(), rank=2, targets="linear"))
+    counter = CompileCounter()
     wanted = model(X)
     model.k.compile(backend=counter)
     torch.testing.assert_close(model(X), wanted)
@@ -268,7 +198,7 @@ def two_derivatives(model, x):
 
 @pytest.mark.parametrize("build", [Attention, Twice])
 def test_second_derivatives_of_a_layer_used_twice(build):
-    """A factor that stands in several places, or from which x is computed, is counted once in each."""
+    """A factor in several places, or one from which x is computed, is counted once in each."""
     base = nn.Sequential(build(), nn.Tanh(), build()).double()
     base[2] = base[0]
     model = randomise(lorafx.inject(base, rank=2, targets="linear"))
@@ -358,7 +288,7 @@ class TestDropout:
         assert "dropout=0.25" in repr(factors)
 
     def test_where_python_reads_the_weight(self):
-        """torch's attention multiplies by it, in parts; what needs the sum cannot drop anything out."""
+        """torch's attention multiplies by it, in parts; what needs the sum cannot drop out."""
         base = nn.MultiheadAttention(8, 2, batch_first=True).double()
         model = randomise(lorafx.inject(base, rank=2, targets="linear", dropout=0.5))
         oracle = Oracle(base, lorafx.sites(base), factors_of(model, {"default": 1.0})).model
@@ -367,149 +297,3 @@ class TestDropout:
         with pytest.raises(lorafx.AdaptedWeightError, match="as a whole, where there is no input"):
             model.in_proj_weight.sum()
         torch.testing.assert_close(model.eval()(X, X, X)[0], oracle.eval()(X, X, X)[0])
-
-
-class Captured:
-    """A backend that shows what the pass made of a graph, and runs it."""
-
-    def __init__(self):
-        self.targets = []
-
-    def __call__(self, graph_module, inputs):
-        inductor.JoinBranches()(graph_module.graph)
-        graph_module.graph.lint()
-        graph_module.recompile()
-        self.targets += [
-            node.target for node in graph_module.graph.nodes if node.op == "call_function"
-        ]
-        return graph_module.forward
-
-
-@pytest.mark.parametrize(
-    "build, dtype, dropout, merge_from, counts",
-    [
-        (
-            Python,
-            torch.float64,
-            0.0,
-            float("inf"),
-            {F.linear: 10, torch.cat: 1, inductor.merged_linears: 0},
-        ),
-        (Python, torch.float64, 0.0, 0.0, {F.linear: 0, torch.cat: 0, inductor.merged_linears: 2}),
-        (
-            Attention,
-            torch.float64,
-            0.0,
-            0.0,
-            {F.linear: 0, torch.cat: 0, inductor.merged_linears: 2},
-        ),
-        (
-            Python,
-            torch.bfloat16,
-            0.0,
-            0.0,
-            {F.linear: 10, torch.cat: 1, inductor.merged_linears: 0},
-        ),
-        (Python, torch.float64, 0.5, 0.0, {F.linear: 12, torch.cat: 0, inductor.merged_linears: 0}),
-    ],
-)
-def test_the_compiler_joins_what_python_calls(
-    build, dtype, dropout, merge_from, counts, monkeypatch
-):
-    replace_internal(monkeypatch, "merge_from", merge_from)
-    torch._dynamo.reset()
-    base = build().to(dtype)
-    model = randomise(lorafx.inject(base, rank=2, targets="linear", dropout=dropout, alpha=3.0))
-    x, captured = X.to(dtype), Captured()
-    compiled = torch.compile(model, backend=captured, fullgraph=True)
-    y = compiled(x)
-    assert {target: captured.targets.count(target) for target in counts} == counts
-    if not dropout:
-        tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}
-        torch.testing.assert_close(y, model(x), **tolerance)
-        both = [
-            torch.autograd.grad(z.square().sum(), list(lorafx.parameters(model)))
-            for z in (y, model(x))
-        ]
-        for got, wanted in zip(*both):
-            assert (got - wanted).norm() <= (
-                0.1 if dtype == torch.bfloat16 else 1e-10
-            ) * wanted.norm()
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x), model(x), **tolerance)
-
-
-def test_the_pass_leaves_alone_what_changes_in_between(monkeypatch):
-    torch._dynamo.reset()
-    base = type("Changing", (Gated,), {"forward": in_place_on_x})().double()
-    model, captured = randomise(lorafx.inject(base, rank=2, targets="linear")), Captured()
-    torch.testing.assert_close(torch.compile(model, backend=captured)(X), model(X))
-    assert torch.cat not in captured.targets
-
-
-def no_grad_in_between(self, x):
-    with torch.no_grad():
-        gate = self.gate(x)
-    return self.down(gate * self.up(x))
-
-
-def schema_in_between(self, x):
-    x = x * 1
-    gate = self.gate(x)
-    torch.ops.aten.sigmoid_.default(x)
-    return self.down(gate * self.up(x))
-
-
-@pytest.mark.parametrize("forward", [no_grad_in_between, schema_in_between])
-@pytest.mark.parametrize("merge_from", [0.0, float("inf")])
-def test_the_pass_knows_modes_and_schemas(forward, merge_from, monkeypatch):
-    replace_internal(monkeypatch, "merge_from", merge_from)
-    torch._dynamo.reset()
-    base = type("Changing", (Gated,), {"forward": forward})().double()
-    model = randomise(lorafx.inject(base, rank=2, targets="linear"))
-    compiled = torch.compile(model, backend=Captured())
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(X), model(X))
-    if forward is no_grad_in_between:
-        gradients = [
-            torch.autograd.grad(
-                f(X).square().sum(), list(lorafx.parameters(model)), allow_unused=True
-            )
-            for f in (compiled, model)
-        ]
-        assert [g is None for g in gradients[0]] == [True, True, False, False, False, False]
-        torch.testing.assert_close(*([g for g in found if g is not None] for found in gradients))
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("merge_from", [0.0, float("inf")])
-def test_what_trains_beside_and_any_shape(dynamic, merge_from, monkeypatch):
-    replace_internal(monkeypatch, "merge_from", merge_from)
-    torch._dynamo.reset()
-    model = randomise(lorafx.inject(Attention().double(), rank=2, targets="linear", alpha=5.0))
-    model.q.bias.requires_grad_(True)
-    inputs = [model.q.bias, *lorafx.parameters(model)]
-    compiled = torch.compile(model, backend=Captured(), dynamic=dynamic)
-    for x in (X[0], X, torch.cat([X, X])):
-        both = [torch.autograd.grad(f(x).square().sum(), inputs) for f in (compiled, model)]
-        torch.testing.assert_close(*both)
-
-
-def test_the_options_are_the_same_every_time():
-    first, second = (lorafx.compile_options()["pre_grad_custom_pass"] for _ in range(2))
-    assert first.uuid() == second.uuid() and len(first.uuid()) == 32
-
-
-def test_with_the_compiler_itself():
-    torch._dynamo.reset()
-    base = Python().double()
-    model = randomise(lorafx.inject(base, rank=2, targets="linear", alpha=5.0))
-    compiled = torch.compile(model, options=lorafx.compile_options(), fullgraph=True)
-    for x in (X, X[0], torch.cat([X] * 80)):  # factored twice, then merged
-        y = compiled(x)
-        torch.testing.assert_close(y, model(x))
-        both = [
-            torch.autograd.grad(z.square().sum(), list(lorafx.parameters(model)))
-            for z in (y, model(x))
-        ]
-        torch.testing.assert_close(*both)

@@ -1,4 +1,4 @@
-"""Layers that are not linear are called what they are where they are refused, and are not graph breaks."""
+"""Layers that are not linear are called what they are when refused, and are not graph breaks."""
 
 import pytest
 import torch
@@ -97,5 +97,6 @@ def test_a_subclass_with_a_forward_of_its_own_is_a_graph_break() -> None:
 def test_a_matrix_that_a_graph_break_reads_is_said_to_be_of_one() -> None:
     found = lorafx.summary(lorafx.inject(Table()))
     assert found.skipped["rows"].startswith(
-        "no linear call on it was found, and its module is a graph break: Table: forward branches or loops"
+        "no linear call on it was found, and its module is a graph break: "
+        "Table: forward branches or loops"
     )

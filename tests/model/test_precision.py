@@ -55,7 +55,7 @@ class TestNarrow:
 
 
 def test_no_copy_of_an_activation_is_saved():
-    """A bfloat16 base with float32 adapters saves x and the narrow h for backward: no float32 copy of x."""
+    """A bfloat16 base with float32 adapters saves x and the narrow h: no float32 copy of x."""
     model = randomise(lorafx.inject(nn.Linear(64, 64, bias=False).bfloat16(), 4))
     x = torch.randn(256, 64, dtype=torch.bfloat16, requires_grad=True)
     saved = {}

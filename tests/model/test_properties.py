@@ -151,7 +151,7 @@ def test_merged_equals_unmerged(net, training, weight):
 
 @given(nets(), DTYPES, st.booleans())
 def test_merging_rounds_once(net, dtype, narrow):
-    """Each merged weight is the float64 sum, rounded to float32 or wider and then once to W's dtype."""
+    """A merged weight is the float64 sum, rounded to float32 or wider, then once to W's dtype."""
     model = randomise(lorafx.inject(net.model.to(dtype), rank=3, targets="linear", alpha=2.0,
                                     dtype=dtype if narrow else None))
     merged = dict(lorafx.merge(model).named_parameters(remove_duplicate=False))
@@ -236,9 +236,7 @@ def test_gradcheck(bias):
     model = randomise(
         lorafx.inject(
             nn.Sequential(nn.Linear(3, 5, bias), nn.Tanh(), nn.Linear(5, 2)).double(),
-            targets="linear",
-            rank=2,
-            alpha=3.0,
+            targets="linear", rank=2, alpha=3.0
         )
     )
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""No silent site: Python that uses a weight past its owner's forward sees it adapted, or it is left alone and named."""
+"""No silent site: Python past the owner's forward sees a weight adapted, or it is named."""
 
 import functools
 import linecache
@@ -41,10 +41,7 @@ class Base(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc, self.child, self.given, self.other = (
-            nn.Linear(3, 3),
-            Projecting(3, 3),
-            Given(),
-            nn.Linear(3, 3),
+            nn.Linear(3, 3), Projecting(3, 3), Given(), nn.Linear(3, 3)
         )
         self.operations = Operations()
         self.layers = nn.ModuleList([nn.Linear(3, 3)])
@@ -61,13 +58,9 @@ class Base(nn.Module):
 
 
 def with_forward(body: str, site: str, name: str, prepare: Any) -> Any:
-    """A class whose forward has these lines and whose source can be read, and the site that it uses."""
+    """A class whose forward has these lines, its source readable, and the site that it uses."""
     names: dict[str, Any] = {
-        "F": F,
-        "nn": nn,
-        "torch": torch,
-        "by_another_file": by_another_file,
-        "__name__": __name__,
+        "F": F, "nn": nn, "torch": torch, "by_another_file": by_another_file, "__name__": __name__
     }
     source = (
         "def forward(self, x):\n"
@@ -128,29 +121,21 @@ def keep_partial(self):
 
 # Python that uses a weight past the layer that owns it, however it gets there.
 USES = [
-    using("F.linear(x, self.fc.weight)"),
-    using("torch.addmm(self.fc.bias, x, self.fc.weight.t())"),
-    using("torch.einsum('bi,oi->bo', x, self.fc.weight)"),
-    using("(self.fc.weight @ x.T).T"),
+    using("F.linear(x, self.fc.weight)"), using("torch.addmm(self.fc.bias, x, self.fc.weight.t())"),
+    using("torch.einsum('bi,oi->bo', x, self.fc.weight)"), using("(self.fc.weight @ x.T).T"),
     using("F.linear(x, self.fc.weight * 2 + 1)"),
-    using("F.linear(x, self.fc.weight.clone().detach())"),
-    using("x @ self.w", "w"),
-    using("torch.matmul(x, self.w.T)", "w"),
-    using("F.linear(x, self.stack[1])", "stack"),
+    using("F.linear(x, self.fc.weight.clone().detach())"), using("x @ self.w", "w"),
+    using("torch.matmul(x, self.w.T)", "w"), using("F.linear(x, self.stack[1])", "stack"),
     using("torch.bmm(x.unsqueeze(0).expand(2, -1, -1), self.stack).sum(0)", "stack"),
     using("F.linear(x, self.list[0])", "list.0"),
     using("F.linear(x, self.list[0])", "fc", prepare=keep_in_a_list),
-    using("by_another_file(x, self.fc)"),
-    using("self.operations.run(x, self.fc)"),
-    using("self.given(x, self.fc)"),
-    using("self.child.project(x)", "child"),
-    using("F.linear(x, self.matrix)"),
-    using("F.linear(x, getattr(self.fc, 'weight'))"),
+    using("by_another_file(x, self.fc)"), using("self.operations.run(x, self.fc)"),
+    using("self.given(x, self.fc)"), using("self.child.project(x)", "child"),
+    using("F.linear(x, self.matrix)"), using("F.linear(x, getattr(self.fc, 'weight'))"),
     using("F.linear(x, self.get_submodule('fc').weight)"),
     using("by_another_file(x, next(self.children()))"),
     using("by_another_file(x, dict(self.named_modules())['layers.0'])", "layers.0"),
-    using("nn.Linear.forward(self.fc, x)"),
-    using("(lambda: F.linear(x, self.fc.weight))()"),
+    using("nn.Linear.forward(self.fc, x)"), using("(lambda: F.linear(x, self.fc.weight))()"),
     using("[F.linear(x, layer.weight) for layer in [self.fc]][0]"),
     using("[self.child][0].project(x)", "child"),
     looping("for layer in self.layers: x = by_another_file(x, layer)"),
@@ -158,25 +143,21 @@ USES = [
     looping("for layer in reversed(self.layers): x = F.linear(x, layer.weight)"),
     looping("x = by_another_file(x, self.layers[0])"),
     looping("me = self; same = me.layers; x = by_another_file(x, same[0])"),
-    using("self.kept(x)", prepare=keep_bound),
-    pytest.param(Wrapped, "fc", id="decorator"),
-    using("self.fc(x)"),
-    using("self.fc(x).to(self.fc.weight.dtype)"),
-    using("self.fc(x) if self.fc is not None else x"),
-    using("self.fc(*[x])"),
-    using("self.fc(x.to(next(self.parameters()).dtype))"),
-    using("self.fc.forward(x)"),
+    using("self.kept(x)", prepare=keep_bound), pytest.param(Wrapped, "fc", id="decorator"),
+    using("self.fc(x)"), using("self.fc(x).to(self.fc.weight.dtype)"),
+    using("self.fc(x) if self.fc is not None else x"), using("self.fc(*[x])"),
+    using("self.fc(x.to(next(self.parameters()).dtype))"), using("self.fc.forward(x)"),
     looping("layer = self.fc; x = layer(x)", "fc"),
     looping("layer = self.fc if self.training else self.other; x = layer(x)", "fc"),
     looping("for layer in self.layers: x = layer(x)"),
     looping("for layer, scale in zip(self.layers, (1, 2)): x = layer(x) * scale"),
-    looping("kept = []; kept.append(self.layers[0](x)); kept.insert(0, x); x = kept.pop()"),
+    looping("kept = []; kept.append(self.layers[0](x)); kept.insert(0, x); x = kept.pop()")
 ]
 
 
 @pytest.mark.parametrize("model, site", USES)
 def test_python_reads_adapted_weights(model, site):
-    """Whatever Python does with a weight, it does with W + s B A: the same outputs and gradients as the oracle's."""
+    """What Python does with a weight, it does with W + s B A: outputs and gradients agree."""
     base = model().double()
     injected = lorafx.inject(base, rank=2, targets=site)
     found = lorafx.sites(base, site)
@@ -196,16 +177,12 @@ def test_python_reads_adapted_weights(model, site):
 
 def test_an_adapted_weight_is_still_a_parameter_to_python():
     weight = lorafx.inject(nn.Linear(3, 4), targets="linear").weight
-    assert (
-        isinstance(weight, nn.Parameter)
-        and isinstance(weight, torch.Tensor)
-        and weight.shape == (4, 3)
-    )
-    assert (
-        weight.dtype == torch.float32
-        and not weight.requires_grad
-        and weight.new_zeros(2).shape == (2,)
-    )
+    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, torch.Tensor)
+    assert weight.shape == (4, 3)
+    assert weight.dtype == torch.float32
+    assert not weight.requires_grad
+    assert weight.new_zeros(2).shape == (2,)
 
 
 @pytest.mark.parametrize("model, site", [

@@ -1,4 +1,4 @@
-"""Sites that are more than a Linear's weight: attention, blocks of rows, experts, computed weights, narrow dtypes."""
+"""Sites beyond a Linear's weight: attention, blocks, experts, computed and narrow weights."""
 
 import copy
 
@@ -47,7 +47,7 @@ class TestAttention:
 
     @pytest.mark.parametrize("training", [True, False])
     def test_small_adapters_survive_bfloat16(self, training):
-        """A delta below the rounding of W has the effect that it has in float64; in a rounded sum it is lost."""
+        """A delta below W's rounding acts as it does in float64; a rounded sum loses it."""
         base = nn.MultiheadAttention(64, 1, bias=False, batch_first=True).bfloat16().train(training)
         model, x = (
             lorafx.inject(base, rank=1, targets="in_proj_weight[v]"),
@@ -73,7 +73,7 @@ class TestAttention:
             assert abs((got * wanted).sum() / wanted.square().sum() - 1) < 0.1
 
     def test_the_fused_path_is_taken_and_adapted(self):
-        """In eval without grad torch's encoder runs one kernel on nested tensors: padding is zero, as in the base."""
+        """In eval torch's encoder runs one kernel on nested tensors: padding is zero, as before."""
         base = nn.TransformerEncoder(
             nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
         ).eval()
@@ -218,9 +218,8 @@ class TestComputedWeights:
         merged = lorafx.merge(model)
         torch.testing.assert_close(merged(X), model(X))
         assert type(merged) is nn.Linear and set(merged.state_dict()) == {"weight", "bias"}
-        assert parametrize.is_parametrized(base) and parametrize.is_parametrized(
-            lorafx.eject(model)
-        )
+        assert parametrize.is_parametrized(base)
+        assert parametrize.is_parametrized(lorafx.eject(model))
         assert torch.equal(lorafx.eject(model)(X), base(X))
 
     def test_other_parametrizations_stay(self):
@@ -228,9 +227,8 @@ class TestComputedWeights:
             parametrizations.weight_norm(nn.Linear(8, 8)), "bias", dim=None
         )
         merged = lorafx.merge(randomise(lorafx.inject(base)))
-        assert parametrize.is_parametrized(merged, "bias") and not parametrize.is_parametrized(
-            merged, "weight"
-        )
+        assert parametrize.is_parametrized(merged, "bias")
+        assert not parametrize.is_parametrized(merged, "weight")
 
     @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
     def test_a_weight_that_a_hook_computes_cannot_be_merged(self):

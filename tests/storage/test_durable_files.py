@@ -1,4 +1,4 @@
-"""Saving survives what happens to processes and disks: the file at a path is the old one or the new one, whole."""
+"""Saving survives processes and disks: the file at a path is the old one or the new one, whole."""
 
 import errno
 import fcntl
@@ -20,7 +20,7 @@ KILLS = 200
 
 
 def constant(value: float) -> torch.nn.Module:
-    """An injected model of which every A and B is one value, large enough that writing takes a moment."""
+    """An injected model whose every A and B is one value, so large that writing takes a moment."""
     model = lorafx.inject(Model(160), 64, targets="linear")
     with torch.no_grad():
         for parameter in lorafx.parameters(model):
@@ -63,14 +63,8 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         leftovers += len(names) - 1
         seen.append(value_of(path))
     print(
-        leftovers,
-        "temporary files left in",
-        KILLS,
-        "kills;",
-        seen.count(1.0),
-        "old,",
-        seen.count(2.0),
-        "new",
+        leftovers, "temporary files left in", KILLS, "kills;", seen.count(1.0), "old,",
+        seen.count(2.0), "new"
     )
     assert {1.0, 2.0} == set(seen) and leftovers > 0
     lorafx.save(models[0], path)
@@ -105,11 +99,8 @@ def test_two_processes_never_mix(tmp_path: Path) -> None:
 def test_only_abandoned_files_of_this_path_are_removed(tmp_path: Path) -> None:
     hexes = "0123456789abcdef" * 2
     names = [
-        f".a.safetensors.{hexes}.tmp",
-        f".a.safetensors.{hexes}",
-        f".b.a.safetensors.{hexes}.tmp",
-        f".a.safetensors.b.{hexes}.tmp",
-        "a.safetensors.tmp",
+        f".a.safetensors.{hexes}.tmp", f".a.safetensors.{hexes}", f".b.a.safetensors.{hexes}.tmp",
+        f".a.safetensors.b.{hexes}.tmp", "a.safetensors.tmp"
     ]
     for name in names:
         (tmp_path / name).write_bytes(b"x")

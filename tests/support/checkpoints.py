@@ -46,16 +46,14 @@ def read_folder(path: str | Path = "out") -> dict[str, torch.Tensor]:
     )
     return {
         name: tensor
-        for file in files
-        for name, tensor in safetensors.torch.load_file(folder / file).items()
+        for file in files for name, tensor in safetensors.torch.load_file(folder / file).items()
     }
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
+        for path in folder.rglob("*") if path.is_file()
     }
 
 
@@ -68,7 +66,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def small_files(folder: Path) -> dict[str, torch.Tensor]:
-    """base.safetensors, base.pth and base/, two layers; adapters for both (a), the first (t), the head (h, i)."""
+    """base.safetensors, base.pth, base/: two layers; adapters: both (a), one (t), a head (h, i)."""
     base = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     whole = dict(targets="0", trainable="1")
     for name, config in (

@@ -38,7 +38,7 @@ def contents() -> dict[str, object]:
 
 
 def interrupted(monkeypatch, after: int, arguments: list[str]) -> int:
-    """Run until some files are whole, then stop as the disk fails; how many files of the folder were written."""
+    """Run until some files are whole, then stop as the disk fails; how many files were written."""
     real, written = os.replace, []
 
     def replace(source, target):

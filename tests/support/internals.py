@@ -1,4 +1,4 @@
-"""The private names of lorafx that tests of behaviour use: the one file that follows when they move.
+"""The private names of lorafx that tests of behaviour use: the one file to follow when they move.
 
 Unit tests of a private unit import that unit themselves.
 """

@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """A square and two other layers, a tied head, batch norm's buffers, dropout, and a hook's counter."""
+    """A square and two other layers, a tied head, batch norm, dropout, and a hook's counter."""
 
     def __init__(self) -> None:
         super().__init__()

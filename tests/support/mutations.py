@@ -10,55 +10,13 @@ import torch
 
 SEED = 5
 NUMBERS = [
-    0,
-    1,
-    2,
-    3,
-    5,
-    7,
-    8,
-    9,
-    64,
-    255,
-    256,
-    65535,
-    2**31 - 1,
-    2**31,
-    2**32,
-    2**40,
-    2**62,
-    2**63,
-    2**64 - 1,
-    -1,
+    0, 1, 2, 3, 5, 7, 8, 9, 64, 255, 256, 65535, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63,
+    2**64 - 1, -1
 ]
 VALUES = [
-    None,
-    True,
-    "",
-    "x",
-    "up",
-    "F64",
-    "I8",
-    "BOOL",
-    "C64",
-    "F4",
-    [],
-    {},
-    [[]],
-    {"a": 1},
-    1.5,
-    -0.0,
-    float("nan"),
-    float("inf"),
-    10**400,
-    "\x00",
-    "\ud800",
-    "../x",
-    "a/b",
-    "up.lora.A",
-    "__metadata__",
-    [2**62, 4],
-    *NUMBERS,
+    None, True, "", "x", "up", "F64", "I8", "BOOL", "C64", "F4", [], {}, [[]], {"a": 1}, 1.5, -0.0,
+    float("nan"), float("inf"), 10**400, "\x00", "\ud800", "../x", "a/b", "up.lora.A",
+    "__metadata__", [2**62, 4], *NUMBERS
 ]
 
 
@@ -81,11 +39,9 @@ class Dice(random.Random):
         a, b, c = sorted(self.randrange(len(data) + 1) for _ in range(3))
         return self.choice(
             [
-                data[:b] + data[a:],
-                data[:a] + data[b:],
+                data[:b] + data[a:], data[:a] + data[b:],
                 data[:a] + data[b:c] + data[a:b] + data[c:],
-                data[:b] + data[a:b] + data[b + (b - a):],
-                data + data[a:b],
+                data[:b] + data[a:b] + data[b + (b - a):], data + data[a:b]
             ]
         )
 
@@ -141,7 +97,7 @@ def twice(text: str, dice: Dice) -> str:
 
 
 def mutate_native(data: bytes, dice: Dice) -> bytes:
-    """Change bytes anywhere, or the header or the adapter's JSON in it, so that what is around it still fits."""
+    """Change bytes anywhere, or the header or JSON in it, so that what is around still fits."""
     if dice.random() < 0.3:
         return dice.bytes_of(data)
     length = int.from_bytes(data[:8], "little")

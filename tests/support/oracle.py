@@ -1,4 +1,4 @@
-"""What an injected model must compute, worked out without lorafx: the base called with W + sum w s B A in W's place."""
+"""What an injected model must compute, without lorafx: W + sum w s B A in W's place."""
 
 import copy
 import hashlib
@@ -27,7 +27,7 @@ Factors = dict[str, list[tuple[Tensor, Tensor, float]]]  # {site: [(A, B, scale)
 
 
 def oracle(base: nn.Module, sites: list[Any], factors: Factors, *args: Any) -> Any:
-    """base(*args) with the delta of each site added to its weight, under every name of it; differentiable."""
+    """base(*args) with each site's delta added to its weight, under all names; differentiable."""
     tensors = dict(base.named_parameters(remove_duplicate=False))
     replaced: dict[str, Tensor] = {}
     for site in sites:
@@ -41,7 +41,7 @@ def oracle(base: nn.Module, sites: list[Any], factors: Factors, *args: Any) -> A
 
 
 class Oracle:
-    """A copy of a base whose weights W are Parameters W + sum s B A, and the gradients of A and B by the chain rule."""
+    """A base's copy with W + sum s B A, and the gradients of A and B by the chain rule."""
 
     def __init__(self, base: nn.Module, sites: list[Any], factors: Factors) -> None:
         self.model = copy.deepcopy(base).requires_grad_()
@@ -74,7 +74,7 @@ class Oracle:
 
 
 def _block(site: Any, weight: Tensor) -> Tensor:
-    """The part of a weight that a site is, as (out, in): of a block, q, k or v, a third of the rows."""
+    """The part of a weight that a site is, as (out, in): q, k or v is a third of the rows."""
     matrix = weight.mT if site.transposed else weight
     if site.name.endswith("]"):
         return matrix.chunk(3)["qkv".index(site.name[-2])]
@@ -82,7 +82,7 @@ def _block(site: Any, weight: Tensor) -> Tensor:
 
 
 def factors_of(model: nn.Module, weights: dict[str, float]) -> Factors:
-    """{site: [(A, B, weight * scale)]}, read from the state_dict's names and the modules' scales."""
+    """{site: [(A, B, weight * scale)]}, from the state_dict's names and the modules' scales."""
     found: Factors = {}
     for path, module in model.named_modules():
         owner, _, adapter = path.rpartition(".")
@@ -106,7 +106,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def fingerprint(model: nn.Module) -> Any:
-    """All that must not change in the caller's model: bits, flags, identities, keys, classes, modes, attributes."""
+    """All that must not change in the caller's model: bits, flags, identities, keys, classes."""
     def digest(tensor: Tensor) -> str:
         return hashlib.sha256(
             tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
@@ -122,5 +122,5 @@ def fingerprint(model: nn.Module) -> Any:
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """A deep copy that requires no grad: what an injected model is compared with (ATen picks kernels by the flag)."""
+    """A deep copy that requires no grad, to compare with (ATen picks kernels by the flag)."""
     return copy.deepcopy(model).requires_grad_(False)

@@ -9,14 +9,8 @@ from torch import nn
 def gpt2(tied: bool = False) -> nn.Module:
     """A model whose matrices are stored as (in, out), but for its head; saved in base."""
     config = transformers.GPT2Config(
-        n_embd=8,
-        n_layer=2,
-        n_head=2,
-        vocab_size=11,
-        n_positions=8,
-        bos_token_id=0,
-        eos_token_id=0,
-        tie_word_embeddings=tied,
+        n_embd=8, n_layer=2, n_head=2, vocab_size=11, n_positions=8, bos_token_id=0, eos_token_id=0,
+        tie_word_embeddings=tied
     )
     model = transformers.GPT2LMHeadModel(config).eval()
     model.save_pretrained("base")
@@ -25,13 +19,8 @@ def gpt2(tied: bool = False) -> nn.Module:
 
 def llama(tied: bool) -> nn.Module:
     config = transformers.LlamaConfig(
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        vocab_size=11,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
+        hidden_size=8, intermediate_size=12, num_hidden_layers=1, vocab_size=11,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied
     )
     model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained("base")

@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 
 def child(work: Callable[[], None]) -> int:
-    """The id of a forked process that does this work, and never comes back; it may be killed at any moment.
+    """The id of a forked process that does this work and never returns; it may be killed.
 
-    It has a lock of tqdm's of its own, as it would hold that of this process for ever if it were killed with it.
+    It has a lock of tqdm's of its own: it would hold that of this process for ever if it were
+    killed with it.
     """
     pid = os.fork()
     if pid == 0:

@@ -1,4 +1,4 @@
-"""Random models: hypothesis draws a list of steps, and a class is made whose forward is those lines of source."""
+"""Random models: hypothesis draws a list of steps, which are a class's forward as source."""
 
 import dataclasses
 import linecache
@@ -11,7 +11,8 @@ from torch import nn
 
 WIDTHS = (2, 3, 5, 7, 11)
 
-# A step is a line of forward, with x for the running value and {n} for the layer's number. `square` keeps the width.
+# A step is a line of forward, with x for the running value and {n} for the layer's number.
+# `square` keeps the width.
 LINES = {
     "call": "x = self.l{n}(x)",
     "keyword": "x = self.l{n}(input=x)",
@@ -42,7 +43,7 @@ PLAIN_LINES = {
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """A drawn model and what its adapters must be: the names of its sites, in the order of registration."""
+    """A drawn model and its adapters' expected sites, by name, in the order of registration."""
 
     source: str
     model: nn.Module

@@ -24,13 +24,8 @@ def llama():
 def gpt2():
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=100,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
+            vocab_size=100, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2,
+            pad_token_id=0
         )
     )
 
@@ -42,13 +37,8 @@ def bert():
 def t5():
     return transformers.T5ForConditionalGeneration(
         transformers.T5Config(
-            d_model=32,
-            num_layers=2,
-            d_ff=64,
-            num_heads=4,
-            d_kv=8,
-            vocab_size=100,
-            decoder_start_token_id=0,
+            d_model=32, num_layers=2, d_ff=64, num_heads=4, d_kv=8, vocab_size=100,
+            decoder_start_token_id=0
         )
     )
 
@@ -69,9 +59,8 @@ PIXELS, SOUND = (
     torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     for size in ((3, 16, 16), (8, 40))
 )
-WITH_IMAGE = torch.cat(
-    [IDS, torch.full((2, 4), 99)], dim=1
-)  # an image has 2 x 2 patches, each a token 99
+# An image has 2 x 2 patches, each a token 99.
+WITH_IMAGE = torch.cat([IDS, torch.full((2, 4), 99)], dim=1)
 
 
 def maker(model, **config):
@@ -88,22 +77,10 @@ tied_llama = maker(transformers.LlamaForCausalLM, **LLAMA, tie_word_embeddings=T
 classifier = maker(transformers.BertForSequenceClassification, **SIZES, num_labels=3)
 vit = maker(transformers.ViTForImageClassification, **VISION, num_labels=3)
 whisper = maker(
-    transformers.WhisperForConditionalGeneration,
-    vocab_size=100,
-    d_model=32,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=4,
-    decoder_attention_heads=4,
-    encoder_ffn_dim=64,
-    decoder_ffn_dim=64,
-    num_mel_bins=8,
-    max_source_positions=20,
-    max_target_positions=20,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    decoder_start_token_id=3,
+    transformers.WhisperForConditionalGeneration, vocab_size=100, d_model=32, encoder_layers=2,
+    decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+    decoder_ffn_dim=64, num_mel_bins=8, max_source_positions=20, max_target_positions=20,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3
 )
 clip = maker(
     transformers.CLIPModel, text_config=dict(**SIZES, eos_token_id=2), vision_config=VISION
@@ -136,12 +113,8 @@ def generate(model, inputs=IDS, **options):
     torch.manual_seed(3)
     mask = torch.ones(len(inputs), inputs.shape[-1], dtype=torch.long)
     found = model.generate(
-        inputs,
-        attention_mask=mask,
-        max_new_tokens=6,
-        return_dict_in_generate=True,
-        output_scores=True,
-        **options
+        inputs, attention_mask=mask, max_new_tokens=6, return_dict_in_generate=True,
+        output_scores=True, **options
     )
     return found.sequences, torch.stack(found.scores)
 
@@ -154,18 +127,11 @@ def train(model, folder, labels=None, resume=None, **options):
     trainer = transformers.Trainer(
         model,
         transformers.TrainingArguments(
-            str(folder),
-            max_steps=6,
-            save_steps=3,
-            per_device_train_batch_size=4,
-            learning_rate=0.05,
-            logging_steps=1,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
+            str(folder), max_steps=6, save_steps=3, per_device_train_batch_size=4,
+            learning_rate=0.05, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
             **options
         ),
-        train_dataset=rows,
+        train_dataset=rows
     )
     trainer.train(resume_from_checkpoint=resume)
     assert len(trainer.optimizer.state) == len(keys(model))

@@ -311,7 +311,7 @@ class Standardised(nn.Linear):
 
 @row(2)
 class FunctionalAttention(nn.Module):
-    """One weight of three blocks, split in the graph; it is one site unless blocks are asked for."""
+    """One weight of three blocks, split in the graph: one site, unless blocks are asked for."""
 
     def __init__(self):
         super().__init__()
@@ -330,20 +330,8 @@ class FunctionalMultihead(nn.Module):
 
     def forward(self, x):
         return F.multi_head_attention_forward(
-            x,
-            x,
-            x,
-            8,
-            2,
-            self.w,
-            None,
-            None,
-            None,
-            False,
-            0.0,
-            self.out.weight,
-            self.out.bias,
-            training=self.training,
+            x, x, x, 8, 2, self.w, None, None, None, False, 0.0, self.out.weight, self.out.bias,
+            training=self.training
         )[0]
 
 

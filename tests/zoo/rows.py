@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model: how it is built and called, and how many weights of linear calls it has, counted by hand."""
+    """A model: how it is built and called, and its weights of linear calls, counted by hand."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -19,9 +19,7 @@ class Row:
     sites: int
     no_gradient: frozenset[str] = frozenset()  # sites whose weights get none in the original either
     missed: int = 0  # of them lorafx leaves alone, and names
-    exact: bool = (
-        True  # whether grad mode and requires_grad leave the original's kernels as they are
-    )
+    exact: bool = True  # grad mode and requires_grad leave the original's kernels as they are
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -34,7 +32,7 @@ ROWS: list[Row] = []
 
 
 def row(sites: int, *calls: Any) -> Callable[[Any], Any]:
-    """Register a module class, called with each of these arguments, (X,) by default: a tuple, or a dict of keywords."""
+    """Register a module class, called with each tuple or dict of keywords, or with (X,)."""
     def register(cls: Any) -> Any:
         def run(model: nn.Module) -> tuple[Tensor, ...]:
             results = [
@@ -69,11 +67,8 @@ def torch_row(
     """Register a module of torch's own."""
     ROWS.append(
         Row(
-            name,
-            lambda: build().double(),
-            lambda model: tuple(flat(call(model))),
-            sites,
-            exact=exact,
+            name, lambda: build().double(), lambda model: tuple(flat(call(model))), sites,
+            exact=exact
         )
     )
 
@@ -81,64 +76,46 @@ def torch_row(
 # torch's own modules. An attention has four weights: query, key, value and output.
 ATTENTION = 4
 torch_row(
-    "attention",
-    lambda: nn.MultiheadAttention(8, 2, batch_first=True),
-    ATTENTION,
-    lambda m: m(X, X, X),
-    exact=False,
+    "attention", lambda: nn.MultiheadAttention(8, 2, batch_first=True), ATTENTION,
+    lambda m: m(X, X, X), exact=False
 )
 torch_row(
-    "attention with masks",
-    lambda: nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True),
+    "attention with masks", lambda: nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True),
     ATTENTION,
     lambda m: m(
         X, X, X, key_padding_mask=PADDING, attn_mask=torch.ones(5, 5).tril() == 0, is_causal=False
     ),
-    exact=False,
+    exact=False
 )
 torch_row("attention across", lambda: nn.MultiheadAttention(8, 2, batch_first=True), ATTENTION,
           lambda m: m(X, MEMORY, MEMORY), exact=False)
 torch_row(
     "attention of three widths",
-    lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True),
-    ATTENTION,
-    lambda m: m(X, drawn(2, 3, 6), drawn(2, 3, 4)),
-    exact=False,
+    lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True), ATTENTION,
+    lambda m: m(X, drawn(2, 3, 6), drawn(2, 3, 4)), exact=False
 )
 torch_row(
-    "attention without biases",
-    lambda: nn.MultiheadAttention(8, 2, bias=False, add_bias_kv=True),
-    ATTENTION,
-    lambda m: m(X, X, X, need_weights=False),
-    exact=False,
+    "attention without biases", lambda: nn.MultiheadAttention(8, 2, bias=False, add_bias_kv=True),
+    ATTENTION, lambda m: m(X, X, X, need_weights=False), exact=False
 )
 torch_row(
-    "encoder layer",
-    lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
-    ATTENTION + 2,
-    lambda m: m(X),
-    exact=False,
+    "encoder layer", lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), ATTENTION + 2,
+    lambda m: m(X), exact=False
 )
 torch_row(
     "encoder layer, norm first",
-    lambda: nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True),
-    ATTENTION + 2,
-    lambda m: m(X, src_key_padding_mask=PADDING),
-    exact=False,
+    lambda: nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True), ATTENTION + 2,
+    lambda m: m(X, src_key_padding_mask=PADDING), exact=False
 )
 torch_row(
     "encoder",
     lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
-    2 * (ATTENTION + 2),
-    lambda m: m(X, src_key_padding_mask=PADDING)[~PADDING],
-    exact=False,
+    2 * (ATTENTION + 2), lambda m: m(X, src_key_padding_mask=PADDING)[~PADDING], exact=False
 )
 torch_row(
     "decoder",
     lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2),
-    2 * (2 * ATTENTION + 2),
-    lambda m: m(X, MEMORY),
-    exact=False,
+    2 * (2 * ATTENTION + 2), lambda m: m(X, MEMORY), exact=False
 )
 torch_row("transformer", lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True),
           (ATTENTION + 2) + (2 * ATTENTION + 2), lambda m: m(X, MEMORY), exact=False)
@@ -147,18 +124,16 @@ torch_row(
 )
 torch_row(
     "convolutions",
-    lambda: nn.Sequential(nn.Conv1d(5, 5, 3, padding=1), nn.BatchNorm1d(5), nn.Linear(8, 3)),
-    1,
-    lambda m: m(X),
+    lambda: nn.Sequential(nn.Conv1d(5, 5, 3, padding=1), nn.BatchNorm1d(5), nn.Linear(8, 3)), 1,
+    lambda m: m(X)
 )
 torch_row("adaptive softmax", lambda: nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 10], 2.0), 1 + 2 * 2,
           lambda m: m.log_prob(X[0]))
 torch_row("weight norm", lambda: parametrizations.weight_norm(nn.Linear(8, 6)), 1, lambda m: m(X))
 torch_row(
     "spectral norm",
-    lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 6)), nn.Tanh()),
-    1,
-    lambda m: m(X),
+    lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 6)), nn.Tanh()), 1,
+    lambda m: m(X)
 )
 torch_row("orthogonal", lambda: parametrizations.orthogonal(nn.Linear(8, 8)), 1, lambda m: m(X))
 torch_row("parametrized", lambda: symmetric(nn.Linear(8, 8)), 1, lambda m: m(X))

@@ -12,19 +12,18 @@ from torch import Tensor, nn
 import lorafx
 import tests.zoo.calls  # noqa: F401 (adds its rows to the table)
 from tests.support.oracle import Oracle, factors_of, fingerprint, frozen, randomise
+from tests.zoo.all_architectures import ROWS as TRANSFORMERS
 from tests.zoo.outputs import outputs
-from tests.zoo.rare_architectures import ROWS as TRANSFORMERS
 from tests.zoo.rows import ROWS, Row
 
 
 def total(found: Any) -> Tensor:
-    return sum(tensor.double().square().sum() for tensor in found) / sum(
-        tensor.numel() for tensor in found
-    )
+    squares = sum(tensor.double().square().sum() for tensor in found)
+    return squares / sum(tensor.numel() for tensor in found)
 
 
 def assert_close(row: Row, got: Any, wanted: Any) -> None:
-    """To rounding, which is relative to the largest output; deep models multiply it, and each CPU rounds in its way."""
+    """To rounding, relative to the largest output: deep models multiply it, CPUs differ in it."""
     for a, b in zip(got, wanted, strict=True):
         largest = float(b.detach().abs().max()) if b.numel() else 0
         allowed = (1e-9 if a.dtype == torch.float64 else 5e-4) * max(largest, 1)
@@ -54,7 +53,7 @@ def test_sites_are_those_counted_by_hand(row):
 
 
 def test_identity_and_the_callers_model(row, tmp_path):
-    """Injected equals the frozen original bitwise, with the same random numbers; training it leaves the original."""
+    """Injected equals the frozen original bitwise, random numbers too; training leaves it."""
     base = row.build().eval()
     before, expected = fingerprint(base), frozen(base)
     model = lorafx.inject(base, rank=2, targets="linear")
@@ -65,9 +64,8 @@ def test_identity_and_the_callers_model(row, tmp_path):
             got = outputs(row, model, training, grad)
             assert torch.equal(torch.get_rng_state(), state)
             if grad and not training and not row.exact:
-                assert_close(
-                    row, got, wanted
-                )  # torch's fused kernels are for weights that train nothing
+                # torch's fused kernels are for weights that train nothing
+                assert_close(row, got, wanted)
             else:
                 assert all(map(torch.equal, got, wanted)), (training, grad)
     assert all(map(torch.equal, outputs(row, frozen(lorafx.eject(model))), outputs(row, expected)))
@@ -80,7 +78,7 @@ def test_identity_and_the_callers_model(row, tmp_path):
 
 
 def test_no_silent_site(row):
-    """Each B gets the gradient that its weight's gives it, and changes the outputs when it alone is not zero."""
+    """Each B gets its weight's gradient, and changes the outputs when it alone is not zero."""
     base = row.build().eval()
     model = lorafx.inject(base, rank=2, targets="linear")
     reference = outputs(row, model, grad=False)
@@ -116,7 +114,7 @@ def check_gradients(row: Row, base: nn.Module, model: nn.Module) -> Oracle | Non
 
 
 def test_adapted_outputs_and_gradients(row, tmp_path):
-    """With B not zero: equal to the oracle, in outputs and gradients; merged, copied, pickled, saved and loaded."""
+    """With B not zero: the oracle's outputs and gradients; merged, copied, pickled, loaded too."""
     base = row.build().eval()
     model = randomise(lorafx.inject(base, rank=2, targets="linear"))
     result = outputs(row, model)
