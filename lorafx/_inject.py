@@ -133,7 +133,8 @@ def add(
         ['default', 'other']
     """
     check_new_name(model, adapter)
-    check_arguments("lorafx.add", config, [field.name for field in dataclasses.fields(LoRAConfig)])
+    known = ["adapter", *(field.name for field in dataclasses.fields(LoRAConfig))]
+    check_arguments("lorafx.add", config, known)
     adapted = branches(model)
 
     def is_adapted(site: Site) -> bool:

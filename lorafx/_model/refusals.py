@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from .._adapter.config import FLOATS
-from .._graph.functions import package
 from .places import Weight
 from .regions import is_plain_graph, why_not_adapted
 from .uses import Usage
@@ -23,6 +22,10 @@ OTHER_LAYERS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Bilinear, "a bilinear layer"),
 )
 
+# What a class may add to such a layer and still make no linear call.
+_HARMLESS = {"__module__", "__qualname__", "__doc__", "__annotations__", "__init__", "__dict__",
+             "__weakref__", "__static_attributes__", "__firstlineno__"}
+
 
 def other_layer(module: nn.Module) -> str | None:
     """The kind of a layer that lorafx does not adapt, as a reason; None for any other module."""
@@ -33,8 +36,17 @@ def other_layer(module: nn.Module) -> str | None:
 
 
 def is_torchs_other_layer(module: nn.Module) -> bool:
-    """True for such a layer with torch's own forward, which makes no linear call."""
-    return other_layer(module) is not None and package(type(module).forward) == "torch"
+    """True for such a layer with torch's own methods, which make no linear call.
+
+    Another class may override what torch's forward calls, such as `_conv_forward`.
+    """
+    if other_layer(module) is None:
+        return False
+    for cls in type(module).__mro__:
+        torchs = cls.__module__.partition(".")[0] in ("torch", "builtins")
+        if not torchs and not vars(cls).keys() <= _HARMLESS:
+            return False
+    return True
 
 
 def why_packed(module: nn.Module) -> str | None:

@@ -58,6 +58,9 @@ def load_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     return content if mapped else dict(content)
 
 
+_IS_FOLDER = 0x10  # an attribute for which torch reads nothing, and leaves memory as it was
+
+
 def _open_archive(file: BinaryIO) -> zipfile.ZipFile | None:
     """The archive in a file, None if it does not begin as one.
 
@@ -77,6 +80,8 @@ def _open_archive(file: BinaryIO) -> zipfile.ZipFile | None:
         stored = member.compress_type == zipfile.ZIP_STORED
         if not stored or member.file_size != member.compress_size or claimed > size:
             raise ValueError("its archive is compressed or claims more than the file holds")
+        if member.is_dir() or member.external_attr & _IS_FOLDER:
+            raise ValueError(f"its member {member.filename[:80]!r} is marked as a folder")
     return archive
 
 

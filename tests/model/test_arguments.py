@@ -107,3 +107,9 @@ def test_a_word_for_many_sites(argument, targets, meant):
 def test_a_word_that_matches_nothing_is_not_named_again():
     with pytest.raises(lorafx.NoSiteError, match="matches targets='square'. This model has 1 site"):
         lorafx.inject(nn.Sequential(nn.Linear(4, 5)))
+
+
+def test_add_says_that_adapter_name_is_adapter():
+    injected = lorafx.inject(model())
+    with pytest.raises(TypeError, match=r"'adapter_name' \(here 'adapter'\)"):
+        lorafx.add(injected, "more", adapter_name="other")

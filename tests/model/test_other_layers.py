@@ -25,6 +25,30 @@ class Scored(nn.Conv1d):
         return super().forward(x)
 
 
+class Projecting(nn.Conv1d):
+    """A convolution in which torch's forward calls a method of its own, with linear calls."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4, 1)
+        self.down = nn.Parameter(torch.randn(4, 4))
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(F.linear(x, self.down).mT, weight, bias).mT
+
+
+class TiedToIt(nn.Module):
+    """A linear layer on a matrix that such a convolution uses too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = Projecting()
+        self.head = nn.Linear(4, 4)
+        self.head.weight = self.conv.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x))
+
+
 class Table(nn.Module):
     """A matrix of which a graph break looks up rows."""
 
@@ -100,3 +124,21 @@ def test_a_matrix_that_a_graph_break_reads_is_said_to_be_of_one() -> None:
         "no linear call on it was found, and its module is a graph break: "
         "Table: forward branches or loops"
     )
+
+
+def test_a_method_that_torchs_forward_calls_may_make_linear_calls() -> None:
+    base, x = TiedToIt(), torch.randn(2, 3, 4)
+    assert [(site.name, site.aliases) for site in lorafx.sites(base)] == [("conv.down", ("head",))]
+    model = lorafx.inject(base, rank=2)
+    assert "conv" in lorafx.summary(model).breaks
+    with torch.no_grad():
+        for parameter in lorafx.parameters(model):
+            parameter.normal_()
+    A, B = lorafx.parameters(model)
+    down = base.conv.down + B @ A
+    both = {"conv.down": down, "head.weight": down}
+    expected = torch.func.functional_call(base, both, x)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(lorafx.merge(model)(x), expected)
+    lorafx.add(model, "other", rank=1)
+    assert len(list(lorafx.parameters(model, "other"))) == 2
