@@ -49,7 +49,8 @@ def share(model: M, ejecting: bool = False) -> M:
     """A copy of the model's structure on the same weights.
 
     Its Parameters are new ones on the old storage, its other tensors are cloned. `ejecting` undoes
-    `convert` and `adapt` in the copy, and leaves out what lorafx added to these modules.
+    `make_region` and `adapt_attribute` in the copy, and leaves out what lorafx added to these
+    modules.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():

@@ -14,7 +14,7 @@ from .uses import Usage
 
 
 # Layers of torch that compute something else than x W^T with their weights.
-OTHER_LAYERS: tuple[tuple[type[nn.Module], str], ...] = (
+UNSUPPORTED_LAYERS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Conv1d, "a convolution"), (nn.Conv2d, "a convolution"), (nn.Conv3d, "a convolution"),
     (nn.ConvTranspose1d, "a convolution"), (nn.ConvTranspose2d, "a convolution"),
     (nn.ConvTranspose3d, "a convolution"),
@@ -24,17 +24,17 @@ OTHER_LAYERS: tuple[tuple[type[nn.Module], str], ...] = (
 )
 
 
-def other_layer(module: nn.Module) -> str | None:
+def unsupported_layer(module: nn.Module) -> str | None:
     """The kind of a layer that lorafx does not adapt, as a reason; None for any other module."""
-    for cls, kind in OTHER_LAYERS:
+    for cls, kind in UNSUPPORTED_LAYERS:
         if isinstance(module, cls):
             return f"{kind} ({type(module).__name__}), which lorafx does not adapt yet"
     return None
 
 
-def is_torchs_other_layer(module: nn.Module) -> bool:
+def is_unsupported_torch_layer(module: nn.Module) -> bool:
     """True for such a layer with torch's own forward, which makes no linear call."""
-    return other_layer(module) is not None and package(type(module).forward) == "torch"
+    return unsupported_layer(module) is not None and package(type(module).forward) == "torch"
 
 
 def why_packed(module: nn.Module) -> str | None:
@@ -77,7 +77,7 @@ def _why_not_linear(
     paths: Mapping[nn.Module, Sequence[str]],
 ) -> str:
     for place in weight.places.values():
-        layer = other_layer(place.module)
+        layer = unsupported_layer(place.module)
         if layer is not None:
             return layer
     if usage.other:

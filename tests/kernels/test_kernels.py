@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import lorafx
 from lorafx._kernels import linears as kernels
 from lorafx._kernels.addend import Addend
-from lorafx._kernels.calls import Linear
+from lorafx._kernels.calls import AdaptedCall
 from lorafx._kernels.linears import linears
 from tests.support.internals import replace_internal
 
@@ -43,7 +43,8 @@ def calls_of(width, outs, dtype=torch.float64, bias=True, rank=2):
             )
         weight = torch.randn(out, width, dtype=dtype)
         b = torch.randn(out, dtype=dtype) if bias and position != 1 else None
-        calls.append(Linear(weight, b, addends if position < 2 or position < len(outs) - 1 else []))
+        given = addends if position < 2 or position < len(outs) - 1 else []
+        calls.append(AdaptedCall(weight, b, given))
     return calls
 
 
@@ -290,7 +291,7 @@ def test_only_x_and_the_ranks_are_saved(dtype):
     """Of q, k and v under float32 adapters: bytes(x) and 3 ranks a row, in float32."""
     x = torch.randn(2, 64, 256, dtype=dtype, requires_grad=True)
     calls = [
-        Linear(
+        AdaptedCall(
             torch.randn(out, 256, dtype=dtype),
             None,
             [Addend(normal(out, 8, dtype=torch.float32), normal(8, 256, dtype=torch.float32), 1.0)],
@@ -395,7 +396,7 @@ def test_operators_of_a_group(rank, copies):
     rows = 256
     x = torch.randn(rows, 128, requires_grad=True)
     calls = [
-        Linear(
+        AdaptedCall(
             torch.randn(out, 128),
             None,
             [
@@ -420,7 +421,7 @@ def test_dropout():
     x = torch.ones(200, 300, dtype=torch.float64, requires_grad=True)
     A, B = torch.eye(300).double(), torch.eye(300).double()
     A, B = A.requires_grad_(), B.requires_grad_()
-    call = Linear(torch.zeros(300, 300).double(), None, [Addend(B, A, 1.0, dropout=0.2)])
+    call = AdaptedCall(torch.zeros(300, 300).double(), None, [Addend(B, A, 1.0, dropout=0.2)])
     one, two = linears(x, [call, call])
     for y in (one, two):
         assert set(y.detach().flatten().tolist()) == {0.0, 1.25} and abs(y.mean() - 1) < 0.01
