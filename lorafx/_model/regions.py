@@ -238,7 +238,7 @@ def _adapted_property(name: str) -> property:
     def read(self: nn.Module) -> Tensor:
         return adapted(self, name)
 
-    def write(self: nn.Module, value: Any) -> None:  # of what is no Parameter: those are registered
+    def write(self: nn.Module, value: Any) -> None:  # not a Parameter: those are registered
         vars(self)[name] = value
 
     def delete(self: nn.Module) -> None:

@@ -17,7 +17,7 @@ from .._adapter.adapter import check_plain
 from .._adapter.config import short_repr
 from .._errors import FormatError
 from .._kernels.private import storage_key
-from .reading import check_tensor_name, reading
+from .untrusted import check_tensor_name, open_untrusted
 
 
 def load_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def load_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     Raises:
         FormatError: the file holds anything else. OSError: as the system says.
     """
-    with reading(path, "holds more than tensors") as file:
+    with open_untrusted(path, "holds more than tensors") as file:
         archive = _open_archive(file)
         if mapped:
             content = _load(path, mmap=archive is not None)
