@@ -35,9 +35,9 @@ def decode(file: AdapterFile) -> Decoded:
 
 def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
     config, path, tensors = files
-    keys: dict[str, Key] = {}
+    keys: dict[str, HalfName] = {}
     for name in tensors:
-        key = _key(name)
+        key = _parse_key(name)
         if key is not None:
             keys[name] = key
     halves = _halves(keys, tensors, path)
@@ -65,7 +65,7 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
                    untied=True, says_transposed=bool(config.get("fan_in_fan_out")))
 
 
-class Key(NamedTuple):
+class HalfName(NamedTuple):
     """What the name of half of a pair says: its module, how many parameters follow, which half."""
 
     module: str
@@ -73,7 +73,7 @@ class Key(NamedTuple):
     half: str  # A, B
 
 
-def _key(name: str) -> Key | None:
+def _parse_key(name: str) -> HalfName | None:
     """What a name says if it is of half of a pair; raises for what is not part of a linear call."""
     other = re.search(r"\.(lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias)\b", name)
     if other is not None:
@@ -83,11 +83,11 @@ def _key(name: str) -> Key | None:
     match = re.fullmatch(r"(.+?)((?:\.base_layer)*)\.lora_([AB])\.weight", name)
     if match is None:
         return None
-    return Key(match[1].replace(".base_layer.", "."), match[2].count("base_layer"), match[3])
+    return HalfName(match[1].replace(".base_layer.", "."), match[2].count("base_layer"), match[3])
 
 
 def _halves(
-    keys: Mapping[str, Key], tensors: Mapping[str, Tensor], path: Path
+    keys: Mapping[str, HalfName], tensors: Mapping[str, Tensor], path: Path
 ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
     """{(module, how many parameters follow there): (A, B)}."""
     halves: dict[tuple[str, int], dict[str, Tensor]] = {}

@@ -109,7 +109,7 @@ def attach(program: Program, adapter: Adapter) -> None:
         site = program.site(name)
         if site is not None:
             sites.append(site)
-    _check_room(program, sites, adapter)
+    _check_names_are_free(program, sites, adapter)
     insertions: dict[str, list[Insertion]] = defaultdict(list)
     for site in sites:
         name, block = split_block(site.name)
@@ -141,7 +141,7 @@ class _Needed(NamedTuple):
     site: str
 
 
-def _check_room(program: Program, sites: list[Site], adapter: Adapter) -> None:
+def _check_names_are_free(program: Program, sites: list[Site], adapter: Adapter) -> None:
     """Raise unless modules have no attributes of their own where lorafx needs to put its own."""
     needed: list[_Needed] = []
     for site in sites:

@@ -106,14 +106,14 @@ def _check_shared(model: nn.Module, twin: nn.Module) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter in ours:
             continue
-        if name not in twins or _key(twins[name]) != _key(parameter):
+        if name not in twins or _storage_of(twins[name]) != _storage_of(parameter):
             raise UnsupportedModelError(
                 f"Copying this {type(model).__name__} did not keep the weight '{name}': some class "
                 "on the way has a __deepcopy__ that makes new weights. Let it pass `memo` on to "
                 "copy.deepcopy.")
 
 
-def _key(tensor: Tensor) -> int:
+def _storage_of(tensor: Tensor) -> int:
     return storage_key(tensor.untyped_storage())
 
 
