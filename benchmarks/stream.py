@@ -91,8 +91,8 @@ def table(found: dict[str, Any]) -> str:
              f"largest tensor {size(found['largest'])}",
              aligned(["", "time", "x copy", "rate", "peak memory"], body)]
     lines += [f"{name} was left out: {why}." for name, why in found["skipped"].items()]
-    lines.append(f"lorafx merge took {found['of_copy']:.2f} times what copying took (at most 1.5 "
-                 f"wanted), and {size(max(found['above_import'], 0))}, "
+    lines.append(f"lorafx merge took {found['of_copy']:.2f} times what copying took in its round "
+                 f"(at most 1.5 wanted), and {size(max(found['above_import'], 0))}, "
                  f"{max(found['tensors'], 0):.2f} of the largest tensor, above what importing "
                  "takes (at most 3 wanted).")
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from ._adapter.config import LoRAConfig
 from ._adapter.names import check_name
 from ._graph.sites import Site, Targets, as_list, select
 from ._merge import merge
-from ._model.attach import attach, check_new_name, create, start
+from ._model.attach import attach, begin_injection, check_new_name, new_adapter
 from ._model.branches import branches
 from ._model.copies import share
 from ._model.guard import check_model
@@ -84,8 +84,8 @@ def inject(
     check_model(model)
     twin = share(model)
     program = read_program(twin)
-    made = create(program, adapter, config)
-    start(program, group)
+    made = new_adapter(program, adapter, config)
+    begin_injection(program, group)
     attach(program, made)
     activate(twin, adapter)
     return twin
@@ -143,7 +143,7 @@ def add(
     config["trainable"] = tuple(as_list(config.get("trainable")))
     settings = LoRAConfig(rank, targets=is_adapted if targets is None else targets, **config)
     program = read_program(model)
-    attach(program, create(program, adapter, settings))
+    attach(program, new_adapter(program, adapter, settings))
 
 
 class InjectLoRA(PassBase):

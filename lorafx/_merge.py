@@ -139,7 +139,7 @@ def _owners(
 ) -> dict[str, tuple[list[str], list[str]]]:
     """{site: (names of its weight that have the branch, names of the same weight that do not)}."""
     places = places_of(model)
-    tensors = {name: _key(place) for name, place in places.items()}
+    tensors = {name: _tensor_identity(place) for name, place in places.items()}
     same: dict[Any, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         same[tensor].append(name)
@@ -157,7 +157,7 @@ def _owners(
     return owners
 
 
-def _key(place: Place) -> Any:
+def _tensor_identity(place: Place) -> Any:
     """Return what all names of one tensor have in common, and no other tensor's."""
     parameter = place.module._parameters.get(place.attribute)
     return place if parameter is None else parameter

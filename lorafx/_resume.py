@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor, nn
 
-from ._adapter.adapter import Adapter
+from ._adapter.adapter import Adapter, Training
 from ._errors import FormatError, MismatchError
 from ._formats.table import read_adapter
 from ._model import generators
@@ -18,9 +18,7 @@ from ._switch import only_active
 
 @torch.inference_mode(False)
 def resume(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    path: str | os.PathLike[str],
+    model: nn.Module, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str],
     adapter: str | None = None,
 ) -> int:
     """Continue a training run from a file of `save(..., optimizer=..., step=...)`; return its step.
@@ -67,10 +65,7 @@ def resume(
     adapter = only_active(model, adapter, "resume continues one adapter")
     source = f"'{os.fspath(path)}'"
     found, made_for = read_adapter(path, model=model)
-    training = found.training
-    if training is None:
-        raise FormatError(f"{source} has no training state: it was saved without optimizer=... and "
-                          "step=....")
+    training = _training_of(found, source)
     fitted, live = fit(read_program(model), found, source, made_for), live_tensors(model, adapter)
     _check_adapter(extract(model, adapter), fitted, source)
     names = _names_here(found, fitted, source)
@@ -83,6 +78,13 @@ def resume(
             live[name].copy_(tensor)
     generators.set_states(training.random)
     return training.step
+
+
+def _training_of(found: Adapter, source: str) -> Training:
+    if found.training is None:
+        raise FormatError(f"{source} has no training state: it was saved without optimizer=... and "
+                          "step=....")
+    return found.training
 
 
 def _check_adapter(ours: Adapter, theirs: Adapter, source: str) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ._adapter.names import check_name
 from ._formats.table import read_adapter, write_adapter
-from ._model.attach import attach, check_new_name, extract, start
+from ._model.attach import attach, begin_injection, check_new_name, extract
 from ._model.copies import share
 from ._model.fit import fit
 from ._model.guard import check_model
@@ -69,7 +69,7 @@ def load(
     program = read_program(twin)
     fitted = fit(program, found, f"'{os.fspath(path)}'", made_for)
     if fresh:
-        start(program)
+        begin_injection(program)
     attach(program, fitted)
     if fresh:
         activate(twin, found.name)

@@ -31,9 +31,14 @@ class SiteRow:
 class Summary:
     """What `lorafx.summary` returns; print() and notebooks show a table, and what was skipped.
 
-    `trainable` and `total` count parameters, `skipped` says of each matrix that is not adapted why,
-    `breaks` of each module that stays Python why (its layers are adapted all the same), and `code`
-    is the generated forward of each distinct region, once.
+    Attributes:
+        sites: of each adapted site, its `name`, `in_features`, `out_features`, the number of
+            `calls` in graphs, and by adapter its `ranks` and `scales`.
+        active: {adapter: weight} of what forward adds, as given to `lorafx.activate`.
+        trainable, total: numbers of parameters, those of all adapters among the total.
+        skipped: {name: why} of each matrix that is not adapted.
+        breaks: {module: why} of each module that stays Python; its layers are adapted all the same.
+        code: the generated forward of each distinct region, once.
 
     Example:
         >>> import torch, lorafx

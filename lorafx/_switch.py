@@ -163,7 +163,7 @@ def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> Non
     for site in branches(model):
         found = [(part.pairs[site], weight) for part, weight in parts if site in part.pairs]
         if found:
-            pairs[site] = _stacked(found)
+            pairs[site] = _sum_of_pairs(found)
     whole: dict[str, Tensor] = {}
     for part, _ in parts:
         for name, tensor in part.trained.items():
@@ -172,7 +172,7 @@ def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> Non
     attach(read_program(model), Adapter(adapter, config, pairs, whole))
 
 
-def _stacked(weighted: Sequence[tuple[Pair, float]]) -> Pair:
+def _sum_of_pairs(weighted: Sequence[tuple[Pair, float]]) -> Pair:
     """One pair whose B A is the sum of w s B A over these."""
     wide = torch.float32
     for pair, _ in weighted:

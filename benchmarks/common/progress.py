@@ -32,7 +32,7 @@ class Lines(io.TextIOBase):
 
 
 def progress(items: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any]":
-    """tqdm(items, **options); where stderr is no terminal, it prints a line every half a minute."""
+    """tqdm(items, **options); if stderr is not a terminal, it prints a line every half a minute."""
     if sys.stderr.isatty():
         return tqdm(items, **options)
     return tqdm(items, file=Lines(sys.stderr), ncols=100, mininterval=SECONDS_BETWEEN_LINES,

@@ -21,7 +21,7 @@ class Pair(NamedTuple):
     scale: float
 
 
-class Stored(NamedTuple):
+class StoredWeight(NamedTuple):
     """How a site's weight is stored: its whole shape, if as (in, out), and the site's first row."""
 
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class Adapter:
     config: LoRAConfig
     pairs: Mapping[str, Pair]
     trained: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-    stored: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
+    stored: Mapping[str, StoredWeight] = dataclasses.field(default_factory=dict)
     training: Training | None = None
     untied: bool = False
     says_transposed: bool = False

@@ -55,28 +55,29 @@ class LoRAConfig:
             object.__setattr__(self, field, _checked_patterns(field, getattr(self, field)))
         for rank in (self.rank, *self.rank_pattern.values()):
             if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
-                raise ConfigError(f"rank must be an integer of at least 1, not {shown(rank)}.")
+                raise ConfigError(f"rank must be an integer of at least 1, not {short_repr(rank)}.")
             if rank >= 2**31:
-                raise ConfigError(f"rank must be below 2^31, not {shown(rank)}.")
+                raise ConfigError(f"rank must be below 2^31, not {short_repr(rank)}.")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if alpha is not None and not (is_number(alpha) and alpha > 0):
-                raise ConfigError(f"alpha must be a finite number above 0, not {shown(alpha)}; "
-                                  "without it the scale is 1.")
+                raise ConfigError(f"alpha must be a finite number above 0, not "
+                                  f"{short_repr(alpha)}; without it the scale is 1.")
         if self.rslora and self.alpha is None and not self.alpha_pattern:
             raise ConfigError("rslora divides alpha by sqrt(rank), but there is no alpha: give "
                               "one, such as alpha=16.")
         if not (is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ConfigError(f"dropout must be at least 0 and below 1, not {shown(self.dropout)}.")
+            raise ConfigError(f"dropout must be at least 0 and below 1, not "
+                              f"{short_repr(self.dropout)}.")
         for flag in ("rslora", "rounding", "share_dropout"):
             if not isinstance(getattr(self, flag), bool):
                 raise ConfigError(
-                    f"{flag} must be True or False, not {shown(getattr(self, flag))}.")
+                    f"{flag} must be True or False, not {short_repr(getattr(self, flag))}.")
         if not isinstance(self.init, str) or self.init not in INITS:
             raise ConfigError(f"init must be one of {', '.join(map(repr, INITS))}, not "
-                              f"{shown(self.init)}.")
+                              f"{short_repr(self.init)}.")
         if self.dtype is not None and self.dtype not in FLOATS:
             raise ConfigError(f"dtype must be one of {', '.join(map(str, FLOATS))} or None, not "
-                              f"{shown(self.dtype)}.")
+                              f"{short_repr(self.dtype)}.")
 
     def site_rank(self, name: str) -> int:
         """Return the rank at the site of this name."""
@@ -100,7 +101,7 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Return a value as an error shows it, in a few characters whatever a file says."""
     return repr(value[:80]) if isinstance(value, str) else reprlib.repr(value)
 
@@ -114,7 +115,7 @@ def _checked_patterns(field: str, patterns: Any) -> dict[str, Any]:
             re.compile(key)
         except (re.error, TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(
-                f"the pattern {shown(key)} is not a regular expression: {error}.") from error
+                f"the pattern {short_repr(key)} is not a regular expression: {error}.") from error
     return dict(patterns)
 
 

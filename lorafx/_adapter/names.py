@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .._errors import ConfigError
-from .config import shown
+from .config import short_repr
 
 
 LONGEST_ADAPTER_NAME = 200  # characters
@@ -21,9 +21,9 @@ def check_name(name: str) -> None:
     if sound:
         sound = name[0] != "_" and not set("./\\:") & set(name) and name not in dir(nn.Module())
     if not sound:
-        raise ConfigError(f"{shown(name)} cannot name an adapter: use a word without dots, slashes "
-                          "and colons that is not an attribute of nn.Module and does not begin "
-                          "with an underscore.")
+        raise ConfigError(f"{short_repr(name)} cannot name an adapter: use a word without dots, "
+                          "slashes and colons that is not an attribute of nn.Module and does not "
+                          "begin with an underscore.")
 
 
 def dotted(prefix: str, name: str) -> str:

@@ -65,7 +65,7 @@ class Checkpoint:
         """The names of all tensors of a shape."""
         return [name for name, tensor in self.tensors.items() if tensor.shape == shape]
 
-    def twins(self, name: str) -> list[str]:
+    def duplicates_of(self, name: str) -> list[str]:
         """The others that are equal to a tensor: one that is tied may stand there twice."""
         alike = self.of_shape(self.tensors[name].shape)
         return [other for other in alike if other != name and self.equal(name, other)]

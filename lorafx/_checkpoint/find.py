@@ -10,7 +10,7 @@ from .._storage.json_files import read_json
 from .._storage.safetensors_files import SafetensorsFile, open_safetensors
 
 
-INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+INDEX, SINGLE, MODEL_CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 
 # Files that hold a folder's weights once more, or make programs look for them or for an adapter.
 OTHER_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.onnx",
@@ -21,7 +21,7 @@ OTHER_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "*.onnx"
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return the content of a folder's config.json, None if there is none."""
-    return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    return read_json(folder / MODEL_CONFIG) if (folder / MODEL_CONFIG).is_file() else None
 
 
 def shards_of(folder: Path) -> list[SafetensorsFile]:

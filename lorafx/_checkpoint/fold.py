@@ -116,10 +116,10 @@ def safetensors_job(
     entries = [(output.name, output.dtype, output.entry.shape, output.size) for output in outputs]
     header = header_bytes(entries, file.metadata)
     size = len(header) + sum(output.size for output in outputs)
-    return Job(name, size, functools.partial(_write_file, file, header, outputs), file.path)
+    return Job(name, size, functools.partial(_write_safetensors, file, header, outputs), file.path)
 
 
-def _write_file(
+def _write_safetensors(
     old: SafetensorsFile, header: bytes, outputs: Sequence[Output], file: io.BufferedWriter,
     advance: Advance,
 ) -> None:

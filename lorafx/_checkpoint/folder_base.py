@@ -9,7 +9,7 @@ import torch
 
 from .._storage.json_files import read_json
 from .._storage.safetensors_files import SafetensorsFile
-from .find import CONFIG, INDEX, read_config, shards_of
+from .find import INDEX, MODEL_CONFIG, read_config, shards_of
 from .fold import outputs_of, safetensors_job
 from .jobs import PreparedMerge, copy_job, files_in, json_job
 from .plan import MergePlan, MergeRequest, plan_merge
@@ -25,7 +25,8 @@ def prepare_folder(base: Path, request: MergeRequest) -> PreparedMerge:
         name = shard.path.relative_to(base).as_posix()
         jobs[name] = safetensors_job(shard, name, plan, dtype)
     if config is not None and (plan.unties or dtype is not None):
-        jobs[CONFIG] = json_job(base / CONFIG, CONFIG, _new_config(config, plan.unties, dtype))
+        content = _new_config(config, plan.unties, dtype)
+        jobs[MODEL_CONFIG] = json_job(base / MODEL_CONFIG, MODEL_CONFIG, content)
     if (base / INDEX).is_file() and (plan.new or dtype is not None):
         jobs[INDEX] = json_job(base / INDEX, INDEX, _new_index(base, shards, plan, dtype))
     for name, path in files_in(base):

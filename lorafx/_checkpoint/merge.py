@@ -16,7 +16,7 @@ import torch
 
 from .._errors import FormatError
 from .._storage.streams import tensor_bytes
-from .find import CONFIG
+from .find import MODEL_CONFIG
 from .jobs import Job, files_in
 from .kinds import kind_of
 from .layout import WeightedAdapter
@@ -26,7 +26,7 @@ from .write import write_checkpoint
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeReport:
     """What a merge wrote: files and bytes, in seconds; how many of its tensors are changed."""
 
     files: int
@@ -40,7 +40,7 @@ def merge_checkpoint(
     base: Path, adapters: Sequence[WeightedAdapter], out: Path, *, dtype: torch.dtype | None = None,
     untie: bool = False, force: bool = False, inputs: Sequence[Path] = (), threads: int = 1,
     progress: bool = False,
-) -> Merged:
+) -> MergeReport:
     """Write to `out` the checkpoint `base` with the adapters folded in, whole or not at all.
 
     Each sum is computed in float32 or wider and rounded once, to `dtype` if given; it then applies
@@ -78,7 +78,7 @@ def merge_checkpoint(
             functools.partial(_check_unchanged, base, before),
             folder=base.is_dir(), force=force, progress=progress)
     size, seconds = sum(job.size for job in merge.jobs), time.monotonic() - began
-    return Merged(len(merge.jobs), size, seconds, len(merge.plan.changes), merge.tensors)
+    return MergeReport(len(merge.jobs), size, seconds, len(merge.plan.changes), merge.tensors)
 
 
 @contextlib.contextmanager
@@ -100,7 +100,7 @@ def _file_states(base: Path) -> dict[str, list[int]]:
     if base.is_dir():
         paths = [path for _, path in files_in(base)]
     else:
-        paths = [base, base.parent / CONFIG]
+        paths = [base, base.parent / MODEL_CONFIG]
     states = {}
     for path in paths:
         if path.is_file():

@@ -8,7 +8,7 @@ from typing import Any
 from .._errors import TiedWeightError
 from .._storage.safetensors_files import DTYPES, SafetensorsFile, open_safetensors, same_bytes
 from .checkpoint import Checkpoint, TensorInfo, Ties
-from .find import CONFIG, read_config
+from .find import MODEL_CONFIG, read_config
 from .fold import safetensors_job
 from .jobs import PreparedMerge
 from .plan import MergePlan, MergeRequest, plan_merge
@@ -39,7 +39,7 @@ def plan_file(path: Path, request: MergeRequest, checkpoint: Checkpoint) -> Merg
     plan = plan_merge(request, checkpoint)
     if plan.unties:
         raise TiedWeightError(
-            f"'{path.parent / CONFIG}' says that an adapted weight of '{path}' is tied, and would "
-            f"tie it again: merge the folder '{path.parent}', so that its config can say "
+            f"'{path.parent / MODEL_CONFIG}' says that an adapted weight of '{path}' is tied, and "
+            f"would tie it again: merge the folder '{path.parent}', so that its config can say "
             "otherwise.")
     return plan

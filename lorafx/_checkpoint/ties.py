@@ -11,7 +11,7 @@ def tied_names(key: str, checkpoint: Checkpoint) -> list[str]:
     shape, ties = checkpoint.tensors[key].shape, checkpoint.ties
     if ties is None or not ties.tied or len(shape) != 2 or shape[0] not in ties.vocabularies:
         return [key]
-    return [key, *checkpoint.twins(key)]
+    return [key, *checkpoint.duplicates_of(key)]
 
 
 def unties(location: Location, site: str, checkpoint: Checkpoint, untie: bool) -> bool:
@@ -29,7 +29,7 @@ def unties(location: Location, site: str, checkpoint: Checkpoint, untie: bool) -
             return False
         if ties.tied is None and checkpoint.of_shape(shape) != [key]:
             return False
-    others = [source] if key != source else checkpoint.twins(key)
+    others = [source] if key != source else checkpoint.duplicates_of(key)
     if not others:
         known = "is" if ties.tied else "may be"
         raise TiedWeightError(

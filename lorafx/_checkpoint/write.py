@@ -163,7 +163,7 @@ def _write_files(jobs: Sequence[Job], partial: Path, progress: bool) -> None:
     with progress_shown(total, progress) as advance:
         advance(total - needed)
         for job in missing:
-            _write_file(job, partial, advance)
+            _write_job(job, partial, advance)
     folders = {new}
     for job in jobs:
         folders.update(above for above in (new / job.name).parents if new in above.parents)
@@ -171,7 +171,7 @@ def _write_files(jobs: Sequence[Job], partial: Path, progress: bool) -> None:
         sync_folder(folder)
 
 
-def _write_file(job: Job, partial: Path, advance: Advance) -> None:
+def _write_job(job: Job, partial: Path, advance: Advance) -> None:
     """Write a file that gets its name when it is on the disk, with its source's permissions."""
     unfinished, path = partial / UNFINISHED, partial / NEW / job.name
     with open(unfinished, "xb") as file, _flushing(file, advance) as flushing_advance:

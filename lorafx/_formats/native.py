@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._adapter.adapter import Adapter, Pair, Stored, Training
-from .._adapter.config import FLOATS, LoRAConfig, shown
+from .._adapter.adapter import Adapter, Pair, StoredWeight, Training
+from .._adapter.config import FLOATS, LoRAConfig, short_repr
 from .._errors import ConfigError, FormatError, LorafxError
 from .._storage.json_files import parse_json
 from .._storage.safetensors_files import safetensors_bytes
 from .adapter_file import AdapterFile, Decoded, Destination
 from .pairs import pairs_of
-from .training import PREFIX, list_of_names, pack, unpack
+from .training import PREFIX, list_of_names, pack_training, unpack_training
 
 
 VERSION = "1"
@@ -46,7 +46,7 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
             raise ConfigError(f"the name '{name}' begins with '{PREFIX}', as only what lorafx "
                               "keeps of training does.")
     if adapter.training is not None:
-        about["training"], state = pack(adapter.training)
+        about["training"], state = pack_training(adapter.training)
         tensors |= state
     metadata = {"format": "lorafx", "version": VERSION, "adapter": json.dumps(about)}
     return {destination.path.name: safetensors_bytes(tensors, metadata)}
@@ -56,18 +56,18 @@ def decode(file: AdapterFile) -> Decoded:
     """Return the adapter in a file and the fingerprint of its base, or raise FormatError."""
     path, header = file.path, file.metadata
     if header.get("format") != "lorafx":
-        kind = shown(header.get("format"))
+        kind = short_repr(header.get("format"))
         raise FormatError(
             f"'{path}' was not written by lorafx.save: its header's format is {kind}.")
     if header.get("version") != VERSION:
-        version = shown(header.get("version"))
+        version = short_repr(header.get("version"))
         raise FormatError(f"'{path}' has format version {version}, not {VERSION}: update lorafx.")
     try:
         about = parse_json(header["adapter"])
         unknown = about.keys() - _KNOWN
         if unknown:
-            raise FormatError(f"The header of '{path}' holds {shown(min(unknown))}, which this "
-                              "lorafx does not know: update it.")
+            raise FormatError(f"The header of '{path}' holds {short_repr(min(unknown))}, which "
+                              "this lorafx does not know: update it.")
         return Decoded(_adapter(about, dict(file.tensors), path), _base(about["base"]))
     except LorafxError:
         raise
@@ -97,7 +97,7 @@ def _take_training(about: Any, tensors: dict[str, Tensor]) -> Training:
     for name in list(tensors):
         if name.startswith(PREFIX):
             state[name] = tensors.pop(name)
-    return unpack(about, state, set(tensors))
+    return unpack_training(about, state, set(tensors))
 
 
 def _ordered(
@@ -107,7 +107,7 @@ def _ordered(
     for listed in (scales.keys(), set(config.targets)):
         if listed != pairs.keys():
             site = min(listed ^ pairs.keys())
-            raise FormatError(f"'{path}' has {shown(site)} in only one of its header and its "
+            raise FormatError(f"'{path}' has {short_repr(site)} in only one of its header and its "
                               "tensors.")
     return {site: pairs[site] for site in scales}
 
@@ -121,8 +121,8 @@ def _config_to_json(config: LoRAConfig) -> dict[str, Any]:
 def _config_from_json(fields: dict[str, Any]) -> LoRAConfig:
     unknown = fields.keys() - {field.name for field in dataclasses.fields(LoRAConfig)}
     if unknown:
-        raise FormatError(f"The config holds {shown(min(unknown))}, which this lorafx does not "
-                          "know: update it.")
+        raise FormatError(f"The config holds {short_repr(min(unknown))}, which this lorafx does "
+                          "not know: update it.")
     for field in ("targets", "exclude", "trainable"):
         list_of_names(fields.get(field, []))
     dtypes: dict[str | None, torch.dtype | None] = {None: None}
@@ -131,18 +131,18 @@ def _config_from_json(fields: dict[str, Any]) -> LoRAConfig:
     return LoRAConfig(**{**fields, "dtype": dtypes[fields["dtype"]]})
 
 
-def _stored(shape: Any, transposed: Any, start: Any) -> Stored:
+def _stored(shape: Any, transposed: Any, start: Any) -> StoredWeight:
     if type(transposed) is not bool:
         raise ValueError("how a weight is stored is not a shape, a flag and a row")
     for number in (*shape, start):
         if type(number) is not int or number < 0:
             raise ValueError("how a weight is stored is not a shape, a flag and a row")
-    return Stored(tuple(shape), transposed, start)
+    return StoredWeight(tuple(shape), transposed, start)
 
 
 def _flag(value: Any) -> bool:
     if value is not True:
-        raise ValueError(f"{shown(value)} is not a flag that is set")
+        raise ValueError(f"{short_repr(value)} is not a flag that is set")
     return value
 
 
@@ -150,5 +150,5 @@ def _base(value: Any) -> str | None:
     if value is None:  # it was converted from a format that does not say
         return None
     if type(value) is not str or not re.fullmatch("[0-9a-f]{16}", value):
-        raise ValueError(f"{shown(value)} is not the fingerprint of a model")
+        raise ValueError(f"{short_repr(value)} is not the fingerprint of a model")
     return value

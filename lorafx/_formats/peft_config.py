@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._adapter.adapter import Pair
-from .._adapter.config import LoRAConfig, first_match, is_number, shown
+from .._adapter.config import LoRAConfig, first_match, is_number, short_repr
 from .._errors import ConfigError, FormatError
 
 
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 # Entries that say how the adapter was made, not what it computes.
 _ABOUT = {
@@ -33,7 +33,7 @@ _TYPES: dict[str, tuple[type, ...]] = {  # a list is of strings
     "layers_pattern": (list, str), "use_rslora": (bool,), "fan_in_fan_out": (bool,)}
 
 
-def read_config(content: bytes, path: Path) -> dict[str, Any]:
+def parse_config(content: bytes, path: Path) -> dict[str, Any]:
     """Return the config that a file holds; FormatError for an entry that is not understood."""
     try:
         config = dict(json.loads(content.decode()))
@@ -41,16 +41,16 @@ def read_config(content: bytes, path: Path) -> dict[str, Any]:
         raise FormatError(
             f"'{path}' is missing or damaged: {type(error).__name__}: {error}.") from error
     if config.get("peft_type") != "LORA":
-        raise FormatError(f"'{path}' is for PEFT's {shown(config.get('peft_type'))}; lorafx reads "
-                          "'LORA'.")
+        raise FormatError(f"'{path}' is for PEFT's {short_repr(config.get('peft_type'))}; lorafx "
+                          "reads 'LORA'.")
     for name, value in config.items():
         if name not in _ABOUT | _READ and value not in (None, False, 0, [], {}, ""):
-            raise FormatError(f"'{path}' asks for {shown(name)[1:-1]}={shown(value)}, which lorafx "
-                              "does not support.")
+            raise FormatError(f"'{path}' asks for {short_repr(name)[1:-1]}={short_repr(value)}, "
+                              "which lorafx does not support.")
     if config.get("init_lora_weights", True) not in _INITS:
         raise FormatError(f"'{path}' asks for "
-                          f"init_lora_weights={shown(config['init_lora_weights'])}, which changes "
-                          "the base's weights: let PEFT save it with "
+                          f"init_lora_weights={short_repr(config['init_lora_weights'])}, which "
+                          "changes the base's weights: let PEFT save it with "
                           "path_initial_model_for_weight_conversion.")
     for name, types in _TYPES.items():
         value = config.get(name)
@@ -58,9 +58,10 @@ def read_config(content: bytes, path: Path) -> dict[str, Any]:
         if isinstance(value, list):
             sound = sound and all(isinstance(entry, str) for entry in value)
         if not sound:
-            raise FormatError(f"'{path}' has {name}={shown(value)}, which PEFT does not mean.")
+            raise FormatError(f"'{path}' has {name}={short_repr(value)}, which PEFT does not mean.")
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise FormatError(f"'{path}' has bias={shown(config['bias'])}, not none, all or lora_only.")
+        raise FormatError(f"'{path}' has bias={short_repr(config['bias'])}, not none, all or "
+                          "lora_only.")
     _check_matching(config, path)
     return config
 
@@ -69,7 +70,7 @@ def _check_matching(config: Mapping[str, Any], path: Path) -> None:
     """Raise unless what selects modules can be matched with their names."""
     layers = config.get("layers_to_transform")
     if not all(type(layer) is int for layer in _as_list(layers)):
-        raise FormatError(f"'{path}' has layers_to_transform={shown(layers)}, not numbers of "
+        raise FormatError(f"'{path}' has layers_to_transform={short_repr(layers)}, not numbers of "
                           "layers.")
     patterns = _layer_patterns(config)
     for name in ("target_modules", "exclude_modules"):
@@ -79,7 +80,7 @@ def _check_matching(config: Mapping[str, Any], path: Path) -> None:
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise FormatError(f"'{path}' matches modules by {shown(pattern)}, which is not a "
+            raise FormatError(f"'{path}' matches modules by {short_repr(pattern)}, which is not a "
                               f"regular expression: {error}.") from error
 
 

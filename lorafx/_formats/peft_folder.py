@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .._errors import ConfigError, FormatError
 from .._storage.files import read_metadata, read_pickle, read_safetensors
-from .peft_config import CONFIG, bytes_digest, config_digest, read_config
+from .peft_config import ADAPTER_CONFIG, bytes_digest, config_digest, parse_config
 
 
 PREFIX = "base_model.model."  # of every tensor's name
 TENSORS, OLD = "adapter_model.safetensors", "adapter_model.bin"
-FILES = (CONFIG, TENSORS, OLD)
+FILES = (ADAPTER_CONFIG, TENSORS, OLD)
 
 # In the header of TENSORS: the digest of the config that was written with it, and if another config
 # was there before, its digest, and the new one as a whole.
@@ -54,12 +54,12 @@ def find_adapter(path: Path, adapter: str | None) -> tuple[Path, str | None, str
     below = []
     if file is None:
         for child in folder.iterdir():
-            if not child.name.startswith(".") and (child / CONFIG).is_file():
+            if not child.name.startswith(".") and (child / ADAPTER_CONFIG).is_file():
                 below.append(child.name)
     below.sort()
-    own = (folder / CONFIG).is_file()
+    own = (folder / ADAPTER_CONFIG).is_file()
     if own and (not below or adapter in (None, "default")):
-        return folder, None if file == CONFIG else file, "default"
+        return folder, None if file == ADAPTER_CONFIG else file, "default"
     if adapter in below:
         chosen = adapter
     elif len(below) == 1 and not own:
@@ -73,26 +73,28 @@ def _choices(folder: Path, own: bool, below: list[str]) -> str:
     """The adapters that a folder has, and how to name one of them."""
     names = ["default"] * own + below
     if not names:
-        return f"has no {CONFIG}"
+        return f"has no {ADAPTER_CONFIG}"
     choices = f"has {', '.join(map(repr, names))}: name one with adapter=..."
     if below:
         choices += f", or by its own folder, such as '{folder / below[0]}'"
         if own:
-            choices += f", or '{folder / CONFIG}' under any name"
+            choices += f", or '{folder / ADAPTER_CONFIG}' under any name"
     return choices
 
 
 def read_files(folder: Path, file: str | None) -> PeftFiles:
     """Return what a folder holds of one save; `file` names that of the tensors, else the newer."""
     while True:
-        content, version = _content(folder / CONFIG)
+        content, version = _content(folder / ADAPTER_CONFIG)
         path, tensors, header = _tensors(folder, file)
-        config = _config(content, folder / CONFIG, header, path)
+        config = _config(content, folder / ADAPTER_CONFIG, header, path)
         if config is not None:
             return PeftFiles(config, path, tensors)
-        if _content(folder / CONFIG)[1] == version:  # else another process has saved meanwhile
-            raise FormatError(f"'{path}' was not written together with the {CONFIG} beside it: one "
-                              "of them was changed or is of another adapter; save it again.")
+        # else another process has saved meanwhile
+        if _content(folder / ADAPTER_CONFIG)[1] == version:
+            raise FormatError(f"'{path}' was not written together with the {ADAPTER_CONFIG} beside "
+                              "it: one of them was changed or is of another adapter; save it "
+                              "again.")
 
 
 def _tensors(folder: Path, file: str | None) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
@@ -105,8 +107,8 @@ def _tensors(folder: Path, file: str | None) -> tuple[Path, dict[str, Tensor], d
         raise FormatError(f"'{folder}' has neither {TENSORS} nor {OLD}.")
     newer = folder / TENSORS
     if file == OLD and newer.is_file() and DIGEST in read_metadata(newer):
-        raise FormatError(f"'{path}' is of an older adapter than {TENSORS} and {CONFIG} beside it: "
-                          f"load '{newer}'.")
+        raise FormatError(f"'{path}' is of an older adapter than {TENSORS} and {ADAPTER_CONFIG} "
+                          f"beside it: load '{newer}'.")
     tensors, header = read_safetensors(path) if path.name == TENSORS else (read_pickle(path), {})
     found = {}
     for name, tensor in tensors.items():
@@ -126,7 +128,7 @@ def _config(
     """
     if header.get(BEFORE) == bytes_digest(content):
         content, path = header.get(WHOLE, "").encode(), tensors
-    config = read_config(content, path)
+    config = parse_config(content, path)
     digest = config_digest(config)
     return config if header.get(DIGEST, digest) == digest else None
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._adapter.adapter import Adapter, Pair, Stored
+from .._adapter.adapter import Adapter, Pair, StoredWeight
 from .._adapter.names import dotted, split_block
 from .._errors import ConfigError
 from .._graph.modules import LorafxModule, submodule, users_modules
@@ -64,13 +64,13 @@ def peft_pairs(adapter: Adapter, model: nn.Module) -> list[PeftPair]:
     return found
 
 
-def _whole_weights(adapter: Adapter) -> dict[str, tuple[Pair, Stored]]:
+def _whole_weights(adapter: Adapter) -> dict[str, tuple[Pair, StoredWeight]]:
     """{name of a weight: what is added to all of it, with how it is stored}.
 
     Blocks of its rows are joined: of one A and one scale they keep its rank, as when they were read
     from one pair; else their ranks add up.
     """
-    blocks: dict[str, list[tuple[Pair, Stored]]] = defaultdict(list)
+    blocks: dict[str, list[tuple[Pair, StoredWeight]]] = defaultdict(list)
     for site, pair in adapter.pairs.items():
         blocks[split_block(site)[0]].append((pair, adapter.stored[site]))
     whole = {}
@@ -78,12 +78,12 @@ def _whole_weights(adapter: Adapter) -> dict[str, tuple[Pair, Stored]]:
         pair, stored = parts[0]
         height = stored.shape[-1] if stored.transposed else stored.shape[-2]  # of B
         if len(parts) > 1 or pair.B.shape[-2] != height:
-            pair = _joined(parts, height)
+            pair = _sum_of_blocks(parts, height)
         whole[name] = pair, stored._replace(start=0)
     return whole
 
 
-def _joined(parts: list[tuple[Pair, Stored]], height: int) -> Pair:
+def _sum_of_blocks(parts: list[tuple[Pair, StoredWeight]], height: int) -> Pair:
     """The sum of what is added to some rows each, as one pair (rank, in), (height, rank)."""
     first = parts[0][0]
     alike = all(torch.equal(pair.A, first.A) and pair.scale == first.scale for pair, _ in parts)
@@ -102,7 +102,7 @@ def _joined(parts: list[tuple[Pair, Stored]], height: int) -> Pair:
     return Pair(torch.cat([pair.A for pair, _ in parts]), B, 1.0)
 
 
-def _as_parameter(name: str, pair: Pair, stored: Stored, module: nn.Module) -> Pair:
+def _as_parameter(name: str, pair: Pair, stored: StoredWeight, module: nn.Module) -> Pair:
     """A parameter's pair for (out, in), or for (in, out) where a module of experts says so."""
     transposed = bool(getattr(module, "is_transposed", False)) and len(stored.shape) == 3
     if transposed and stored.shape[0] == 1:
@@ -161,7 +161,7 @@ def _attention(model: nn.Module, owner: str, halves: Mapping[str, Pair]) -> list
     return both
 
 
-def flat(pair: Pair) -> tuple[Tensor, Tensor]:
+def as_matrices(pair: Pair) -> tuple[Tensor, Tensor]:
     """Return A and B as matrices: of E experts (E rank, d2), by expert, and (d1, rank E), by rank.
     """
     if pair.A.ndim == 2:

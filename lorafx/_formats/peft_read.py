@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._adapter.adapter import Adapter, Pair, Stored, check_shapes
+from .._adapter.adapter import Adapter, Pair, StoredWeight, check_shapes
 from .._adapter.names import dotted, renaming
 from .._errors import FormatError
 from .._graph.modules import users_modules
@@ -35,9 +35,9 @@ def decode(file: AdapterFile) -> Decoded:
 
 def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
     config, path, tensors = files
-    keys: dict[str, Key] = {}
+    keys: dict[str, HalfName] = {}
     for name in tensors:
-        key = _key(name)
+        key = _parse_key(name)
         if key is not None:
             keys[name] = key
     halves = _halves(keys, tensors, path)
@@ -50,7 +50,7 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
             attentions.add(key.module.removesuffix(".out_proj"))
     reader = _PairReader(config, path, attentions)
     pairs: dict[str, Pair] = {}
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredWeight] = {}
     for (module, after), (A, B) in halves.items():
         read = reader.pair(module, after, A, B, modules.get(here(module)))
         site = dotted(here(module), read.attribute) if read.attribute else here(module)
@@ -65,7 +65,7 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
                    untied=True, says_transposed=bool(config.get("fan_in_fan_out")))
 
 
-class Key(NamedTuple):
+class HalfName(NamedTuple):
     """What the name of half of a pair says: its module, how many parameters follow, which half."""
 
     module: str
@@ -73,7 +73,7 @@ class Key(NamedTuple):
     half: str  # A, B
 
 
-def _key(name: str) -> Key | None:
+def _parse_key(name: str) -> HalfName | None:
     """What a name says if it is of half of a pair; raises for what is not part of a linear call."""
     other = re.search(r"\.(lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias)\b", name)
     if other is not None:
@@ -83,11 +83,11 @@ def _key(name: str) -> Key | None:
     match = re.fullmatch(r"(.+?)((?:\.base_layer)*)\.lora_([AB])\.weight", name)
     if match is None:
         return None
-    return Key(match[1].replace(".base_layer.", "."), match[2].count("base_layer"), match[3])
+    return HalfName(match[1].replace(".base_layer.", "."), match[2].count("base_layer"), match[3])
 
 
 def _halves(
-    keys: Mapping[str, Key], tensors: Mapping[str, Tensor], path: Path
+    keys: Mapping[str, HalfName], tensors: Mapping[str, Tensor], path: Path
 ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
     """{(module, how many parameters follow there): (A, B)}."""
     halves: dict[tuple[str, int], dict[str, Tensor]] = {}
@@ -111,7 +111,7 @@ class _ReadPair(NamedTuple):
 
     pair: Pair
     attribute: str | None
-    stored: Stored | None
+    stored: StoredWeight | None
 
 
 class _PairReader(NamedTuple):
@@ -141,7 +141,7 @@ class _PairReader(NamedTuple):
             A, B = _stacks(A, B, rank, weight, matched)
             stored = self._stored(A, B, weight, owner, matched)
         elif module in self.attentions or above in self.attentions:
-            stored = Stored((B.shape[0], A.shape[1]))
+            stored = StoredWeight((B.shape[0], A.shape[1]))
         if A.shape[-2] != rank:
             raise FormatError(
                 f"'{self.path}' has rank {A.shape[-2]} at '{matched}', but its config says {rank}.")
@@ -171,15 +171,15 @@ class _PairReader(NamedTuple):
 
     def _stored(
         self, A: Tensor, B: Tensor, weight: Tensor | None, owner: nn.Module | None, name: str
-    ) -> Stored | None:
+    ) -> StoredWeight | None:
         """How a parameter that is adapted by itself is stored; None of experts without a model."""
         if weight is None:
-            return Stored((B.shape[0], A.shape[1])) if A.ndim == 2 else None
+            return StoredWeight((B.shape[0], A.shape[1])) if A.ndim == 2 else None
         transposed = A.ndim == 3 and bool(getattr(owner, "is_transposed", False))
         if transposed and len(A) == 1:
             raise FormatError(f"'{self.path}' adapts '{name}', one transposed expert, which PEFT "
                               "takes for one that is not.")
-        return Stored(tuple(weight.shape), transposed)
+        return StoredWeight(tuple(weight.shape), transposed)
 
 
 def _stacks(

@@ -15,9 +15,9 @@ from .._errors import ConfigError
 from .._graph.modules import submodule, users_modules
 from .._storage.safetensors_files import safetensors_bytes
 from .adapter_file import INSTEAD, Destination
-from .peft_config import CONFIG, bytes_digest, config_digest
+from .peft_config import ADAPTER_CONFIG, bytes_digest, config_digest
 from .peft_folder import BEFORE, DIGEST, PREFIX, TENSORS, WHOLE
-from .peft_pairs import PeftPair, conv1d, flat, peft_pairs
+from .peft_pairs import PeftPair, as_matrices, conv1d, peft_pairs
 
 
 def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
@@ -38,11 +38,11 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
     config = _config(adapter, model, pairs, modules, bias)
     text = json.dumps(config, indent=2).encode()
     header = {"format": "pt", DIGEST: config_digest(config)}
-    there = destination.path / CONFIG
+    there = destination.path / ADAPTER_CONFIG
     before = there.read_bytes() if there.is_file() else None
     if before is not None and before != text:
         header |= {WHOLE: text.decode(), BEFORE: bytes_digest(before)}
-    return {TENSORS: safetensors_bytes(tensors, header), CONFIG: text}
+    return {TENSORS: safetensors_bytes(tensors, header), ADAPTER_CONFIG: text}
 
 
 def _factors(model: nn.Module, pairs: Sequence[PeftPair]) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def _factors(model: nn.Module, pairs: Sequence[PeftPair]) -> dict[str, Tensor]:
         for position, pair in enumerate(group):
             after = 0 if pair.attribute is None else len(group) - 1 - position
             stem = _stem(module, pairs) + ".base_layer" * after
-            A, B = flat(pair.pair)
+            A, B = as_matrices(pair.pair)
             tensors |= {f"{stem}.lora_A.weight": A, f"{stem}.lora_B.weight": B}
     return tensors
 

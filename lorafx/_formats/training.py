@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._adapter.adapter import Training, all_finite, check_plain
-from .._adapter.config import shown
+from .._adapter.config import short_repr
 from .._errors import ConfigError
 from .._storage.safetensors_files import NUMBERS
 
@@ -18,7 +18,7 @@ _PARTS = {"step", "kind", "groups", "state", "random"}
 _A_TENSOR: dict[str, Any] = {}  # what stands in JSON for an entry that is a tensor
 
 
-def pack(training: Training) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def pack_training(training: Training) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return (what JSON holds, {name: tensor}) of a training state, or raise ConfigError."""
     tensors = {_random_name(place): state for place, state in training.random.items()}
     plain: dict[str, dict[str, Any]] = {}
@@ -26,8 +26,8 @@ def pack(training: Training) -> tuple[dict[str, Any], dict[str, Tensor]]:
         plain[name] = {}
         for key, value in entries.items():
             if not isinstance(key, str) or not key.isidentifier():
-                raise ConfigError(f"the optimizer keeps {shown(key)} of '{name}', which is not a "
-                                  "name.")
+                raise ConfigError(f"the optimizer keeps {short_repr(key)} of '{name}', which is "
+                                  "not a name.")
             if isinstance(value, Tensor):
                 tensors[_state_name(key, name)] = value.detach()
                 plain[name][key] = _A_TENSOR
@@ -40,15 +40,17 @@ def pack(training: Training) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return about, tensors
 
 
-def unpack(about: Any, tensors: Mapping[str, Tensor], names: set[str]) -> Training:
-    """Return the training state that `pack` took apart; `names` are those of the adapter's tensors.
+def unpack_training(about: Any, tensors: Mapping[str, Tensor], names: set[str]) -> Training:
+    """Return the training state that `pack_training` took apart.
+
+    `names` are those of the adapter's tensors.
 
     ValueError, TypeError, AttributeError or KeyError unless all of it is sound.
     """
     if about.keys() != _PARTS or type(about["kind"]) is not str:
         raise ValueError("the training state does not have the parts of one")
     if type(about["step"]) is not int or not 0 <= about["step"] < 2**63:
-        raise ValueError(f"{shown(about['step'])} is not a number of steps")
+        raise ValueError(f"{short_repr(about['step'])} is not a number of steps")
     left = dict(tensors)
     random = {place: left.pop(_random_name(place)) for place in about["random"]}
     groups = []
@@ -103,8 +105,8 @@ def _json_value(what: str, value: Any) -> Any:
         elif type(part) is int:
             plain = abs(part) < 2**63
         if not plain:
-            raise ConfigError(f"{what} is {shown(part)}, and a file keeps tensors, finite numbers "
-                              "and texts.")
+            raise ConfigError(f"{what} is {short_repr(part)}, and a file keeps tensors, finite "
+                              "numbers and texts.")
     return value
 
 

@@ -46,13 +46,22 @@ class Call:
 class Site:
     """One weight matrix used by linear calls, under the name of the module that owns it.
 
-    The weight is stored as (out, in), or as (in, out) if `transposed`, which is when all of its
-    calls compute x W. `aliases` are the other names of the same weight by which linear calls read
-    it and that share the branch; `tied_to` names other owners of the weight, such as an embedding.
-    `kind` is the kind of its first linear call, or "weight" if no graph makes one: then Python
-    does, and reads W + s B A. A stack of `experts` weights, (experts, out, in), has a branch an
-    expert. `rows` are the first and the number of the rows of W that the site is, if not all;
-    `blocks` names blocks of rows that may be sites by themselves, `name[block]`.
+    `lorafx.sites` returns them, and a function given as `targets` or `exclude` is asked about each.
+
+    Attributes:
+        name: dotted, as in `named_modules`; of a weight not called `weight`, its own full name.
+        in_features, out_features: A is (rank, in_features), B is (out_features, rank).
+        kind: the kind of its first linear call ("linear", "addmm", "matmul", ...), or "weight" if
+            no graph makes one: then Python does, and reads W + s B A.
+        calls: the linear calls that graphs make with it; each prints as `module: node`.
+        transposed: W is stored as (in, out), as all of its calls compute x W; else as (out, in).
+        aliases: other names of the same weight by which linear calls read it; one branch is for
+            all.
+        tied_to: names under which something else has the weight, such as an embedding.
+        experts: the number of weights in a stack, (experts, out, in), each with its own A and B;
+            None for one matrix.
+        rows: (first, number) of the rows of W that the site is; None for all.
+        blocks: {block: (first, number)} of rows that may be a site by themselves, `name[block]`.
 
     Example:
         >>> import torch, lorafx

@@ -11,20 +11,20 @@ from .addend import Addend
 PLAIN = (Tensor, nn.Parameter)  # types of tensors that the kernels know
 
 
-class Linear(NamedTuple):
+class AdaptedCall(NamedTuple):
     """One linear call and what is added to its weight: whole, or a block of rows."""
 
     weight: Tensor  # (out, in)
     bias: Tensor | None
     addends: Sequence[Addend]
 
-    def cast(self, dtype: torch.dtype) -> "Linear":
+    def cast(self, dtype: torch.dtype) -> "AdaptedCall":
         """The call with its weight and bias in another dtype."""
         bias = None if self.bias is None else self.bias.to(dtype)
-        return Linear(self.weight.to(dtype), bias, self.addends)
+        return AdaptedCall(self.weight.to(dtype), bias, self.addends)
 
 
-def addends_of(calls: Sequence[Linear]) -> list[Addend]:
+def addends_of(calls: Sequence[AdaptedCall]) -> list[Addend]:
     """Return the addends of all calls in a row."""
     return [addend for call in calls for addend in call.addends]
 

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .addend import Addend
-from .calls import Linear, addends_of, split_by_rank
+from .calls import AdaptedCall, addends_of, split_by_rank
 from .dropout import masked, packed, unpacked
 from .private import (
-    any_autocast, apply_of, is_legacy_batched, no_autocast, transforming, unsafe_view)
+    any_autocast, apply_of, is_legacy_batched, is_transforming, no_autocast, unsafe_view)
 from .products import add_product, both_products, product, transposed_product
 
 
@@ -36,7 +36,7 @@ class CallPlan(NamedTuple):
     merged: bool
 
     @staticmethod
-    def of(calls: Sequence[Linear], merged: bool, dropout: float) -> "CallPlan":
+    def of(calls: Sequence[AdaptedCall], merged: bool, dropout: float) -> "CallPlan":
         """The plan of calls whose addends drop out alike; `merged` forms W + sum s B A."""
         scales = []
         for call in calls:
@@ -45,7 +45,7 @@ class CallPlan(NamedTuple):
         return CallPlan(biased, tuple(scales), dropout, merged)
 
     @staticmethod
-    def tensors(calls: Sequence[Linear]) -> list[Tensor]:
+    def tensors(calls: Sequence[AdaptedCall]) -> list[Tensor]:
         """W, b, B, A, B, A, ... of each call, in a row."""
         tensors = []
         for weight, bias, addends in calls:
@@ -56,13 +56,13 @@ class CallPlan(NamedTuple):
                 tensors += addend[:2]
         return tensors
 
-    def calls(self, tensors: Iterable[Tensor]) -> list[Linear]:
+    def calls(self, tensors: Iterable[Tensor]) -> list[AdaptedCall]:
         """The calls of these tensors."""
         rest, calls = iter(tensors), []
         for biased, scales in zip(self.biased, self.addends):
             weight, bias = next(rest), next(rest) if biased else None
             addends = [Addend(next(rest), next(rest), s, -2, start) for s, start in scales]
-            calls.append(Linear(weight, bias, addends))
+            calls.append(AdaptedCall(weight, bias, addends))
         return calls
 
     def in_places(self, gradients: Iterable[Tensor | None]) -> list[Tensor | None]:
@@ -75,7 +75,7 @@ class CallPlan(NamedTuple):
                 places += next(rest), next(rest)
         return places
 
-    def weight(self, call: Linear) -> Tensor:
+    def weight(self, call: AdaptedCall) -> Tensor:
         """W, or W + sum s B A if that is the plan."""
         if not self.merged or not call.addends:
             return call.weight
@@ -111,7 +111,7 @@ class _Linears(torch.autograd.Function):
         plan, needs_dx = ctx.plan, ctx.needs_input_grad[0]
         mask = None if bits is None else unpacked(bits, x)
         batched = any(g is not None and is_legacy_batched(g) for g in gradients)
-        if torch.is_grad_enabled() or transforming() or batched:
+        if torch.is_grad_enabled() or is_transforming() or batched:
             return _differentiable(x, plan, tensors, mask, gradients, ctx.needs_input_grad)
         calls = plan.calls(tensors)
         with no_autocast() if any_autocast() else contextlib.nullcontext():
@@ -123,7 +123,7 @@ _apply: Any = apply_of(_Linears)  # `linears` has asked about transforms
 
 
 def _compute(
-    x: Tensor, plan: CallPlan, calls: Sequence[Linear], saving: bool
+    x: Tensor, plan: CallPlan, calls: Sequence[AdaptedCall], saving: bool
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """The results, none of them a view; h (N, R) and dropout's mask (N, in), where needed."""
     outputs = [_not_a_view(F.linear(x, plan.weight(call), call.bias)) for call in calls]
@@ -147,7 +147,7 @@ def _compute(
 
 
 def _gradients(
-    x: Tensor, plan: CallPlan, calls: Sequence[Linear], h: Tensor, mask: Tensor | None,
+    x: Tensor, plan: CallPlan, calls: Sequence[AdaptedCall], h: Tensor, mask: Tensor | None,
     gradients: Sequence[Tensor | None], needs_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dX and [dB, dA, dB, dA, ...] by the formulas above, each in memory of its own."""

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .addend import Addend
-from .calls import PLAIN, Linear, addends_of
+from .calls import PLAIN, AdaptedCall, addends_of
 from .fused import FEW_COLUMNS, MANY_ROWS, CallPlan, fused
 from .plain import by_operators, in_place
-from .private import any_autocast, caching, no_autocast, tracing, transforming
+from .private import any_autocast, is_caching, is_tracing, is_transforming, no_autocast
 
 # Below this many elements of x and y together, the passes over them that the Function saves take
 # less time than its Python: then torch's own derivative is used (benchmarks/step.py --rule:
@@ -30,7 +30,7 @@ SMALL_BELOW = 1 << 19
 MERGE_FROM = 4.0
 
 
-def linears(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
+def linears(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
     """Return [x W^T + b + sum s (x A^T) B^T for each call], each (..., out), for x (..., in).
 
     The results have x's dtype. A and B may be wider than x and W. Each addend drops out elements of
@@ -45,15 +45,15 @@ def linears(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
             dtype = torch.get_autocast_dtype(x.device.type)
             x, calls = x.to(dtype), [call.cast(dtype) for call in calls]
             with no_autocast():
-                return _chosen(x, calls)
-    return _chosen(x, calls)
+                return _fastest(x, calls)
+    return _fastest(x, calls)
 
 
-def _is_plain(x: Tensor, calls: Sequence[Linear]) -> bool:
+def _is_plain(x: Tensor, calls: Sequence[AdaptedCall]) -> bool:
     """True for plain tensors on one device, a frozen base, no transform and no tracer."""
     if torch.compiler.is_compiling() or type(x) not in PLAIN:
         return False
-    if transforming() or tracing() or caching():
+    if is_transforming() or is_tracing() or is_caching():
         return False
     if x.layout is not torch.strided or x.is_nested or not x.ndim:
         return False
@@ -73,7 +73,7 @@ def _is_plain(x: Tensor, calls: Sequence[Linear]) -> bool:
     return True
 
 
-def _chosen(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
+def _fastest(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
     """The results, computed as takes the least time for these shapes."""
     addends = addends_of(calls)
     rates = {addend.dropout for addend in addends}
@@ -98,7 +98,7 @@ def _any_requires_grad(addends: Sequence[Addend]) -> bool:
     return any([addend.requires_grad for addend in addends])
 
 
-def is_small(x: Tensor, call: Linear) -> bool:
+def is_small(x: Tensor, call: AdaptedCall) -> bool:
     """True if, by shapes, adding into the fresh output is faster, as exact, and saves no more."""
     out, width = call.weight.shape
     rows = x.numel() // width
@@ -114,7 +114,7 @@ def is_small(x: Tensor, call: Linear) -> bool:
     return True
 
 
-def merges(x: Tensor, calls: Sequence[Linear], share: float = 1.0) -> bool:
+def merges(x: Tensor, calls: Sequence[AdaptedCall], share: float = 1.0) -> bool:
     """True if, by shapes, forming W + s B A is faster, and as exact: not where products round
     float32 operands.
 

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls import Linear, addends_of, split_by_rank
+from .calls import AdaptedCall, addends_of, split_by_rank
 from .private import unsafe_view
 
 
-def by_operators(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
+def by_operators(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
     """Return the results of calls on one x; the R's that share an undropped x are joined."""
     joined = [addend for addend in addends_of(calls) if not addend.dropout]
     halves: list[Tensor] = []
@@ -29,7 +29,7 @@ def by_operators(x: Tensor, calls: Sequence[Linear]) -> list[Tensor]:
     return outputs
 
 
-def in_place(x: Tensor, call: Linear) -> Tensor:
+def in_place(x: Tensor, call: AdaptedCall) -> Tensor:
     """Return the result of one call; addends as long as the output are added in place."""
     # in the shape of x, whose rows by themselves may be added up in another order
     y = F.linear(x, call.weight, call.bias)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.jit import is_tracing as is_jit_tracing  # type: ignore[attr-defined]
 
-FOUND: dict[str, bool] = {}  # {private name: whether torch has it}
+AVAILABLE: dict[str, bool] = {}  # {private name: whether torch has it}
 
 
 def _optional(name: str, instead: Any) -> Any:
@@ -26,7 +26,7 @@ def _optional(name: str, instead: Any) -> Any:
         value = pkgutil.resolve_name(name)
     except (ImportError, AttributeError):
         value = None
-    FOUND[name] = value is not None
+    AVAILABLE[name] = value is not None
     return instead if value is None else value
 
 
@@ -50,7 +50,7 @@ _functorch_is_active: Callable[[], bool] = _optional(
 _forward_level: int | None = _optional("torch.autograd.forward_ad:_current_level", None)
 
 
-def transforming() -> bool:
+def is_transforming() -> bool:
     """True if a functorch transform or forward-mode differentiation is under way."""
     if _functorch_is_active() or _forward_level is None:
         return True
@@ -82,14 +82,14 @@ _CACHING: Any = (
     _optional("torch.utils.checkpoint:_CachedTorchDispatchMode", object))
 
 
-def tracing() -> bool:
+def is_tracing() -> bool:
     """True if torch.jit or make_fx is noting down operators."""
     if _jit_state() is not None:
         return True
     return (_mode_count() > 0 if _PROXY is None else _mode_of(_PROXY) is not None)
 
 
-def caching() -> bool:
+def is_caching() -> bool:
     """True if selective checkpointing keeps what operators return: it must not change."""
     if _mode_count() == 0:
         return False

@@ -40,7 +40,7 @@ class AdaptedWeight(Tensor):
         """The tensor, differentiable in W and the factors."""
         factors = [factor for addend in addends for factor in addend[:2]]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (matrix, *factors)):
-            made: Tensor = _Join.apply(  # type: ignore[no-untyped-call]
+            made: Tensor = _MakeAdaptedWeight.apply(  # type: ignore[no-untyped-call]
                 matrix, (tuple(addends), label), *factors)
             return made
         return _wrapped(matrix, tuple(addends), label)
@@ -134,7 +134,7 @@ def _wrapped(matrix: Tensor, addends: tuple[Addend, ...], label: str) -> Adapted
     return made
 
 
-class _Join(torch.autograd.Function):
+class _MakeAdaptedWeight(torch.autograd.Function):
     """(W, L, R, L, R, ...) -> AdaptedWeight; its backward pass is that of the sum."""
 
     @staticmethod

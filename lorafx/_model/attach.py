@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .._adapter.adapter import Adapter, Pair, Stored
+from .._adapter.adapter import Adapter, Pair, StoredWeight
 from .._adapter.config import LoRAConfig, pattern_matches
 from .._adapter.names import (
     branch_name, check_name, closest_names, dotted, name_matches, split_block
@@ -25,10 +25,12 @@ from .places import places_of, tensor_at
 from .program import Program
 from .reading import FROZEN_PREFIX, adapted_names
 from .record import RECORD, Injection, check_adapter, injection, set_trainable, trained_modules
-from .regions import Region, adapt, convert, is_plain_graph, why_not_adapted, why_not_region
+from .regions import (
+    Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
+)
 
 
-def start(program: Program, group: bool = True) -> None:
+def begin_injection(program: Program, group: bool = True) -> None:
     """Freeze a copy of the user's model and give it a record; no adapter yet."""
     model = program.model
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -46,7 +48,7 @@ def check_new_name(model: nn.Module, adapter: str) -> None:
                            "or lorafx.remove it.")
 
 
-def create(program: Program, name: str, config: LoRAConfig) -> Adapter:
+def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
     """A new adapter for the sites and modules that the config names.
 
     A is drawn, B is zero, and tensors to be trained whole are copied.
@@ -107,7 +109,7 @@ def attach(program: Program, adapter: Adapter) -> None:
         site = program.site(name)
         if site is not None:
             sites.append(site)
-    _check_room(program, sites, adapter)
+    _check_names_are_free(program, sites, adapter)
     insertions: dict[str, list[Insertion]] = defaultdict(list)
     for site in sites:
         name, block = split_block(site.name)
@@ -139,7 +141,7 @@ class _Needed(NamedTuple):
     site: str
 
 
-def _check_room(program: Program, sites: list[Site], adapter: Adapter) -> None:
+def _check_names_are_free(program: Program, sites: list[Site], adapter: Adapter) -> None:
     """Raise unless modules have no attributes of their own where lorafx needs to put its own."""
     needed: list[_Needed] = []
     for site in sites:
@@ -180,7 +182,7 @@ def _branch(places: Mapping[str, Place], site: Site) -> Branch:
         owner, attribute = places[split_block(name)[0]]
         owner._modules[branch_name(attribute, block)] = branch
         if not in_graph_module and not is_plain_graph(owner):
-            adapt(owner, attribute)
+            adapt_attribute(owner, attribute)
     return branch
 
 
@@ -193,7 +195,7 @@ def _join_calls(program: Program) -> None:
         module = submodule(program.model, path)
         if not is_plain_graph(module) and joins(module, graph):
             if isinstance(module, Region) or why_not_region(module) is None:
-                convert(module, graph, True)
+                make_region(module, graph, True)
 
 
 def _register_trained(program: Program, adapter: Adapter) -> None:
@@ -213,7 +215,7 @@ def _register_trained(program: Program, adapter: Adapter) -> None:
             module._modules.setdefault("trained", Trained())
             submodule(module, "trained")._modules[adapter.name] = own
             for name in own._parameters:
-                adapt(module, name)
+                adapt_attribute(module, name)
 
 
 def extract(model: nn.Module, adapter: str) -> Adapter:
@@ -221,14 +223,14 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
     check_adapter(model, adapter)
     config = injection(model).configs[adapter]
     pairs: dict[str, Pair] = {}
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredWeight] = {}
     places = places_of(model)
     for site, branch in branches(model).items():
         factors, place = factors_at(branch, adapter), places.get(split_block(site)[0])
         if factors is not None and place is not None:
             pairs[site] = Pair(factors.A.detach(), factors.B.detach(), factors.scale)
             shape, first_row = tuple(tensor_at(place).shape), branch.rows[0] if branch.rows else 0
-            stored[site] = Stored(shape, branch.transposed, first_row)
+            stored[site] = StoredWeight(shape, branch.transposed, first_row)
     lost = [site for site in config.targets if site not in pairs]
     if lost:
         raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module or "

@@ -49,7 +49,8 @@ def share(model: M, ejecting: bool = False) -> M:
     """A copy of the model's structure on the same weights.
 
     Its Parameters are new ones on the old storage, its other tensors are cloned. `ejecting` undoes
-    `convert` and `adapt` in the copy, and leaves out what lorafx added to these modules.
+    `make_region` and `adapt_attribute` in the copy, and leaves out what lorafx added to these
+    modules.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -105,14 +106,14 @@ def _check_shared(model: nn.Module, twin: nn.Module) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter in ours:
             continue
-        if name not in twins or _key(twins[name]) != _key(parameter):
+        if name not in twins or _storage_of(twins[name]) != _storage_of(parameter):
             raise UnsupportedModelError(
                 f"Copying this {type(model).__name__} did not keep the weight '{name}': some class "
                 "on the way has a __deepcopy__ that makes new weights. Let it pass `memo` on to "
                 "copy.deepcopy.")
 
 
-def _key(tensor: Tensor) -> int:
+def _storage_of(tensor: Tensor) -> int:
     return storage_key(tensor.untyped_storage())
 
 

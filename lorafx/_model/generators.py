@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._adapter.config import shown
+from .._adapter.config import short_repr
 from .._errors import ConfigError, FormatError, MismatchError
 
 
@@ -49,8 +49,8 @@ def check(model: nn.Module, found: Mapping[str, Tensor], source: str) -> None:
     """Raise unless these are states of the generators that this model's training draws from."""
     drawn, kept = devices_of(model), found.keys() - {"python", "numpy"}
     if drawn != kept or "python" not in found:
-        raise MismatchError(f"{source} has random numbers of {shown(sorted(kept))}, and this model "
-                            f"is on {', '.join(sorted(drawn))}: put it where it was trained.")
+        raise MismatchError(f"{source} has random numbers of {short_repr(sorted(kept))}, and this "
+                            f"model is on {', '.join(sorted(drawn))}: put it where it was trained.")
     try:
         for name, state in found.items():
             _check_state(name, state)

@@ -10,6 +10,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from .._errors import AdapterError, UnsupportedModelError
 from .._graph.modules import LorafxModule, hooks
 from .._graph.scan import MODULE_STATE, values_in
+from .._kernels.private import has_compiled_call
 from .record import find_injection
 
 
@@ -70,7 +71,7 @@ def _check_call(module: nn.Module, label: str) -> None:
         raise UnsupportedModelError(
             f"{label} has a forward of its own, patched in by another tool, which a copy would "
             "still run on the original's layers: inject before patching.")
-    if vars(module).get("_compiled_call_impl") is not None:
+    if has_compiled_call(module):
         raise UnsupportedModelError(f"{label} is compiled: call .compile() on the injected model "
                                     "instead.")
 

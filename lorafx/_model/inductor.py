@@ -12,7 +12,7 @@ from .. import _kernels
 from .._graph import groups as grouping
 from .._graph.groups import groups, items_of
 from .._kernels.addend import Addend
-from .._kernels.calls import Linear
+from .._kernels.calls import AdaptedCall
 from .._kernels.linears import full_precision, merges
 from .._kernels.merged import merged_linears
 from .._kernels.private import compiler_pass
@@ -129,7 +129,7 @@ def _forms_weights(branches: list[BranchNodes]) -> bool:
         if any(node is not None and _value(node).requires_grad for node in (weight, bias)):
             return False  # its gradient is not computed there
         addend = Addend(_value(branch.B), _value(branch.A), 1.0)
-        calls.append(Linear(_value(weight), None, [addend]))
+        calls.append(AdaptedCall(_value(weight), None, [addend]))
     # from fewer rows on than elsewhere, as nothing adds into y in place here
     return isinstance(x.numel(), int) and merges(x, calls, share=0.5)
 

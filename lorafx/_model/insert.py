@@ -12,7 +12,7 @@ from .._graph.rules import matrix_users, only_metadata
 from .._graph.sites import Call
 from .branches import after_branches
 from .reading import FROZEN_PREFIX, adapted_names
-from .regions import convert
+from .regions import make_region
 
 
 class Insertion(NamedTuple):
@@ -41,7 +41,7 @@ def insert_branches(
     if isinstance(region, fx.GraphModule):
         region.recompile()
     else:
-        convert(region, graph, group)
+        make_region(region, graph, group)
     graph.lint()
 
 

@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 from .._graph.groups import groups, items_of, pure
 from .._graph.modules import submodule
 from .._graph.rules import linear_call
-from .._kernels.calls import PLAIN, Linear
+from .._kernels.calls import PLAIN, AdaptedCall
 from .._kernels.linears import linears
-from .._kernels.private import any_global_hook, has_compiled_call, transforming
+from .._kernels.private import any_global_hook, has_compiled_call, is_transforming
 from .branches import Branch, branches_after
 
 
-class Forward(NamedTuple):
+class LinearForward(NamedTuple):
     """The attributes of a module whose forward is one adapted linear call of its input."""
 
     weight: str
@@ -55,7 +55,7 @@ def joined(x: Tensor, *members: Any) -> list[Tensor]:
         return [_by_itself(x, member) for member in members]
     if len(together) == len(members):
         return linears(x, together)
-    watched = not (torch.compiler.is_compiling() or x.is_inference() or transforming())
+    watched = not (torch.compiler.is_compiling() or x.is_inference() or is_transforming())
     if not watched:  # x has no version that would tell of a change
         return [_by_itself(x, member) for member in members]
     results, version = linears(x, together), x._version
@@ -71,7 +71,7 @@ def _by_itself(x: Tensor, member: Any) -> Any:
     return member(x) if isinstance(member, nn.Module) else adapted_linear(x, *member)
 
 
-def _call(member: Any) -> Linear | None:
+def _call(member: Any) -> AdaptedCall | None:
     """The linear call that a member makes, if nothing else happens there."""
     if not isinstance(member, nn.Module):
         weight, bias, *branches = member
@@ -87,8 +87,8 @@ def _call(member: Any) -> Linear | None:
     return _linear(weight, bias, branches)
 
 
-def _linear(weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Linear:
-    return Linear(weight, bias, [addend for branch in branches for addend in branch.addends()])
+def _linear(weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> AdaptedCall:
+    return AdaptedCall(weight, bias, [addend for branch in branches for addend in branch.addends()])
 
 
 def _is_bare(module: nn.Module) -> bool:
@@ -99,9 +99,9 @@ def _is_bare(module: nn.Module) -> bool:
     return not hooked and not patched and type(module).__call__ is nn.Module.__call__
 
 
-def linear_forward(module: Any) -> Forward | None:
+def linear_forward(module: Any) -> LinearForward | None:
     """Return what a module computes, if that is one adapted linear call and no more."""
-    found: Forward | None = getattr(type(module), "_linear", None)
+    found: LinearForward | None = getattr(type(module), "_linear", None)
     return found
 
 
@@ -129,7 +129,7 @@ def joins(module: nn.Module, graph: fx.Graph) -> bool:
     return any(node.target is joined for node in lower(module, graph, True).nodes)
 
 
-def forward_of(graph: fx.Graph) -> Forward | None:
+def forward_of(graph: fx.Graph) -> LinearForward | None:
     """Return what a lowered graph computes, if that is one adapted linear call of its input."""
     inputs, outputs = graph.find_nodes(op="placeholder"), graph.find_nodes(op="output")
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
@@ -142,7 +142,7 @@ def forward_of(graph: fx.Graph) -> Forward | None:
     if any(name is not None and "." in name for name in names):
         return None
     weight, bias, *branches = names
-    return Forward(weight, bias, tuple(branches))  # type: ignore[arg-type]
+    return LinearForward(weight, bias, tuple(branches))  # type: ignore[arg-type]
 
 
 def _fuse(module: nn.Module, graph: fx.Graph, node: fx.Node) -> None:

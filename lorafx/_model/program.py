@@ -18,7 +18,7 @@ from .._graph.sites import Site, blocks_matching, sort_key
 from .._graph.trace import tracing
 from .._graph.watch import Unsound
 from .places import Weight, Weights, base_parameters, places_of, tensor_at
-from .refusals import is_torchs_other_layer, other_layer, why_not_site, why_packed
+from .refusals import is_unsupported_torch_layer, unsupported_layer, why_not_site, why_packed
 from .regions import why_not_region
 from .uses import (
     GraphUses, LinearUse, Usage, missed_uses, moves_into_caller, splits_of_modules, uses_in_graphs,
@@ -71,7 +71,7 @@ class Program:
                 reasons[name] = ("it makes no linear call and shares its weight with "
                                  f"'{site.name}', which can be adapted")
         for path, module in users_modules(self.model).items():
-            layer = other_layer(module)
+            layer = unsupported_layer(module)
             if layer is not None and path not in sites:
                 reasons.setdefault(path, layer)
         for path, reason in self.breaks.items():
@@ -143,7 +143,7 @@ def _trace(modules: Mapping[str, nn.Module]) -> tuple[dict[str, fx.Graph], dict[
                 reason = str(unsound)
             if reason is None:
                 graphs[path] = graph
-            elif not is_torchs_other_layer(module):
+            elif not is_unsupported_torch_layer(module):
                 breaks[path] = f"{type(module).__name__}: {reason}"
     return graphs, breaks
 

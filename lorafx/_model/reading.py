@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .._adapter.names import branch_name
 from .._kernels.addend import Addend
-from .._kernels.private import transforming
+from .._kernels.private import is_transforming
 from .._kernels.weights import whole
 from .adapted_weight import NARROW, AdaptedWeight
 from .branches import Branch, Trained
@@ -73,7 +73,7 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     if not addends:
         return matrix  # type: ignore[no-any-return]
     if matrix.dtype not in NARROW and not any(addend.dropout for addend in addends):
-        plain = compiling or transforming()
+        plain = compiling or is_transforming()
         if plain or answer is Answer.SUM and not _trains(addends):
             return whole(matrix, addends)
     make = AdaptedWeight.of

@@ -13,7 +13,7 @@ from .uses import Usage
 
 
 # Layers of torch that compute something else than x W^T with their weights.
-OTHER_LAYERS: tuple[tuple[type[nn.Module], str], ...] = (
+UNSUPPORTED_LAYERS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Conv1d, "a convolution"), (nn.Conv2d, "a convolution"), (nn.Conv3d, "a convolution"),
     (nn.ConvTranspose1d, "a convolution"), (nn.ConvTranspose2d, "a convolution"),
     (nn.ConvTranspose3d, "a convolution"),
@@ -27,20 +27,20 @@ _HARMLESS = {"__module__", "__qualname__", "__doc__", "__annotations__", "__init
              "__weakref__", "__static_attributes__", "__firstlineno__"}
 
 
-def other_layer(module: nn.Module) -> str | None:
+def unsupported_layer(module: nn.Module) -> str | None:
     """The kind of a layer that lorafx does not adapt, as a reason; None for any other module."""
-    for cls, kind in OTHER_LAYERS:
+    for cls, kind in UNSUPPORTED_LAYERS:
         if isinstance(module, cls):
             return f"{kind} ({type(module).__name__}), which lorafx does not adapt yet"
     return None
 
 
-def is_torchs_other_layer(module: nn.Module) -> bool:
+def is_unsupported_torch_layer(module: nn.Module) -> bool:
     """True for such a layer with torch's own methods, which make no linear call.
 
     Another class may override what torch's forward calls, such as `_conv_forward`.
     """
-    if other_layer(module) is None:
+    if unsupported_layer(module) is None:
         return False
     for cls in type(module).__mro__:
         torchs = cls.__module__.partition(".")[0] in ("torch", "builtins")
@@ -89,7 +89,7 @@ def _why_not_linear(
     paths: Mapping[nn.Module, Sequence[str]],
 ) -> str:
     for place in weight.places.values():
-        layer = other_layer(place.module)
+        layer = unsupported_layer(place.module)
         if layer is not None:
             return layer
     if usage.other:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from .._graph.functions import package
 from .._graph.modules import LorafxModule
-from .lower import Forward, forward_of, lower
+from .lower import LinearForward, forward_of, lower
 from .readers import GENERATED
 from .reading import FROZEN_PREFIX, adapted, adapted_names, base_or_trained
 
@@ -74,7 +74,7 @@ class Adapted(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if "_graph" in state:
-            convert(self, state["_graph"], state["_joining"])
+            make_region(self, state["_graph"], state["_joining"])
 
 
 class Region(Adapted, fx.GraphModule):  # type: ignore[misc]  # copies are made in another way
@@ -85,11 +85,11 @@ class Region(Adapted, fx.GraphModule):  # type: ignore[misc]  # copies are made 
     """
 
     _python_code: fx.graph.PythonCode
-    _linear: Forward | None = None  # what it computes, if that is one linear call and no more
+    _linear: LinearForward | None = None  # what it computes, if that is one linear call and no more
 
     def recompile(self) -> fx.graph.PythonCode:
         """Swap in the class that holds the forward generated from the graph as it is now."""
-        convert(self, self._graph, self.__dict__["_joining"])
+        make_region(self, self._graph, self.__dict__["_joining"])
         return type(self)._python_code
 
     __str__ = nn.Module.__repr__
@@ -104,7 +104,7 @@ def _blank(user_class: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     return object.__new__(_derived(user_class, names))
 
 
-def convert(module: nn.Module, graph: fx.Graph, join: bool) -> None:
+def make_region(module: nn.Module, graph: fx.Graph, join: bool) -> None:
     """Make this very module a region: its forward is now the graph's.
 
     `join`: compute linear calls on one value together.
@@ -122,7 +122,7 @@ def convert(module: nn.Module, graph: fx.Graph, join: bool) -> None:
     module.__class__ = _derived(user_class, adapted_names(module), code, forward_of(lowered))
 
 
-def adapt(module: nn.Module, attribute: str) -> None:
+def adapt_attribute(module: nn.Module, attribute: str) -> None:
     """Let Python read this tensor of a module as adapted, and as it is under its frozen name."""
     cls: Any = type(module)
     if attribute in adapted_names(module):
@@ -200,7 +200,7 @@ _SERIAL = itertools.count()
 
 def _derived(
     user_class: type[nn.Module], names: tuple[str, ...], code: fx.graph.PythonCode | None = None,
-    forward: Forward | None = None,
+    forward: LinearForward | None = None,
 ) -> type[Adapted]:
     """The class, one for each user class, set of adapted names and generated forward."""
     source: Any = None
@@ -238,7 +238,7 @@ def _adapted_property(name: str) -> property:
     def read(self: nn.Module) -> Tensor:
         return adapted(self, name)
 
-    def write(self: nn.Module, value: Any) -> None:  # of what is no Parameter: those are registered
+    def write(self: nn.Module, value: Any) -> None:  # not a Parameter: those are registered
         vars(self)[name] = value
 
     def delete(self: nn.Module) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .._adapter.adapter import Training
-from .._adapter.config import shown
+from .._adapter.config import short_repr
 from .._adapter.names import dotted
 from .._errors import ConfigError, MismatchError
 from . import generators
@@ -34,7 +34,7 @@ def capture(model: nn.Module, adapter: str, optimizer: Any, step: Any) -> Traini
     if not isinstance(optimizer, torch.optim.Optimizer) or not is_step:
         raise ConfigError(
             "A training run is saved with both, optimizer=... and step=... (a number of steps), "
-            f"not with {type(optimizer).__name__} and {shown(step)}.")
+            f"not with {type(optimizer).__name__} and {short_repr(step)}.")
     names = {id(parameter): name for name, parameter in live_tensors(model, adapter).items()}
     groups: list[tuple[dict[str, Any], list[str]]] = []
     for group in optimizer.param_groups:
@@ -46,7 +46,7 @@ def capture(model: nn.Module, adapter: str, optimizer: Any, step: Any) -> Traini
     for parameter, entries in optimizer.state.items():
         name = names[id(parameter)]
         for key, value in entries.items():
-            if isinstance(value, Tensor) and not fits(value, parameter.shape):
+            if isinstance(value, Tensor) and not _fits_shape(value, parameter.shape):
                 raise ConfigError(
                     f"The optimizer keeps '{key}' {tuple(value.shape)} of '{name}' "
                     f"{tuple(parameter.shape)}: a state of that shape cannot be saved.")
@@ -62,7 +62,7 @@ def _check_known(parameters: Any, names: Mapping[int, str], adapter: str) -> Non
             f"optimizer of one adapter, made for lorafx.parameters(model, {adapter!r}).")
 
 
-def fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+def _fits_shape(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     """True if a tensor can be an optimizer's state for a parameter of this shape.
 
     It is one number, or in each dimension as long as the parameter or 1.
@@ -89,7 +89,7 @@ def state_to_load(
     `parameters` has this process's own by the names that the training state has for them.
     """
     if not isinstance(optimizer, torch.optim.Optimizer) or _kind(optimizer) != training.kind:
-        raise MismatchError(f"{source} has the state of a {shown(training.kind)}, not of a "
+        raise MismatchError(f"{source} has the state of a {short_repr(training.kind)}, not of a "
                             f"{_kind(optimizer)}.")
     state = optimizer.state_dict()
     if len(state["param_groups"]) != len(training.groups):
@@ -120,7 +120,7 @@ def _check_entries(
     name: str, entries: Mapping[str, Any], parameter: nn.Parameter, source: str
 ) -> None:
     for key, value in entries.items():
-        if isinstance(value, Tensor) and not fits(value, parameter.shape):
+        if isinstance(value, Tensor) and not _fits_shape(value, parameter.shape):
             raise MismatchError(
                 f"{source} has '{key}' {tuple(value.shape)} for '{name}' "
                 f"{tuple(parameter.shape)}, which no optimizer keeps.")
@@ -130,9 +130,9 @@ def _options(ours: Mapping[str, Any], theirs: Mapping[str, Any], source: str) ->
     """The options of a group in a file: the optimizer's, and what a scheduler adds to them."""
     for key in ours.keys() - {*NOT_OPTIONS}:
         if key not in theirs or not _alike(ours[key], theirs[key]):
-            saved = f"{key}={shown(theirs[key])}" if key in theirs else f"no {key}"
+            saved = f"{key}={short_repr(theirs[key])}" if key in theirs else f"no {key}"
             raise MismatchError(f"{source} has {saved} in a parameter group, and the optimizer "
-                                f"{key}={shown(ours[key])}.")
+                                f"{key}={short_repr(ours[key])}.")
     options: dict[str, Any] = {}
     for key, value in theirs.items():
         if key not in NOT_OPTIONS:

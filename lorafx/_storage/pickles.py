@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .._adapter.adapter import check_plain
-from .._adapter.config import shown
+from .._adapter.config import short_repr
 from .._errors import FormatError
 from .._kernels.private import storage_key
-from .reading import check_tensor_name, reading
+from .untrusted import check_tensor_name, open_untrusted
 
 
 def load_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def load_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     Raises:
         FormatError: the file holds anything else. OSError: as the system says.
     """
-    with reading(path, "holds more than tensors") as file:
+    with open_untrusted(path, "holds more than tensors") as file:
         archive = _open_archive(file)
         if mapped:
             content = _load(path, mmap=archive is not None)
@@ -49,7 +49,7 @@ def load_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
             plain = isinstance(value, Tensor) and not (mapped and isinstance(value, nn.Parameter))
             if not isinstance(name, str) or not plain:
                 kind = type(value).__name__
-                raise FormatError(f"'{path}' holds {shown(name)}, a {kind}, where only named "
+                raise FormatError(f"'{path}' holds {short_repr(name)}, a {kind}, where only named "
                                   "tensors are read: save the state_dict by itself.")
             if not mapped:
                 check_tensor_name(name)
@@ -114,7 +114,7 @@ def _check_flat(path: Path, content: Any) -> None:
     parts = _parts_with_tensors(content)
     if parts:
         names = ", ".join(repr(".".join(keys)[:80]) for keys in parts[:3])
-        first = "".join(f"[{shown(key)}]" for key in parts[0])
+        first = "".join(f"[{short_repr(key)}]" for key in parts[0])
         which = "that part" if len(parts) == 1 else "the part that is meant"
         raise FormatError(f"'{path}' holds tensors under {names}: save {which} by itself, "
                           f"torch.save(content{first}, ...).")

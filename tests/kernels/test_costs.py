@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafx._kernels import linears as kernels
 from lorafx._kernels.addend import Addend
-from lorafx._kernels.calls import Linear
+from lorafx._kernels.calls import AdaptedCall
 from lorafx._kernels.linears import linears
 from tests.support.internals import replace_internal
 from tests.support.linear_calls import calls_of, factors, normal
@@ -51,7 +51,7 @@ def test_only_x_and_the_ranks_are_saved(dtype):
     """Of q, k and v under float32 adapters: bytes(x) and 3 ranks a row, in float32."""
     x = torch.randn(2, 64, 256, dtype=dtype, requires_grad=True)
     calls = [
-        Linear(
+        AdaptedCall(
             torch.randn(out, 256, dtype=dtype), None,
             [Addend(normal(out, 8, dtype=torch.float32), normal(8, 256, dtype=torch.float32), 1.0)]
         )
@@ -119,7 +119,7 @@ def test_operators_of_a_group(rank, copies):
     rows = 256
     x = torch.randn(rows, 128, requires_grad=True)
     calls = [
-        Linear(
+        AdaptedCall(
             torch.randn(out, 128), None,
             [
                 Addend(

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import lorafx
 from lorafx._kernels import linears as kernels
 from lorafx._kernels.addend import Addend
-from lorafx._kernels.calls import Linear
+from lorafx._kernels.calls import AdaptedCall
 from lorafx._kernels.linears import linears
 from tests.support.internals import replace_internal
 from tests.support.linear_calls import calls_of, check, expected, factors, normal
@@ -216,7 +216,7 @@ def test_dropout():
     x = torch.ones(200, 300, dtype=torch.float64, requires_grad=True)
     A, B = torch.eye(300).double(), torch.eye(300).double()
     A, B = A.requires_grad_(), B.requires_grad_()
-    call = Linear(torch.zeros(300, 300).double(), None, [Addend(B, A, 1.0, dropout=0.2)])
+    call = AdaptedCall(torch.zeros(300, 300).double(), None, [Addend(B, A, 1.0, dropout=0.2)])
     one, two = linears(x, [call, call])
     for y in (one, two):
         assert set(y.detach().flatten().tolist()) == {0.0, 1.25} and abs(y.mean() - 1) < 0.01

@@ -125,13 +125,13 @@ def check(got, wanted):
 
 def main():
     lorafx = fresh()
-    names = list(sys.modules["lorafx._kernels.private"].FOUND)
+    names = list(sys.modules["lorafx._kernels.private"].AVAILABLE)
     wanted, wanted_reading = results(lorafx), reading(lorafx)
     said = {}
     for name in names:
         with lacking(name):
             lorafx = fresh()
-        found = sys.modules["lorafx._kernels.private"].FOUND
+        found = sys.modules["lorafx._kernels.private"].AVAILABLE
         assert [key for key in found if not found[key]] == [name], found
         try:
             check(results(lorafx), wanted)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from lorafx._kernels import linears as kernels
 from lorafx._kernels.addend import Addend
-from lorafx._kernels.calls import Linear
+from lorafx._kernels.calls import AdaptedCall
 from lorafx._kernels.linears import linears
 
 
@@ -31,7 +31,7 @@ def calls_of(width, outs, dtype=torch.float64, bias=True, rank=2):
             )
         weight = torch.randn(out, width, dtype=dtype)
         b = torch.randn(out, dtype=dtype) if bias and position != 1 else None
-        calls.append(Linear(weight, b, addends if position < 2 or position < len(outs) - 1 else []))
+        calls.append(AdaptedCall(weight, b, addends if position < 2 or position < len(outs) - 1 else []))
     return calls
 
 

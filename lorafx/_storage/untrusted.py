@@ -12,7 +12,7 @@ LONGEST_NAME = 500  # characters of a tensor's name
 
 
 @contextlib.contextmanager
-def reading(path: Path, otherwise: str) -> Iterator[BinaryIO]:
+def open_untrusted(path: Path, otherwise: str) -> Iterator[BinaryIO]:
     """Open a file for a parser, whose errors become FormatErrors; an OSError stays one.
 
     `otherwise` is what the file may be if it is not damaged: "not a safetensors file".
