@@ -9,20 +9,28 @@ from tests.support.checkpoints import files
 from tests.support.command_line import error, main
 
 THREADS = "is not a whole number from 1 to 1024"
+AT_LEAST_0 = "is not a finite number of at least 0"
 WRONG_ARGUMENTS = {
     "": "lorafx: the following arguments are required: COMMAND; 'lorafx --help' has examples.",
     "fold a": "lorafx: argument COMMAND: invalid choice: 'fold' (choose from ",
-    "merge": "lorafx merge: the following arguments are required: BASE, -o/--output; 'lorafx merge --help' has",
-    "merge base a.safetensors -o out --frob": "lorafx merge: unrecognized arguments: --frob; 'lorafx merge --help'",
-    "merge base a.safetensors -o out --dtype x": "lorafx merge: argument --dtype: invalid choice: 'x' (choose from ",
-    "merge base a.safetensors -o out --threads x": f"argument --threads: 'x' {THREADS}; 'lorafx merge --help' has",
+    "merge": "lorafx merge: the following arguments are required: BASE, -o/--output; "
+             "'lorafx merge --help' has",
+    "merge base a.safetensors -o out --frob":
+        "lorafx merge: unrecognized arguments: --frob; 'lorafx merge --help'",
+    "merge base a.safetensors -o out --dtype x":
+        "lorafx merge: argument --dtype: invalid choice: 'x' (choose from ",
+    "merge base a.safetensors -o out --threads x":
+        f"argument --threads: 'x' {THREADS}; 'lorafx merge --help' has",
     "merge base a.safetensors -o out --threads 0": THREADS,
     "merge base a.safetensors -o out --threads 1000000": THREADS,
     "merge base a.safetensors -o out --threads 100000000000000000000": THREADS,
     "merge base --adapter =1 -o out": "argument --adapter: '' is not a path",
-    "diff a.safetensors a.safetensors --tolerance nan": "argument --tolerance: 'nan' is not a finite number of at least 0",
-    "diff a.safetensors a.safetensors --tolerance -1": "argument --tolerance: '-1' is not a finite number of at least 0",
-    "diff a.safetensors a.safetensors --tolerance inf": "argument --tolerance: 'inf' is not a finite number of at least 0",
+    "diff a.safetensors a.safetensors --tolerance nan":
+        f"argument --tolerance: 'nan' {AT_LEAST_0}",
+    "diff a.safetensors a.safetensors --tolerance -1":
+        f"argument --tolerance: '-1' {AT_LEAST_0}",
+    "diff a.safetensors a.safetensors --tolerance inf":
+        f"argument --tolerance: 'inf' {AT_LEAST_0}",
     "show a.safetensors b": "lorafx show: unrecognized arguments: b",
 }
 

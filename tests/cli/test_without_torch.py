@@ -1,4 +1,4 @@
-"""Help, the version and mistakes in arguments need no torch, whose import takes longer than all else."""
+"""Help, the version and mistakes in arguments need no torch, whose import takes seconds."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A training state with a damaged state of a random generator is a FormatError, whatever the damage, and sets nothing."""
+"""Whatever the damage to the state of a random generator, it is a FormatError, and sets nothing."""
 
 import json
 import random
@@ -60,7 +60,7 @@ def cases(place: str) -> Iterator[bytes]:
 
 
 def means_the_same(value: Any, state: Any) -> bool:
-    """A number that waits in Python's generator may be there or not; Python and numpy take 1 for True."""
+    """A number that waits in a generator may be there or not, and True is 1."""
     if isinstance(state, list):
         return (
             isinstance(value, list)
