@@ -25,24 +25,21 @@ def resume(
 
     The adapter's tensors, the optimizer's state and options, and the random generators (torch on
     the CPU and on the GPUs of the model, Python, and numpy if it was loaded) are set to what they
-    were, so that training goes on, bit for bit, as if it had never stopped. It is a call of its
-    own, after `lorafx.load`, because an optimizer can only be made for parameters that exist. What
-    lorafx does not know of is yours to continue: a scheduler (make it anew and load its own
-    state_dict before this call, as making it sets the rate), generators of your own, the place in
-    the data, the base's buffers. Nothing changes on failure.
+    were: training goes on bit for bit. It is a call of its own, after `lorafx.load`, because an
+    optimizer can only be made for parameters that exist. What lorafx does not know of is yours to
+    continue: a scheduler (make it anew and load its own state_dict before this call, as making it
+    sets the rate), generators, the place in the data, buffers. Nothing changes on failure.
 
     Args:
         model: an injected model with an adapter of the same sites and shapes, best by
             `lorafx.load(base, path)`.
-        optimizer: made as it was for the run that was saved: of the same class, for the same
-            parameters in the same groups.
+        optimizer: of the class of the saved run's, for the same parameters in the same groups.
         path: a `.safetensors` file.
         adapter: which of the model's adapters; by default the only active one.
 
     Raises:
         FormatError: the file is missing, damaged, or has no training state.
-        MismatchError: it was saved from another adapter, another kind of optimizer, or with other
-            parameters or groups.
+        MismatchError: it has another adapter, kind of optimizer, parameters or groups.
 
     Example:
         >>> import tempfile, torch, lorafx
