@@ -26,7 +26,7 @@ from ._switch import activate
 M = TypeVar("M", bound=nn.Module)
 
 
-@explain_unknown_arguments
+@explain_unknown_arguments()
 @torch.inference_mode(False)
 def inject(
     model: M, rank: int = 8, *, alpha: float | None = None, targets: Targets = "square",
@@ -109,6 +109,7 @@ def sites(model: nn.Module, targets: Targets = "linear") -> list[Site]:
     return select(program.sites, targets, (), program.left_alone)
 
 
+@explain_unknown_arguments([field.name for field in dataclasses.fields(LoRAConfig)])
 @torch.inference_mode(False)
 def add(
     model: nn.Module, adapter: str, rank: int = 8, *, targets: Targets | None = None, **config: Any
@@ -133,8 +134,6 @@ def add(
         ['default', 'other']
     """
     check_new_name(model, adapter)
-    known = ["adapter", *(field.name for field in dataclasses.fields(LoRAConfig))]
-    check_arguments("lorafx.add", config, known)
     adapted = branches(model)
 
     def is_adapted(site: Site) -> bool:

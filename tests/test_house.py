@@ -1,4 +1,4 @@
-"""The house: a package imports only lower floors, `import lorafx` stays light, and a file fits a screen or two."""
+"""Packages import only lower floors, `import lorafx` is light, and a file fits a screen or two."""
 
 import ast
 import subprocess

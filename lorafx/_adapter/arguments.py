@@ -49,16 +49,22 @@ def check_arguments(function: str, given: Iterable[str], known: Collection[str])
         raise TypeError(f"{function} has no argument {', '.join(problems)}.")
 
 
-def explain_unknown_arguments(function: F) -> F:
-    """Decorate a function, whose signature stays as it is, to check the names of its arguments."""
-    known = inspect.signature(function).parameters
+def explain_unknown_arguments(more: Collection[str] = ()) -> Callable[[F], F]:
+    """Return a decorator that checks the names of a function's arguments; `more` go as **config."""
 
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        check_arguments(f"lorafx.{function.__name__}", kwargs, known)
-        return function(*args, **kwargs)
+    def decorate(function: F) -> F:
+        named = [name for name, parameter in inspect.signature(function).parameters.items()
+                 if parameter.kind is not parameter.VAR_KEYWORD]
+        known = list(dict.fromkeys([*named, *more]))
 
-    return checked  # type: ignore[return-value]
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            check_arguments(f"lorafx.{function.__name__}", kwargs, known)
+            return function(*args, **kwargs)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
 
 
 def _advice(name: str, known: Collection[str]) -> str:

@@ -113,3 +113,10 @@ def test_add_says_that_adapter_name_is_adapter():
     injected = lorafx.inject(model())
     with pytest.raises(TypeError, match=r"'adapter_name' \(here 'adapter'\)"):
         lorafx.add(injected, "more", adapter_name="other")
+
+
+def test_an_adapter_without_its_name():
+    injected = lorafx.inject(model())
+    with pytest.raises(TypeError, match="lorafx.add has no argument .adapter_name. .here .adapter"):
+        lorafx.add(injected, adapter_name="more")
+    assert lorafx.adapters(injected) == ["default"]

@@ -31,7 +31,8 @@ def calls_of(width, outs, dtype=torch.float64, bias=True, rank=2):
             )
         weight = torch.randn(out, width, dtype=dtype)
         b = torch.randn(out, dtype=dtype) if bias and position != 1 else None
-        calls.append(AdaptedCall(weight, b, addends if position < 2 or position < len(outs) - 1 else []))
+        given = addends if position < 2 or position < len(outs) - 1 else []
+        calls.append(AdaptedCall(weight, b, given))
     return calls
 
 
