@@ -53,8 +53,7 @@ def inject(
         exclude: sites to leave out, in the same forms.
         dropout: in training, the probability that an element of the branch's input is zeroed.
         rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
-        rank_pattern: {regular expression: rank}; the first that matches a name's end wins.
-        alpha_pattern: the same for alpha.
+        rank_pattern, alpha_pattern: {regular expression: rank or alpha}; the first match wins.
         trainable: names of base modules to copy, train whole and save, such as a classifier head.
         init: how A is drawn: "gaussian", or "kaiming" (uniform, a = sqrt(5), as in PEFT).
         dtype: of A and B; float32 for narrower weights, else the weight's own, by default.

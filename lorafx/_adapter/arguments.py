@@ -53,9 +53,11 @@ def explain_unknown_arguments(more: Collection[str] = ()) -> Callable[[F], F]:
     """Return a decorator that checks the names of a function's arguments; `more` go as **config."""
 
     def decorate(function: F) -> F:
-        named = [name for name, parameter in inspect.signature(function).parameters.items()
-                 if parameter.kind is not parameter.VAR_KEYWORD]
-        known = list(dict.fromkeys([*named, *more]))
+        known = []
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind is not parameter.VAR_KEYWORD and name not in more:
+                known.append(name)
+        known += more
 
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:

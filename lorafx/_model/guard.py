@@ -43,9 +43,11 @@ def check_model(model: nn.Module) -> None:
     if find_injection(model) is not None:
         raise AdapterError(f"This {type(model).__name__} is injected already: lorafx.add gives it "
                            "another adapter.")
-    foreign = [(getattr(sys.modules[where], name), what, instead)
-               for where, name, what, instead in FOREIGN
-               if hasattr(sys.modules.get(where), name)]
+    foreign: list[tuple[type, str, str]] = []
+    for where, name, what, instead in FOREIGN:
+        found = getattr(sys.modules.get(where), name, None)
+        if found is not None:
+            foreign.append((found, what, instead))
     members = {*model.modules(), *model.parameters()}
     for path, module in model.named_modules():
         label = (f"'{path}' ({type(module).__name__})" if path
