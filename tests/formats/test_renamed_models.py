@@ -68,6 +68,7 @@ def test_the_merge_of_a_file_on_disk_follows_the_same_rule(
     model = gpt2(merged_into)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(tensors, base)
+    model.config.save_pretrained(tmp_path)  # which says that it is a model of transformers
     assert main(["merge", base, adapter, "-o", out]) == 0
     merged, wanted = (
         safetensors.torch.load_file(out), lorafx.merge(lorafx.load(model, adapter)).state_dict()

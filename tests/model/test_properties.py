@@ -191,12 +191,17 @@ def test_composition_has_no_cross_terms(net, first, second):
 def test_saved_and_loaded_is_the_same(tmp_path_factory, net, ending):
     model = randomise(lorafx.inject(net.model, rank=3, targets="linear", alpha=6.0))
     path = tmp_path_factory.mktemp("adapter") / f"a{ending}"
+    sites = lorafx.sites(net.model)
+    unclear = [s for s in sites if s.transposed and s.in_features == s.out_features]
+    if ending == ".pth" and unclear:  # MiniMind's file cannot say how such a weight is stored
+        with pytest.raises(lorafx.FormatError, match="is stored as .in, out."):
+            lorafx.save(model, path)
+        return
     lorafx.save(model, path)
     loaded, x = lorafx.load(net.model, path), inputs(net, (4,))
     if ending == ".safetensors":
         assert torch.equal(loaded(x), model(x))
     else:  # float16 on disk, the scale folded into B
-        sites = lorafx.sites(net.model)
         halved = {name: [(A.half().double(), (s * B).half().double(), 1.0)] for name, [(A, B, s)] in
                   factors_of(model, {"default": 1.0}).items()}
         torch.testing.assert_close(
