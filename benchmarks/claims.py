@@ -10,12 +10,10 @@ linear layers" is counted beside it.
 Sizes on disk are those of the tensors; a file's header adds some hundred bytes for each.
 """
 
-import argparse
 import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import lorafx
+from common.arguments import json_file
 from common.minimind import Config, MiniMind
 from common.tables import aligned, size
 
@@ -125,16 +124,13 @@ def readme(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Print the table and the verdict; returns the rows."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file too")
-    options = parser.parse_args(argv)
+    path = json_file(__doc__, argv)
     found = rows()
     print(table(found))
     print(verdict(found))
-    if options.json is not None:
+    if path is not None:
         content = [dataclasses.asdict(row) | {"share": row.share} for row in found]
-        options.json.write_text(json.dumps(content, indent=1))
+        path.write_text(json.dumps(content, indent=1))
     return found
 
 

@@ -7,14 +7,13 @@ means that the adapter has no effect at all. All numbers are seeded, none is a t
     python benchmarks/facts.py [--json FILE]
 """
 
-import argparse
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import peft
 
+from common.arguments import json_file
 from common.tables import aligned
 from facts_parts.cases import CASES
 
@@ -46,14 +45,11 @@ def readme(found: Sequence[Mapping[str, str]]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, str]]:
     """Measure and print; returns the rows."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file too")
-    options = parser.parse_args(argv)
+    path = json_file(__doc__, argv)
     found = rows()
     print(table(found))
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1))
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1))
     return found
 
 

@@ -119,38 +119,11 @@ def test_matrices_of_several_blocks(tmp_path, monkeypatch):
         torch.set_num_threads(threads)
         wanted = dict(lorafx.merge(lorafx.load(base, "a.safetensors")).state_dict())
         torch.set_num_threads(before)
-        assert (
-            main(
-                [
-                    "merge",
-                    "base.safetensors",
-                    "a.safetensors",
-                    "-o",
-                    f"{threads}.safetensors",
-                    "--threads",
-                    str(threads),
-                ]
-            )
-            == 0
-        )
+        merge = ["merge", "base.safetensors", "a.safetensors", "--threads", str(threads)]
+        assert main([*merge, "-o", f"{threads}.safetensors"]) == 0
         assert same(safetensors.torch.load_file(f"{threads}.safetensors"), wanted)
         assert torch.get_num_threads() == before
-        assert (
-            main(
-                [
-                    "merge",
-                    "base.safetensors",
-                    "a.safetensors",
-                    "-o",
-                    f"{threads}w.safetensors",
-                    "--threads",
-                    str(threads),
-                    "--dtype",
-                    "float32",
-                ]
-            )
-            == 0
-        )
+        assert main([*merge, "-o", f"{threads}w.safetensors", "--dtype", "float32"]) == 0
         wide = dict(
             lorafx.merge(lorafx.load(copy.deepcopy(base).float(), "a.safetensors")).state_dict()
         )

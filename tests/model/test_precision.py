@@ -7,18 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorafx
+from tests.support.attention import X, attention
 from tests.support.oracle import factors_of, frozen, randomise
-
-X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-PADDING = torch.arange(5).expand(2, 5) >= torch.tensor([[5], [3]])
-
-
-def attention(**settings):
-    return nn.MultiheadAttention(8, 2, batch_first=True, **settings)
-
-
-def names(model, targets="linear"):
-    return [site.name for site in lorafx.sites(model, targets)]
 
 
 class Scaled(nn.Linear):

@@ -10,15 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import lorafx
+from tests.support.attention import PADDING, X, attention
 from tests.support.internals import internal
 from tests.support.oracle import frozen, randomise
-
-X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-PADDING = torch.arange(5).expand(2, 5) >= torch.tensor([[5], [3]])
-
-
-def attention(**settings):
-    return nn.MultiheadAttention(8, 2, batch_first=True, **settings)
 
 
 def names(model, targets="linear"):
