@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from ._adapter.names import branch_name, dotted, split_block
 from ._errors import TiedWeightError, UnsupportedModelError
-from ._graph.modules import LorafxModule, Place, submodule
+from ._graph.modules import LorafxModule, Place, named_modules, submodule
 from ._kernels.addend import Addend
 from ._kernels.scratch import Scratch
 from ._kernels.weights import folded
@@ -43,7 +43,7 @@ def eject(model: M) -> M:
     """
     record = injection(model)
     twin = share(model, ejecting=True)
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if is_plain_graph(module):
             _erase_branches(submodule(twin, path), module)
     for module in list(twin.modules()):

@@ -12,6 +12,7 @@ from ._model import generators
 from ._model.attach import extract
 from ._model.fit import fit
 from ._model.program import read_program
+from ._model.shards import spread_like
 from ._model.training import live_tensors, load_state, state_to_load
 from ._switch import only_active
 
@@ -72,7 +73,7 @@ def resume(
     load_state(optimizer, state)
     with torch.no_grad():
         for name, tensor in fitted.tensors():
-            live[name].copy_(tensor)
+            live[name].copy_(spread_like(live[name], tensor))
     generators.set_states(training.random)
     return training.step
 

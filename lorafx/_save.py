@@ -14,7 +14,7 @@ from ._model.copies import share
 from ._model.fit import fit
 from ._model.guard import check_model
 from ._model.program import read_program
-from ._model.record import find_injection
+from ._model.record import find_injection, injection
 from ._model.training import capture
 from ._switch import activate, only_active
 
@@ -110,4 +110,4 @@ def save(
     found = extract(model, adapter)
     if optimizer is not None or step is not None:
         found = dataclasses.replace(found, training=capture(model, adapter, optimizer, step))
-    write_adapter(found, path, model, read_program(model).fingerprint)
+    write_adapter(found, path, model, injection(model).fingerprint)

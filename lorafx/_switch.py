@@ -10,6 +10,7 @@ from ._adapter.adapter import Adapter, Pair
 from ._adapter.config import LoRAConfig
 from ._adapter.names import dotted
 from ._errors import AdapterError
+from ._graph.modules import named_modules
 from ._model.attach import attach, check_new_name, extract
 from ._model.branches import branches
 from ._model.program import read_program
@@ -90,7 +91,7 @@ def named_parameters(
         check_adapter(model, adapter)
     wanted = list(injection(model).active) if adapter is None else [adapter]
     holding, seen = set(holders(model)), set()
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if module not in holding:
             continue
         for name in wanted:

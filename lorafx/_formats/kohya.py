@@ -19,7 +19,7 @@ from .._adapter.adapter import Adapter, Pair, check_shapes
 from .._adapter.config import LoRAConfig
 from .._adapter.names import closest_names
 from .._errors import FormatError, LorafxError, MismatchError
-from .._graph.modules import LorafxModule
+from .._graph.modules import LorafxModule, named_modules
 from .adapter_file import AdapterFile, Decoded
 
 
@@ -58,7 +58,7 @@ def decode(file: AdapterFile) -> Decoded:
                           "both.")
     parts = _parts_of_pairs(file)
     modules = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if name and module._parameters and not isinstance(module, LorafxModule):
             modules.append(name)
     meant = _modules_meant(list(parts), modules, path)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._adapter.adapter import Adapter, Pair, StoredWeight
 from .._adapter.names import dotted, split_block
 from .._errors import ConfigError
-from .._graph.modules import LorafxModule, submodule, users_modules
+from .._graph.modules import LorafxModule, named_modules, submodule, users_modules
 from .._model.branches import Branch
 from .adapter_file import INSTEAD
 
@@ -117,7 +117,7 @@ def _check_untied(adapter: Adapter, model: nn.Module) -> None:
     """Raise where a tensor has several names: PEFT would change it under one of them only."""
     sites: dict[Branch, list[str]] = defaultdict(list)
     tensors: dict[nn.Parameter, list[str]] = defaultdict(list)
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model, every_name=True):
         if isinstance(module, Branch) and adapter.name in module._modules:
             sites[module].append(path.rpartition(".")[0])
         if isinstance(module, LorafxModule):

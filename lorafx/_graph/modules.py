@@ -1,10 +1,13 @@
 """Trees of modules: what the user wrote, apart from what lorafx added, and where tensors are."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from .._kernels.private import any_global_hook, has_compiled_call
 
 
 class LorafxModule(nn.Module):
@@ -18,15 +21,79 @@ class Place(NamedTuple):
     attribute: str
 
 
+# (module, class, child): a module of this class stands for its child, and adds no name to a path.
+# A class is looked up only where its module is loaded, so that nothing is imported for it.
+WRAPPERS = (
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel",
+     "_fsdp_wrapped_module"),
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper",
+     "_checkpoint_wrapped_module"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+)
+
+
+def _wrappers() -> list[tuple[type, str]]:
+    """(class, child) of the wrappers that this process can have."""
+    found = []
+    for where, name, child in WRAPPERS:
+        cls = getattr(sys.modules.get(where), name, None)
+        if cls is not None:
+            found.append((cls, child))
+    return found
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module that stands behind wrappers, or itself."""
+    return _behind(module, _wrappers())
+
+
+def _behind(module: nn.Module, wrappers: list[tuple[type, str]]) -> nn.Module:
+    for cls, name in wrappers:
+        child = module._modules.get(name) if isinstance(module, cls) else None
+        if child is not None:
+            return _behind(child, wrappers)
+    return module
+
+
+def named_modules(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) as nn.Module has them, of what stands behind wrappers.
+
+    `every_name` yields a module under each of its names.
+    """
+    wrappers, seen = _wrappers(), set()
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        module = _behind(module, wrappers)
+        if module in seen and not every_name:
+            return
+        seen.add(module)
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from walk(f"{path}.{name}" if path else name, child)
+
+    return walk("", model)
+
+
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The module registered at a path, even where a property has the same name."""
-    if not path:
-        return model
-    for name in path.split("."):
+    """The module at a path, even where a property has the same name, behind all wrappers."""
+    wrappers = _wrappers()
+    model = _behind(model, wrappers)
+    for name in path.split(".") if path else ():
         child = model._modules[name]
         assert child is not None
-        model = child
+        model = _behind(child, wrappers)
     return model
+
+
+def is_bare(module: nn.Module) -> bool:
+    """True if calling a module does what its class's forward does and nothing more."""
+    hooked = (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+              or module._backward_pre_hooks or any_global_hook())
+    patched = "forward" in module.__dict__ or has_compiled_call(module)
+    return not hooked and not patched and type(module).__call__ is nn.Module.__call__
 
 
 def hooks(module: nn.Module) -> list[Any]:
@@ -38,7 +105,7 @@ def hooks(module: nn.Module) -> list[Any]:
 
 def users_modules(model: nn.Module) -> dict[str, nn.Module]:
     """{path: module} of all that lorafx did not add, under every name."""
-    modules = model.named_modules(remove_duplicate=False)
+    modules = named_modules(model, every_name=True)
     return {path: module for path, module in modules if not isinstance(module, LorafxModule)}
 
 

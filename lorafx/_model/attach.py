@@ -17,7 +17,7 @@ from .._errors import AdapterError, ConfigError, NoSiteError, UnsupportedModelEr
 from .._graph.modules import LorafxModule, Place, submodule
 from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
-from .branches import Branch, Factors, Trained, branches, factors_at, new_pair
+from .branches import Branch, Factors, Trained, branches, factors_at, new_pair, spread
 from .copies import keep_attributes, same_kind
 from .insert import Insertion, insert_branches
 from .lower import joins
@@ -28,6 +28,7 @@ from .record import RECORD, Injection, check_adapter, injection, set_trainable, 
 from .regions import (
     Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
 )
+from .shards import gathered
 
 
 def begin_injection(program: Program, group: bool = True) -> None:
@@ -35,7 +36,8 @@ def begin_injection(program: Program, group: bool = True) -> None:
     model = program.model
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
-    model.__dict__[RECORD] = Injection(flags, program.skipped, program.breaks, group)
+    model.__dict__[RECORD] = Injection(
+        flags, program.skipped, program.breaks, group, program.fingerprint)
     if is_plain_graph(model):
         keep_attributes(model)
 
@@ -122,6 +124,7 @@ def attach(program: Program, adapter: Adapter) -> None:
         branch = _branch(program.places, site)
         factors = Factors(*adapter.pairs[site.name], adapter.config).train(branch.training)
         branch._modules[adapter.name] = factors
+        spread(branch, program.weight(site))
     for region, inserted in insertions.items():
         insert_branches(submodule(model, region), program.graphs[region], inserted, record.group)
     _register_trained(program, adapter)
@@ -219,7 +222,10 @@ def _register_trained(program: Program, adapter: Adapter) -> None:
 
 
 def extract(model: nn.Module, adapter: str) -> Adapter:
-    """An adapter apart from its model; its tensors share storage with the model's."""
+    """An adapter apart from its model; its tensors share storage with the model's.
+
+    They are gathered where they are spread over processes, each of which must call this.
+    """
     check_adapter(model, adapter)
     config = injection(model).configs[adapter]
     pairs: dict[str, Pair] = {}
@@ -228,7 +234,8 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
     for site, branch in branches(model).items():
         factors, place = factors_at(branch, adapter), places.get(split_block(site)[0])
         if factors is not None and place is not None:
-            pairs[site] = Pair(factors.A.detach(), factors.B.detach(), factors.scale)
+            A, B = (gathered(factor.detach()) for factor in factors.tensors())
+            pairs[site] = Pair(A, B, factors.scale)
             shape, first_row = tuple(tensor_at(place).shape), branch.rows[0] if branch.rows else 0
             stored[site] = StoredWeight(shape, branch.transposed, first_row)
     lost = [site for site in config.targets if site not in pairs]
@@ -237,7 +244,7 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
                            "weight was replaced after injection, as by resize_token_embeddings "
                            "with a head: do that before lorafx.inject.")
     whole = trained_whole(model, adapter)
-    trained = {name: parameter.detach() for name, parameter in whole.items()}
+    trained = {name: gathered(parameter.detach()) for name, parameter in whole.items()}
     return Adapter(adapter, config, pairs, trained, stored)
 
 

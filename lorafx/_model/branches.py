@@ -8,9 +8,10 @@ from torch import Tensor, fx, nn
 from .._adapter.adapter import Pair
 from .._adapter.config import INITS, LoRAConfig, factor_dtype
 from .._adapter.names import site_name, split_block
-from .._graph.modules import LorafxModule, submodule
+from .._graph.modules import LorafxModule, is_bare, named_modules, submodule
 from .._graph.sites import Site
 from .._kernels.addend import Addend
+from .shards import spread_beside, spread_like
 
 
 class Factors(LorafxModule):
@@ -23,13 +24,41 @@ class Factors(LorafxModule):
         super().__init__()
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
+        self.shapes = tuple(A.shape), tuple(B.shape)
         self.scale = scale
-        self.rounding = config.rounding
+        self.init, self.rounding = config.init, config.rounding
         self.dropout, self.share_dropout = config.dropout, config.share_dropout
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """A and B, for hooks that put them in place before a module's forward."""
+        return self.A, self.B
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """A and B, by way of `forward` where something is hooked to it or patches it."""
+        if is_bare(self):
+            return self.A, self.B
+        found: tuple[Tensor, Tensor] = self()
+        return found
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw A, from torch's default generator, and set B to zero, as `inject` does."""
+        drawn = torch.empty(self.shapes[0], dtype=self.A.dtype, device=self.A.device)
+        if drawn.numel() and not drawn.is_meta:
+            INITS[self.init](drawn)
+            self.A.copy_(spread_like(self.A, drawn))
+            self.B.zero_()
+
+    def spread(self, weight: Tensor, transposed: bool, rows: bool) -> None:
+        """Spread A and B over processes as the weight beside them is."""
+        A, B = spread_beside(weight, self.A, self.B, transposed, rows)
+        if A is not self.A:
+            trains = self.A.requires_grad
+            self.A, self.B = nn.Parameter(A, trains), nn.Parameter(B, trains)
 
     def extra_repr(self) -> str:
         dropout = f", dropout={self.dropout:g}" if self.dropout else ""
-        return f"rank={self.A.shape[-2]}, scale={self.scale:g}{dropout}"
+        return f"rank={self.shapes[0][-2]}, scale={self.scale:g}{dropout}"
 
     @property
     def dropping(self) -> float:
@@ -73,7 +102,8 @@ class Branch(LorafxModule):
             if name not in self._modules:
                 continue
             factors: Factors = self._modules[name]  # type: ignore[assignment]
-            addend = Addend(factors.B, factors.A, weight * factors.scale, -2, start,
+            A, B = factors.tensors()
+            addend = Addend(B, A, weight * factors.scale, -2, start,
                             factors.dropping, factors.share_dropout, factors.rounding)
             found.append(addend.transposed if stored and self.transposed else addend)
         return found
@@ -99,6 +129,13 @@ class Trained(LorafxModule):
         return next((name for name in adapters if name in self._modules), None)
 
 
+def spread(branch: Branch, weight: Tensor) -> None:
+    """Spread all factors of a branch over processes as the weight beside it is."""
+    for held in branch._modules.values():
+        if isinstance(held, Factors):
+            held.spread(weight, branch.transposed, branch.rows is not None)
+
+
 def factors_at(branch: Branch, adapter: str) -> Factors | None:
     """Return one adapter's factors at a site, or None if it is not there."""
     found = branch._modules.get(adapter)
@@ -122,7 +159,7 @@ def after_branches(region: nn.Module, node: fx.Node) -> fx.Node:
 def branches(model: nn.Module) -> dict[str, Branch]:
     """Return {site: Branch}, each branch once, under its site's first name."""
     found = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, Branch):
             owner, _, name = path.rpartition(".")
             base, block = split_block(name)

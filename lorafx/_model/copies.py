@@ -11,6 +11,7 @@ from .._errors import UnsupportedModelError
 from .._graph.modules import LorafxModule
 from .._kernels.private import make_subclass, storage_key
 from .regions import EJECTING, is_plain_graph
+from .shards import local_part
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -82,7 +83,10 @@ def share(model: M, ejecting: bool = False) -> M:
 
 def same_kind(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
     """A Parameter of the same class, flags and attributes, on other data."""
-    twin: nn.Parameter = make_subclass(type(parameter), data, parameter.requires_grad)
+    cls = type(parameter)  # of a Parameter that holds a tensor of a class of its own, that class
+    of_its_own = not issubclass(cls, nn.Parameter)
+    twin: nn.Parameter = (nn.Parameter(data, parameter.requires_grad) if of_its_own
+                          else make_subclass(cls, data, parameter.requires_grad))
     twin.__dict__.update(parameter.__dict__)
     return twin
 
@@ -114,7 +118,7 @@ def _check_shared(model: nn.Module, twin: nn.Module) -> None:
 
 
 def _storage_of(tensor: Tensor) -> int:
-    return storage_key(tensor.untyped_storage())
+    return storage_key(local_part(tensor).untyped_storage())
 
 
 class _CopyNonLeaves(TorchFunctionMode):

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .._graph.groups import groups, items_of, pure
-from .._graph.modules import submodule
+from .._graph.modules import is_bare, submodule
 from .._graph.rules import linear_call
 from .._kernels.calls import PLAIN, AdaptedCall
 from .._kernels.linears import linears
-from .._kernels.private import any_global_hook, has_compiled_call, is_transforming
+from .._kernels.private import is_transforming
 from .branches import Branch, branches_after
 
 
@@ -33,7 +33,7 @@ class LinearForward(NamedTuple):
 @pure
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Branch) -> Tensor:
     """Return x W^T + b and what the branches add."""
-    if isinstance(x, Tensor) and all(map(_is_bare, branches)):
+    if isinstance(x, Tensor) and all(map(is_bare, branches)):
         return linears(x, (_linear(weight, bias, branches),))[0]
     y = F.linear(x, weight, bias)
     for branch in branches:
@@ -77,26 +77,18 @@ def _call(member: Any) -> AdaptedCall | None:
         weight, bias, *branches = member
     else:
         forward = linear_forward(member)
-        if forward is None or not _is_bare(member):
+        if forward is None or not is_bare(member):
             return None
         weight = getattr(member, forward.weight)
         bias = forward.bias and getattr(member, forward.bias)
         branches = [getattr(member, name) for name in forward.branches]
-    if type(weight) not in PLAIN or not all(map(_is_bare, branches)):
+    if type(weight) not in PLAIN or not all(map(is_bare, branches)):
         return None
     return _linear(weight, bias, branches)
 
 
 def _linear(weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> AdaptedCall:
     return AdaptedCall(weight, bias, [addend for branch in branches for addend in branch.addends()])
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """True if calling a module does what its class's forward does and nothing more."""
-    hooked = (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-              or module._backward_pre_hooks or any_global_hook())
-    patched = "forward" in module.__dict__ or has_compiled_call(module)
-    return not hooked and not patched and type(module).__call__ is nn.Module.__call__
 
 
 def linear_forward(module: Any) -> LinearForward | None:

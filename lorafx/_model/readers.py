@@ -12,11 +12,17 @@ class Answer(enum.Enum):
     ADAPTED = enum.auto()  # a tensor that multiplies by its parts
     SUM = enum.auto()  # a plain tensor, where no gradient needs to go through it
     PARAMETER = enum.auto()  # the registered W
+    LAYER = enum.auto()  # the registered W, of a layer in which no adapter is seen
 
 
-# {prefix of the name of the reader's module: answer}; whoever is not in here gets the adapted
-# weight.
+# {prefix of the name of the reader's module: answer}, the first that fits; whoever is not in here
+# gets the adapted weight.
 READERS: dict[str, Answer] = {
+    # tensor parallelism replaces all tensors in a layer; the factors follow the weight beside them
+    "torch.distributed.tensor.": Answer.LAYER,
+    # libraries that put parameters in their places: that shard, gather, move and offload them
+    "torch.distributed.": Answer.PARAMETER,
+    "accelerate.": Answer.PARAMETER,
     # layers that read their children's weights for a fused kernel, and ask for plain tensors
     "torch.nn.modules.activation": Answer.SUM,
     "torch.nn.modules.transformer": Answer.SUM,
@@ -24,11 +30,15 @@ READERS: dict[str, Answer] = {
 GENERATED = "<lorafx "  # how the file names of generated code begin
 
 
-def reader() -> types.FrameType | None:
-    """Return the first frame that is neither lorafx's own nor code that it generated."""
+def reader(through: str = "") -> types.FrameType | None:
+    """Return the first frame that is neither lorafx's own nor code that it generated.
+
+    It is not of the module `through` either, by which someone asks.
+    """
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         ours = frame.f_globals.get("__name__", "").startswith("lorafx.")
+        ours = ours or frame.f_globals.get("__name__") == through
         if not ours and not frame.f_code.co_filename.startswith(GENERATED):
             break
         frame = frame.f_back
@@ -39,6 +49,11 @@ def module_of(frame: types.FrameType | None) -> str:
     """Return the name of the module whose code a frame runs."""
     name: str = "" if frame is None else frame.f_globals.get("__name__", "")
     return name
+
+
+def answer(through: str = "") -> Answer:
+    """Return what the code that asks lorafx, by way of the module `through`, gets."""
+    return answer_to(module_of(reader(through)))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from .._kernels.private import is_transforming
 from .._kernels.weights import whole
 from .adapted_weight import NARROW, AdaptedWeight
 from .branches import Branch, Trained
-from .readers import Answer, answer_to, module_of, reader
+from .readers import Answer, answer as answer_to_reader
 
 
 FROZEN_PREFIX = "frozen_"
@@ -50,6 +50,13 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
     return base_tensor(owner, attribute)
 
 
+def branches_beside(owner: nn.Module, attribute: str) -> list[Branch]:
+    """Return the branches beside one tensor of a module."""
+    name = branch_name(attribute)
+    return [module for key, module in owner._modules.items()
+            if key.partition("[")[0] == name and isinstance(module, Branch)]
+
+
 def adapted(owner: nn.Module, attribute: str) -> Tensor:
     """Return what Python reads of a module under this name: W + sum s B A, over the active adapters
     at its sites.
@@ -61,15 +68,13 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     compiling = torch.compiler.is_compiling()
     answer = Answer.ADAPTED
     if not compiling:
-        answer = answer_to(module_of(reader()))
-        if answer is Answer.PARAMETER:
+        answer = answer_to_reader()
+        if answer in (Answer.PARAMETER, Answer.LAYER):
             return base_tensor(owner, attribute)  # type: ignore[no-any-return]
     matrix = base_or_trained(owner, attribute)
-    name = branch_name(attribute)
     addends: list[Addend] = []
-    for key, module in owner._modules.items():
-        if key.partition("[")[0] == name and isinstance(module, Branch):
-            addends += module.addends(stored=True)
+    for branch in branches_beside(owner, attribute):
+        addends += branch.addends(stored=True)
     if not addends:
         return matrix  # type: ignore[no-any-return]
     if matrix.dtype not in NARROW and not any(addend.dropout for addend in addends):

@@ -8,7 +8,7 @@ from torch import nn
 
 from .._adapter.config import LoRAConfig, is_number
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
-from .._graph.modules import LorafxModule
+from .._graph.modules import LorafxModule, named_modules, unwrapped
 from .branches import Trained, branches
 
 
@@ -23,6 +23,7 @@ class Injection:
     skipped: dict[str, str]
     breaks: dict[str, str]
     group: bool  # True if linear calls that share an input are computed together
+    fingerprint: str  # of the base's sites
     configs: dict[str, LoRAConfig] = dataclasses.field(default_factory=dict)
     active: dict[str, float] = dataclasses.field(default_factory=dict)
     disabled: int = 0
@@ -44,11 +45,11 @@ RECORD = "_lorafx"  # the root's attribute that holds its Injection
 
 
 def injection(model: nn.Module) -> Injection:
-    """The record of an injected model."""
+    """The record of an injected model, which may be wrapped."""
     found = find_injection(model)
     if found is None:
         hint = ": call lorafx.inject(model) first"
-        for path, module in model.named_modules():
+        for path, module in named_modules(model):
             if find_injection(module) is not None:
                 hint = f"; its '{path}' is, so pass that"
                 break
@@ -60,13 +61,13 @@ def find_injection(model: nn.Module) -> Injection | None:
     """The record of an injected model, or None for any other."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"A model is an nn.Module, not a {type(model).__name__}.")
-    found = vars(model).get(RECORD)
+    found = vars(unwrapped(model)).get(RECORD)
     return found if isinstance(found, Injection) else None
 
 
 def trained_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Trained]]:
     """(path, module, its Trained) of every module with parameters that an adapter trains whole."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         trained = module._modules.get("trained")
         if isinstance(trained, Trained):
             yield path, module, trained

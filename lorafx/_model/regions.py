@@ -8,15 +8,17 @@ import itertools
 import linecache
 import types
 import weakref
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from torch import Tensor, fx, nn
 
 from .._graph.functions import package
 from .._graph.modules import LorafxModule
+from .branches import spread
 from .lower import LinearForward, forward_of, lower
-from .readers import GENERATED
-from .reading import FROZEN_PREFIX, adapted, adapted_names, base_or_trained
+from .readers import GENERATED, Answer, answer
+from .reading import FROZEN_PREFIX, adapted, adapted_names, base_or_trained, branches_beside
 
 
 # What `fx.GraphModule` keeps on an instance beside the module's own attributes.
@@ -46,6 +48,22 @@ class Adapted(nn.Module):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Calling the class makes what it always made: a plain instance of the user's class."""
         return cls._user_class(*args, **kwargs)
+
+    def named_modules(
+        self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As ever; but who replaces the tensors of this very layer finds no adapter in it."""
+        if memo is None and answer(through=nn.Module.__module__) is Answer.LAYER:
+            yield prefix, self
+        else:
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ever; where W is now spread over processes, the factors beside it are too."""
+        super().register_parameter(name, param)
+        if param is not None and name in self._adapted:
+            for branch in branches_beside(self, name):
+                spread(branch, param)
 
     def _replicate_for_data_parallel(self) -> Any:
         """As nn.Module does it, but for its call of __new__: a replica has no own parameters."""

@@ -13,6 +13,7 @@ from .._errors import ConfigError, MismatchError
 from . import generators
 from .attach import trained_whole
 from .branches import branches, factors_at
+from .shards import gathered, spread_like
 
 NOT_OPTIONS = ("params", "param_names")  # of a parameter group: they are this process's own
 
@@ -50,7 +51,8 @@ def capture(model: nn.Module, adapter: str, optimizer: Any, step: Any) -> Traini
                 raise ConfigError(
                     f"The optimizer keeps '{key}' {tuple(value.shape)} of '{name}' "
                     f"{tuple(parameter.shape)}: a state of that shape cannot be saved.")
-        state[name] = dict(entries)
+        state[name] = {key: gathered(value) if isinstance(value, Tensor) else value
+                       for key, value in entries.items()}
     return Training(step, _kind(optimizer), groups, state, generators.states(model))
 
 
@@ -111,7 +113,7 @@ def state_to_load(
         parameter = parameters[name]
         _check_entries(name, entries, parameter, source)
         state["state"][numbers[id(parameter)]] = {
-            key: value.clone() if isinstance(value, Tensor) else value
+            key: spread_like(parameter, value.clone()) if isinstance(value, Tensor) else value
             for key, value in entries.items()}
     return state
 

@@ -72,7 +72,7 @@ def test_a_row_of_the_table_holds_for_all_modules_with_its_prefix(how, layer, ro
         whole = layer.frozen_weight + layer.lora.default.B @ layer.lora.default.A
         with torch.no_grad():
             kind = {Answer.ADAPTED: AdaptedWeight, Answer.SUM: torch.Tensor,
-                    Answer.PARAMETER: nn.Parameter}[answer]
+                    Answer.PARAMETER: nn.Parameter, Answer.LAYER: nn.Parameter}[answer]
             assert type(read(layer)) is kind and type(others(layer)) is AdaptedWeight
             if answer is Answer.SUM:
                 torch.testing.assert_close(read(layer), whole)

@@ -1,0 +1,61 @@
+"""Tensors that are spread over processes: all of one, one spread as another, factors beside W."""
+
+import sys
+from typing import Any
+
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """True for a DTensor. None is where torch's module of them has not been loaded."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor. For one that is spread over processes, each of them must ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def spread_like(live: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor, spread over processes as another of its shape is."""
+    if not is_sharded(live) or live.shape != tensor.shape:
+        return tensor
+    mesh, placements = live.device_mesh, live.placements  # type: ignore[attr-defined]
+    return _distributed(tensor.to(live.device), mesh, placements)
+
+
+def spread_beside(
+    weight: Tensor, A: Tensor, B: Tensor, transposed: bool, rows: bool
+) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank), spread as the weight beside them is.
+
+    Where W is split along `in`, A is; where along `out`, B is; where along its experts, both are;
+    else each process has all of them, as it has of the rows of some weight.
+    """
+    if not is_sharded(weight) or is_sharded(A):
+        return A, B
+    from torch.distributed.tensor import Replicate, Shard
+
+    out, width = (weight.ndim - 1, weight.ndim - 2) if transposed \
+        else (weight.ndim - 2, weight.ndim - 1)
+    of_A: list[Any] = []
+    of_B: list[Any] = []
+    for placement in weight.placements:  # type: ignore[attr-defined]
+        axis: Any = placement.dim if placement.is_shard() and not rows else None
+        stack = axis is not None and axis < weight.ndim - 2
+        of_A.append(Shard(axis if stack else A.ndim - 1) if stack or axis == width else Replicate())
+        of_B.append(Shard(axis if stack else B.ndim - 2) if stack or axis == out else Replicate())
+    mesh = weight.device_mesh  # type: ignore[attr-defined]
+    return _distributed(A, mesh, of_A), _distributed(B, mesh, of_B)
+
+
+def _distributed(tensor: Tensor, mesh: Any, placements: Any) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.detach(), mesh, placements)

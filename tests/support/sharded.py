@@ -1,0 +1,118 @@
+"""A small decoder, five steps of AdamW on it, and the same in one process to compare with."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lorafx
+
+VOCABULARY, WIDTH, STEPS = 32, 16, 5
+
+
+class Layer(nn.Module):
+    """Attention with query, key and value of one x, and a feed-forward, both with residuals."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.o = nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        heads = [part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in (q, k, v)]
+        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.o(mixed.transpose(1, 2).flatten(-2))
+        return x + self.down(F.silu(self.up(x)))
+
+
+class Decoder(nn.Module):
+    """tokens (batch, length) -> logits (batch, length, vocabulary)."""
+
+    def __init__(self, width: int = WIDTH, layers: int = 2) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+def decoder() -> Decoder:
+    """The same weights in every process."""
+    torch.manual_seed(1)
+    return Decoder()
+
+
+def adapted(base: nn.Module | None = None, **config: Any) -> Any:
+    """A decoder with an adapter that is not zero, the same in every process."""
+    torch.manual_seed(2)
+    model = lorafx.inject(base or decoder(), **{"targets": "linear", "rank": 4, **config})
+    draw(model)
+    return model
+
+
+def draw(model: nn.Module, std: float = 0.1) -> None:
+    """Give the active adapters random values, of plain tensors, as if they had been trained."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in lorafx.parameters(model):
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
+
+
+def batches() -> list[Tensor]:
+    """Tokens (8, 6) for each step, of all processes together."""
+    generator = torch.Generator().manual_seed(4)
+    return list(torch.randint(VOCABULARY, (STEPS, 8, 6), generator=generator))
+
+
+def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The mean loss of the next token."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def train(
+    model: Callable[[Tensor], Tensor], parameters: Iterable[nn.Parameter], split: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[float]:
+    """Losses of all processes together in five steps of AdamW.
+
+    `split`: each process has its part of a batch, and not all of it.
+    """
+    optimizer = optimizer or torch.optim.AdamW(parameters, lr=1e-2)
+    losses = []
+    for tokens in batches():
+        if split:
+            tokens = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+        loss = loss_of(model(tokens), tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mean = loss.detach().clone()
+        if split:
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        losses.append(float(mean))
+    return losses
+
+
+def one_process(model: nn.Module) -> list[float]:
+    """The losses of the same steps without any other process."""
+    return train(model, lorafx.parameters(model), split=False)
+
+
+def largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """How far two runs are from each other."""
+    return max(abs(mine - other) for mine, other in zip(ours, theirs, strict=True))
