@@ -76,7 +76,7 @@ def test_a_row_of_the_table_holds_for_all_modules_with_its_prefix(how, layer, ro
             assert type(read(layer)) is kind and type(others(layer)) is AdaptedWeight
             if answer is Answer.SUM:
                 torch.testing.assert_close(read(layer), whole)
-        if answer is Answer.PARAMETER:
+        if answer in (Answer.PARAMETER, Answer.LAYER):
             assert read(layer) is layer.frozen_weight
         else:  # also a sum, if a gradient is to go through it
             assert type(read(layer)) is AdaptedWeight

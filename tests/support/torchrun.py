@@ -35,7 +35,8 @@ def torchrun(module: str, processes: int, *names: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   f"--nproc-per-node={processes}", "-m", "tests.support.torchrun", module, str(report), *names]
+                   f"--nproc-per-node={processes}", "-m", "tests.support.torchrun",
+                   module, str(report), *names]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                        "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
