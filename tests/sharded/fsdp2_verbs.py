@@ -291,20 +291,40 @@ def activate_reaches_unsharded_parameters() -> float:
 
 
 @setup
-def nothing_active_at_first() -> float:
-    """FSDP2 looks at what trains when the first forward pass begins."""
+def what_trains_has_another_dtype() -> float:
+    """FSDP2 notes the dtypes of what trains once, in the first forward pass."""
     models = [adapted(), adapted()]
+    for model in models:
+        torch.manual_seed(5)
+        lorafx.add(model, "wide", dtype=torch.float64)
     shard(models[0])
-    for model in models:
-        lorafx.activate(model, [])
-    with torch.no_grad():
-        models[0](batches()[0])
-    for model in models:
-        lorafx.activate(model, "default")
-    found = largest_difference(train(models[0], lorafx.parameters(models[0])),
-                               one_process(models[1]))
-    assert found < 1e-5
+    for name in ([], "default", "wide"):
+        for model in models:
+            lorafx.activate(model, name)
+        if name:
+            ours = train(models[0], lorafx.parameters(models[0]))
+            found = largest_difference(ours, one_process(models[1]))
+            assert found < 1e-5, name
+        else:
+            with torch.no_grad():
+                models[0](batches()[0])
+    flags = [parameter.requires_grad for parameter in models[0].parameters()]
+    with pytest.raises(lorafx.AdapterError, match="adapters of several dtypes cannot train"):
+        lorafx.activate(models[0], ["default", "wide"])
+    assert [parameter.requires_grad for parameter in models[0].parameters()] == flags
+    _outputs_differ(models, batches()[0])
     return found
+
+
+@setup
+def nothing_active_at_first_in_mixed_precision() -> None:
+    model = shard(adapted(), mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    lorafx.activate(model, [])
+    with torch.no_grad():
+        model(batches()[0])
+    lorafx.activate(model, "default")
+    losses = train(lambda tokens: model(tokens).float(), lorafx.parameters(model))
+    assert largest_difference(losses, one_process(adapted())) < 1e-2
 
 
 @setup
@@ -313,6 +333,8 @@ def merged_and_ejected() -> float:
     tokens, found = batches()[0], []
     config = {"targets": "linear", "trainable": "norm"}
     model, alone = shard(adapted(**config)), adapted(**config)
+    for layer in model.layers:
+        layer.compile(backend="eager")
     hooked: list[Any] = []
     model.layers[0].q.register_forward_hook(lambda *given: hooked.append(given))
     with torch.no_grad():
