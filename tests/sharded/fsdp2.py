@@ -14,7 +14,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.utils.checkpoint import checkpoint
 
 import lorafx
-from tests.sharded.fsdp2_verbs import shard
+import tests.sharded.fsdp2_verbs  # noqa: F401  # its set-ups run with these
+from tests.sharded.fsdp2_files import shard
 from tests.support.communication import Communication
 from tests.support.sharded import (
     Decoder, Layer, adapted, batches, largest_difference, loss_of, one_process, train)
@@ -233,3 +234,16 @@ def gradients_reduced_are_the_adapters() -> dict[str, int]:
     expected = 4 * sum(parameter.numel() for parameter in lorafx.parameters(model))
     assert communication.reduced == expected, (communication.reduced, expected)
     return {"reduced": communication.reduced, "gathered": communication.gathered}
+
+
+@setup
+def resetting_draws_once_for_all() -> None:
+    """reset_parameters of sharded factors gives what one process draws."""
+    model = shard(adapted())
+    torch.manual_seed(9 + dist.get_rank())
+    factors = model.layers[0].q.lora.default
+    factors.reset_parameters()
+    torch.manual_seed(9)
+    drawn = torch.empty(4, 16).normal_(0, 0.02)
+    torch.testing.assert_close(factors.A.full_tensor(), drawn)
+    assert not factors.B.full_tensor().any()

@@ -1,11 +1,6 @@
 """Set-ups of FSDP2 (fully_shard): what lorafx does with a model that is sharded already."""
 
 import copy
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,50 +9,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lorafx
-from lorafx import _save as save_module
+from tests.sharded.fsdp2_files import shard, shared_folder
 from tests.support.communication import Communication
 from tests.support.sharded import (
     Decoder, Layer, adapted, batches, decoder, largest_difference, loss_of, one_process, train)
 from tests.support.torchrun import setup
-
-
-def shard(model: Any, **policy: Any) -> Any:
-    """Each layer, then the root, as everybody does it."""
-    for layer in model.layers:
-        fully_shard(layer, **policy)
-    return fully_shard(model, **policy)
-
-
-@contextmanager
-def shared_folder() -> Iterator[Path]:
-    """A new folder that all processes see."""
-    made = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(made)
-    yield Path(made[0])
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(made[0])
-
-
-def whole_values(model: Any) -> dict[str, Tensor]:
-    """All of an adapter's tensors, gathered by torch alone."""
-    found = {}
-    for name, parameter in lorafx.named_parameters(model):
-        assert isinstance(parameter, DTensor), name
-        found[name] = parameter.detach().full_tensor()
-    return found
-
-
-def with_values(model: Any, values: dict[str, Tensor]) -> Any:
-    """A model of one process with these values in its adapter."""
-    with torch.no_grad():
-        for name, parameter in lorafx.named_parameters(model):
-            parameter.copy_(values[name])
-    return model
 
 
 def second(model: Any, name: str = "second", rank: int = 8) -> Any:
@@ -70,116 +30,10 @@ def second(model: Any, name: str = "second", rank: int = 8) -> Any:
         for parameter in lorafx.parameters(model):
             values = torch.randn(parameter.shape, generator=generator) / 10
             if isinstance(parameter, DTensor):
-                values = torch.distributed.tensor.distribute_tensor(
+                values = distribute_tensor(
                     values, parameter.device_mesh, parameter.placements)
             parameter.copy_(values)
     return model
-
-
-@setup
-def saved_files_are_the_same_bytes() -> dict[str, int]:
-    """Before training, after training, after an eval pass, to each format, without the base."""
-    model = shard(adapted())
-    with shared_folder() as folder:
-        for moment in ("fresh", "trained", "evaluated"):
-            if moment == "trained":
-                train(model, lorafx.parameters(model))
-            if moment == "evaluated":
-                with torch.no_grad():
-                    model.eval()(batches()[0])
-            for ending in (".safetensors", ".pth", ""):
-                path = folder / f"{moment}{ending}"
-                with Communication() as communication:
-                    lorafx.save(model, path)
-                assert path.exists()  # for every process, as soon as it is back
-                values = whole_values(model)
-                assert communication.gathered == sum(value.nbytes for value in values.values())
-                if dist.get_rank() == 0:
-                    alone = folder / "alone" / path.name
-                    lorafx.save(with_values(adapted(), values), alone)
-                    _same_files(path, alone)
-    return {"gathered": communication.gathered}
-
-
-def _same_files(ours: Path, theirs: Path) -> None:
-    if ours.is_dir():
-        assert {file.name for file in ours.iterdir()} == {file.name for file in theirs.iterdir()}
-        for file in ours.iterdir():
-            assert file.read_bytes() == (theirs / file.name).read_bytes(), file
-    else:
-        assert ours.read_bytes() == theirs.read_bytes(), ours
-
-
-@setup
-def mixed_precision_saves_float32() -> None:
-    model = shard(adapted(), mp_policy=MixedPrecisionPolicy(torch.bfloat16))
-    with torch.no_grad():
-        model(batches()[0])
-    with shared_folder() as folder:
-        lorafx.save(model, folder / "adapter.safetensors")
-        kept = adapted()
-        loaded = lorafx.load(decoder(), folder / "adapter.safetensors")
-        values = dict(lorafx.named_parameters(loaded))
-        for name, parameter in lorafx.named_parameters(kept):
-            assert torch.equal(values[name], parameter)
-
-
-@setup
-def an_error_of_the_first_process_is_raised_in_all() -> list[str]:
-    model, found = shard(adapted()), []
-    with shared_folder() as folder:
-        if dist.get_rank() == 0:
-            (folder / "taken.pth").mkdir()
-        dist.barrier()
-        with pytest.raises(lorafx.FormatError, match="is a folder: name a file in it") as caught:
-            lorafx.save(model, folder / "taken.pth")
-        found.append(str(caught.value))
-        with pytest.MonkeyPatch.context() as patch:
-            if dist.get_rank() == 0:
-                patch.setattr(save_module, "write_adapter", _full_disk)
-            with pytest.raises(OSError, match="No space left on device"):
-                lorafx.save(model, folder / "adapter.safetensors")
-        lorafx.save(model, folder / "adapter.safetensors")  # and all are in step again
-    return found
-
-
-def _full_disk(*_: Any) -> None:
-    raise OSError(28, "No space left on device")
-
-
-@setup
-def what_each_process_has_whole_each_saves() -> None:
-    """Whoever calls save on a model that is not spread waits for nobody."""
-    model = adapted()
-    with tempfile.TemporaryDirectory() as folder:
-        if dist.get_rank() == 1:
-            lorafx.save(model, Path(folder) / "adapter.safetensors")
-            assert (Path(folder) / "adapter.safetensors").exists()
-
-
-@setup
-def a_run_is_resumed() -> float:
-    alone = one_process(adapted())
-    with shared_folder() as folder:
-        path = folder / "run.safetensors"
-        model = shard(adapted())
-        optimizer = torch.optim.AdamW(lorafx.parameters(model), lr=1e-2)
-        losses = train(model, (), optimizer=optimizer, steps=slice(2))
-        lorafx.save(model, path, optimizer=optimizer, step=2)
-        model = shard(lorafx.load(decoder(), path))
-        with torch.no_grad():
-            model(batches()[0])  # its parameters are whole now
-        optimizer = torch.optim.AdamW(lorafx.parameters(model), lr=1e-2)
-        assert lorafx.resume(model, optimizer, path) == 2
-        losses += train(model, (), optimizer=optimizer, steps=slice(2, None))
-        dist.barrier()
-        one = lorafx.load(decoder(), path)  # and a run of many goes on in one
-        optimizer = torch.optim.AdamW(lorafx.parameters(one), lr=1e-2)
-        lorafx.resume(one, optimizer, path)
-        rest = train(one, (), split=False, optimizer=optimizer, steps=slice(2, None))
-    found = max(largest_difference(losses, alone), largest_difference(rest, alone[2:]))
-    assert found < 1e-5
-    return found
 
 
 @setup
@@ -437,16 +291,3 @@ def refused_when_sharded() -> list[str]:
     shard(twice, mesh=mesh["data"])
     train(twice, lorafx.parameters(twice), split=False)
     return found
-
-
-@setup
-def resetting_draws_once_for_all() -> None:
-    """reset_parameters of sharded factors gives what one process draws."""
-    model = shard(adapted())
-    torch.manual_seed(9 + dist.get_rank())
-    factors = model.layers[0].q.lora.default
-    factors.reset_parameters()
-    torch.manual_seed(9)
-    drawn = torch.empty(4, 16).normal_(0, 0.02)
-    torch.testing.assert_close(factors.A.full_tensor(), drawn)
-    assert not factors.B.full_tensor().any()
