@@ -28,7 +28,7 @@ from .record import RECORD, Injection, check_adapter, injection, set_trainable, 
 from .regions import (
     Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
 )
-from .shards import gathered
+from .shards import gathered, spread_like
 
 
 def begin_injection(program: Program, group: bool = True) -> None:
@@ -206,7 +206,7 @@ def _register_trained(program: Program, adapter: Adapter) -> None:
     trained: dict[nn.Parameter, nn.Parameter] = {}
     for name, tensor in adapter.trained.items():
         base = program.base_parameters[name]
-        trained[base] = same_kind(base, tensor)
+        trained[base] = same_kind(base, spread_like(base, tensor))
     for module in list(program.model.modules()):
         if isinstance(module, LorafxModule):
             continue

@@ -11,7 +11,7 @@ from .._adapter.names import site_name, split_block
 from .._graph.modules import LorafxModule, is_bare, named_modules, submodule
 from .._graph.sites import Site
 from .._kernels.addend import Addend
-from .shards import spread_beside, spread_like
+from .shards import spread_beside, spread_like, spread_parameter
 
 
 class Factors(LorafxModule):
@@ -123,6 +123,13 @@ class Trained(LorafxModule):
         """{adapter: {name: Parameter}}."""
         return {name: module._parameters  # type: ignore[misc]
                 for name, module in self._modules.items() if module is not None}
+
+    def spread(self, name: str, weight: Tensor) -> None:
+        """Spread all that stands in the place of one base tensor over processes as that is."""
+        for parameters in self.sets().values():
+            old = parameters.get(name)
+            if old is not None:
+                parameters[name] = spread_parameter(old, weight)
 
     def choose(self, adapters: Iterable[str]) -> str | None:
         """The adapter among these that has a set."""

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from .._graph.functions import package
 from .._graph.modules import LorafxModule
-from .branches import spread
+from .branches import Trained, spread
 from .lower import LinearForward, forward_of, lower
 from .readers import GENERATED, Answer, answer
 from .reading import FROZEN_PREFIX, adapted, adapted_names, base_or_trained, branches_beside
@@ -52,18 +52,28 @@ class Adapted(nn.Module):
     def named_modules(
         self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """As ever; but who replaces the tensors of this very layer finds no adapter in it."""
-        if memo is None and answer(through=nn.Module.__module__) is Answer.LAYER:
-            yield prefix, self
-        else:
-            yield from super().named_modules(memo, prefix, remove_duplicate)
+        """As ever; but who replaces the tensors of layers finds nothing of lorafx's in them."""
+        hidden = _followers(self) if answer(nn.Module.__module__) is Answer.LAYER else ()
+        memo = set() if memo is None else memo
+        memo.update(hidden)
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As ever, but for the same."""
+        hidden = _followers(self) if answer(nn.Module.__module__) is Answer.LAYER else ()
+        for name, child in super().named_children():
+            if child not in hidden:
+                yield name, child
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As ever; where W is now spread over processes, the factors beside it are too."""
+        """As ever; where W is now spread over processes, what adapters have in its place is too."""
         super().register_parameter(name, param)
         if param is not None and name in self._adapted:
             for branch in branches_beside(self, name):
                 spread(branch, param)
+            trained = self._modules.get("trained")
+            if isinstance(trained, Trained):
+                trained.spread(name, param)
 
     def _replicate_for_data_parallel(self) -> Any:
         """As nn.Module does it, but for its call of __new__: a replica has no own parameters."""
@@ -93,6 +103,16 @@ class Adapted(nn.Module):
         self.__dict__.update(state)
         if "_graph" in state:
             make_region(self, state["_graph"], state["_joining"])
+
+
+def _followers(module: nn.Module) -> set[nn.Module]:
+    """What lorafx added to a module and spreads over processes as the tensors beside it."""
+    found: set[nn.Module] = set()
+    for name in adapted_names(module):
+        if name in module._parameters:
+            found.update(branches_beside(module, name))
+            found.update(child for child in (module._modules.get("trained"),) if child is not None)
+    return found
 
 
 class Region(Adapted, fx.GraphModule):  # type: ignore[misc]  # copies are made in another way

@@ -3,7 +3,9 @@
 import sys
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from .._errors import UnsupportedModelError
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -28,6 +30,28 @@ def spread_like(live: Tensor, tensor: Tensor) -> Tensor:
         return tensor
     mesh, placements = live.device_mesh, live.placements  # type: ignore[attr-defined]
     return _distributed(tensor.to(live.device), mesh, placements)
+
+
+def spread_parameter(parameter: nn.Parameter, weight: Tensor) -> nn.Parameter:
+    """The Parameter that holds another's values, spread as the weight in whose place it stands.
+
+    It is one for all names of the other, of which some may be spread later.
+    """
+    if not is_sharded(weight) or is_sharded(parameter):
+        return parameter
+    made: nn.Parameter | None = getattr(parameter, _SPREAD, None)
+    if made is None:
+        made = nn.Parameter(spread_like(weight, parameter.detach()), parameter.requires_grad)
+        setattr(parameter, _SPREAD, made)
+    elif made.placements != weight.placements:  # type: ignore[attr-defined]
+        raise UnsupportedModelError(
+            "A tensor that an adapter trains whole has two names, as a head tied to an embedding, "
+            f"and would be split over processes in two ways, {made.placements} and "  # type: ignore
+            f"{weight.placements}: choose one for both.")  # type: ignore[attr-defined]
+    return made
+
+
+_SPREAD = "_lorafx_spread"  # a Parameter's attribute: what stands in its place now
 
 
 def spread_beside(
