@@ -19,7 +19,10 @@ from .branches import Trained, spread
 from .fsdp import change_class, own_class, state_without_fsdp
 from .lower import LinearForward, forward_of, lower
 from .readers import GENERATED, Answer, answer
-from .reading import FROZEN_PREFIX, adapted, adapted_names, base_or_trained, branches_beside
+from .reading import (
+    FROZEN_PREFIX, adapted, adapted_names, base_or_trained, branches_beside, followers
+)
+from .shards import check_meshes
 
 
 # What `fx.GraphModule` keeps on an instance beside the module's own attributes.
@@ -50,31 +53,33 @@ class Adapted(nn.Module):
         """Calling the class makes what it always made: a plain instance of the user's class."""
         return cls._user_class(*args, **kwargs)
 
+    def _hidden(self) -> set[nn.Module]:
+        """What is not there for who replaces the tensors of this module."""
+        return followers(self) if answer(nn.Module.__module__) is Answer.LAYER else set()
+
     def named_modules(
         self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         """As ever; but who replaces the tensors of layers finds nothing of lorafx's in them."""
-        hidden = _followers(self) if answer(nn.Module.__module__) is Answer.LAYER else ()
         memo = set() if memo is None else memo
-        memo.update(hidden)
+        memo.update(self._hidden())
         yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """As ever, but for the same."""
-        hidden = _followers(self) if answer(nn.Module.__module__) is Answer.LAYER else ()
-        for name, child in super().named_children():
-            if child not in hidden:
-                yield name, child
+        hidden = self._hidden()
+        yield from (item for item in super().named_children() if item[1] not in hidden)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ever; where W is now spread over processes, what adapters have in its place is too."""
+        beside = branches_beside(self, name) if name in self._adapted else []
+        check_meshes(param, [factor for branch in beside for factor in branch.parameters()])
         super().register_parameter(name, param)
-        if param is not None and name in self._adapted:
-            for branch in branches_beside(self, name):
-                spread(branch, param)
-            trained = self._modules.get("trained")
-            if isinstance(trained, Trained):
-                trained.spread(name, param)
+        for branch in beside:
+            spread(branch, param)
+        trained = self._modules.get("trained")
+        if isinstance(trained, Trained):
+            trained.spread(name, param)
 
     def _replicate_for_data_parallel(self) -> Any:
         """As nn.Module does it, but for its call of __new__: a replica has no own parameters."""
@@ -100,16 +105,6 @@ class Adapted(nn.Module):
         self.__dict__.update(state)
         if "_graph" in state:
             make_region(self, state["_graph"], state["_joining"])
-
-
-def _followers(module: nn.Module) -> set[nn.Module]:
-    """What lorafx added to a module and spreads over processes as the tensors beside it."""
-    found: set[nn.Module] = set()
-    for name in adapted_names(module):
-        if name in module._parameters:
-            found.update(branches_beside(module, name))
-            found.update(child for child in (module._modules.get("trained"),) if child is not None)
-    return found
 
 
 class Region(Adapted, fx.GraphModule):  # type: ignore[misc]  # copies are made in another way
