@@ -144,9 +144,9 @@ def check_spread(weight: Tensor, factors: Iterable[Tensor]) -> None:
     factors = list(factors)
     if not all(map(is_sharded, factors)):
         raise UnsupportedModelError(
-            "A weight is spread over processes, and A and B beside it are not, as it was put "
-            "into its module's `_parameters` unseen: spread it by parallelize_module, "
-            "distribute_module or `layer.weight = ...`, or before lorafx.inject.")
+            "A weight is spread over processes, and A and B beside it are not: spread it by "
+            "parallelize_module, distribute_module or `layer.weight = ...`, not through "
+            "`_parameters`, or spread it before lorafx.inject; FSDP's is whole in forward only.")
     check_meshes(weight, factors)
 
 
