@@ -49,9 +49,15 @@ def activate(model: nn.Module, adapters: str | Iterable[str] | Mapping[str, floa
         >>> len(list(lorafx.parameters(model)))
         4
     """
-    injection(model).active = weights_of(model, adapters)
+    record = injection(model)
+    before, record.active = record.active, weights_of(model, adapters)
+    try:
+        set_trainable(model)
+    except AdapterError:
+        record.active = before
+        set_trainable(model)
+        raise
     refresh(model)
-    set_trainable(model)
 
 
 @contextlib.contextmanager

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import UnsupportedModelError
+from .._errors import AdapterError, UnsupportedModelError
 from .._graph.modules import LorafxModule
-from .._kernels.private import composable_keys
+from .._kernels.private import composable_keys, note_dtypes
 from .shards import gathered, is_sharded
 
 
@@ -37,6 +37,18 @@ def settle(model: nn.Module) -> None:
     """Let a sharded model hold its own parameters, not what a forward pass gathered or cast."""
     for module in fsdp_modules(model):
         module.reshard()
+
+
+def notice_what_trains(model: nn.Module) -> None:
+    """Let FSDP2 reduce gradients in the dtype of what trains now, which it notes only once."""
+    for module in fsdp_modules(model):
+        try:
+            note_dtypes(module)
+        except AssertionError as error:
+            raise AdapterError(
+                f"FSDP reduces the gradients of a module together, so that adapters of several "
+                f"dtypes cannot train at once ({error}): activate one of them, or give all the "
+                "same dtype.") from error
 
 
 def managed_modules(model: nn.Module) -> set[nn.Module]:
@@ -146,4 +158,5 @@ def _is_fsdps(hook: Any) -> bool:
 def state_without_fsdp(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module but for what `fully_shard` keeps for itself."""
     keys = {*_MARKS, *(composable_keys() if _mixin() is not None else ())}
-    return {name: value for name, value in vars(module).items() if name not in keys}
+    state = nn.Module.__getstate__(module)  # without what .compile() made, which would run this one
+    return {name: value for name, value in state.items() if name not in keys}
