@@ -211,8 +211,13 @@ def note_dtypes(module: Any) -> None:
 
     Without these: it goes by what it saw in its first forward pass, and says so if that is wrong.
     """
-    for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ()):
-        getattr(group, "_init_mp_dtypes", lambda: None)()
+    try:
+        groups = module._get_fsdp_state()._fsdp_param_groups
+        notes = [group._init_mp_dtypes for group in groups]
+    except AttributeError:
+        return
+    for note in notes:
+        note()
 
 
 # Tracing and compiling.

@@ -191,10 +191,7 @@ def _check_fsdp(
             check_beside(program.weight(site), site.name, adapter.name)
     for name in adapter.trained:
         if submodule(program.model, name.rpartition(".")[0]) in managed:
-            raise UnsupportedModelError(
-                f"Adapter {adapter.name!r} trains '{name}' whole, which FSDP would not reduce, as "
-                "it knows what it found in the model: lorafx.load or lorafx.add it before "
-                "fully_shard.")
+            check_beside(program.base_parameters[name], name, adapter.name)
 
 
 def _branch(places: Mapping[str, Place], site: Site) -> Branch:

@@ -84,13 +84,13 @@ def change_class(module: nn.Module, cls: type) -> None:
 
 
 def check_beside(weight: Tensor, site: str, adapter: str) -> None:
-    """Raise unless A and B beside a weight can be spread as FSDP2 spreads it, and it alone."""
+    """Raise unless what trains beside a weight can be spread as FSDP2 spreads it, and it alone."""
     order = ("lorafx.add or lorafx.load it before the model is sharded, then parallelize_module, "
              "then fully_shard.")
     if not is_sharded(weight):
         raise UnsupportedModelError(
-            f"Adapter {adapter!r} at '{site}' would not be reduced, as FSDP ignores the weight "
-            f"beside it: {order}")
+            f"Gradients of adapter {adapter!r} at '{site}' would not be reduced, as FSDP ignores "
+            f"the weight there: {order}")
     if _is_split_twice(weight):
         raise UnsupportedModelError(
             f"Adapter {adapter!r} cannot be put into this model now, as tensor parallelism splits "
@@ -158,5 +158,6 @@ def _is_fsdps(hook: Any) -> bool:
 def state_without_fsdp(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module but for what `fully_shard` keeps for itself."""
     keys = {*_MARKS, *(composable_keys() if _mixin() is not None else ())}
-    state = nn.Module.__getstate__(module)  # without what .compile() made, which would run this one
+    # without what .compile() made, which would run this one
+    state = nn.Module.__getstate__(module)  # type: ignore[no-untyped-call]
     return {name: value for name, value in state.items() if name not in keys}

@@ -13,7 +13,7 @@ from .._kernels.weights import whole
 from .adapted_weight import NARROW, AdaptedWeight
 from .branches import Branch, Trained
 from .readers import Answer, answer as answer_to_reader
-from .shards import check_all_spread, check_spread
+from .shards import check_all_spread, check_spread, gathered_for_use, is_sharded
 
 
 FROZEN_PREFIX = "frozen_"
@@ -48,8 +48,15 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
         tensors = trained._modules[trained.used]._parameters  # type: ignore[union-attr]
         if attribute in tensors:
             check_all_spread(tensors[attribute])
-            return tensors[attribute]
+            return _as_base_is(tensors[attribute], base_tensor(owner, attribute))
     return base_tensor(owner, attribute)
+
+
+def _as_base_is(tensor: Any, base: Tensor) -> Any:
+    """A trained tensor; gathered where nobody but FSDP2, which does not know it, gathers W."""
+    if is_sharded(tensor) and not is_sharded(base):
+        return gathered_for_use(tensor).to(base.dtype)
+    return tensor
 
 
 def branches_beside(owner: nn.Module, attribute: str) -> list[Branch]:
@@ -89,7 +96,8 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
         addends += branch.addends(stored=True)
     if not addends:
         return matrix  # type: ignore[no-any-return]
-    check_spread(matrix, [factor for addend in addends for factor in addend[:2]])
+    if not compiling:
+        check_spread(matrix, [factor for addend in addends for factor in addend[:2]])
     if matrix.dtype not in NARROW and not any(addend.dropout for addend in addends):
         plain = compiling or is_transforming()
         if plain or answer is Answer.SUM and not _trains(addends):

@@ -89,7 +89,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def spread_like(live: Tensor, tensor: Tensor) -> Tensor:
     """A whole tensor, spread over processes as another of its shape is."""
-    if not is_sharded(live) or live.shape != tensor.shape:
+    if not is_sharded(live) or is_sharded(tensor) or live.shape != tensor.shape:
         return tensor
     mesh, placements = live.device_mesh, live.placements  # type: ignore[attr-defined]
     return _distributed(tensor.to(live.device), mesh, placements)
@@ -119,7 +119,7 @@ _SPREAD = "_lorafx_spread"  # a Parameter's attribute: what stands in its place 
 
 def check_all_spread(parameter: Any) -> None:
     """Raise if another name of a Parameter was spread over processes, and this one was not."""
-    if _SPREAD in vars(parameter):
+    if not torch.compiler.is_compiling() and _SPREAD in vars(parameter):
         raise UnsupportedModelError(
             "A tensor that an adapter trains whole has two names, as a head tied to an embedding, "
             "and was spread over processes under one of them: spread both in the same way.")

@@ -12,7 +12,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel, PrepareModuleInput, PrepareModuleOutput, RowwiseParallel, SequenceParallel,
     loss_parallel, parallelize_module
@@ -20,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 
 import lorafx
 from tests.sharded import tensor_parallel_verbs, tensor_parallel_weights
+from tests.support.communication import Communication
 from tests.support.sharded import (
     adapted, batches, decoder, largest_difference, loss_of, one_process
 )
@@ -165,23 +165,24 @@ def a_is_one_whatever_the_seeds() -> None:
 def gradients_are_summed_once() -> dict[str, int]:
     """The bytes of those of A by columns and B by rows, each once; nothing in the optimizer."""
     model, base = parallel(adapted()), parallel(decoder())
-    x = base.embedding(batches()[0]).requires_grad_()
-    with CommDebugMode() as of_base:
-        plain = base.head(base.norm(base.layers[1](base.layers[0](x))))
-        plain.sum().backward()
-    x = x.detach().requires_grad_()
-    with CommDebugMode() as of_adapted:
-        model.head(model.norm(model.layers[1](model.layers[0](x)))).sum().backward()
+    x, moved = base.embedding(batches()[0]), []
+    for each in (base, model):
+        given = x.detach().requires_grad_()
+        with Communication() as communication:
+            each.head(each.norm(each.layers[1](each.layers[0](given)))).sum().backward()
+        moved.append(communication)
     replicated = [parameter for parameter in lorafx.parameters(model)
                   if parameter.placements[0].is_replicate()]
-    more = of_adapted.get_total_counts() - of_base.get_total_counts()
-    assert more == len(replicated) == len(lorafx.summary(model).sites)
+    assert len(replicated) == len(lorafx.summary(model).sites)
+    more = moved[1].reduced - moved[0].reduced
+    assert more == sum(parameter.nbytes for parameter in replicated)
+    assert moved[1].gathered == moved[0].gathered
     for parameter in lorafx.parameters(model):
         assert parameter.grad.placements == parameter.placements
-    with CommDebugMode() as of_step:
+    with Communication() as communication:
         torch.optim.AdamW(lorafx.parameters(model)).step()
-    assert of_step.get_total_counts() == 0
-    return {"all-reduces": more, "bytes": sum(factor.nbytes for factor in replicated)}
+    assert communication.reduced == communication.gathered == 0
+    return {"reduced of adapters": more, "reduced of activations": moved[0].reduced}
 
 
 @setup
