@@ -20,8 +20,8 @@ from .._graph.rules import RULES, Rule
 from .._kernels.addend import Addend
 from .._kernels.private import grouped_mm, tree_iter, tree_map, wrapper_subclass, writes
 from .._kernels.weights import rows_of, whole
-from .readers import reader
-from .sums import WRITING_IS_LOST, plainly
+from .readers import Answer, answer, reader
+from .sums import SPREADING_IS_LOST, WRITING_IS_LOST, plainly
 from .torch_functions import Args, Kwargs, functions_named, without_override, writes_in_place
 
 
@@ -75,6 +75,8 @@ class AdaptedWeight(Tensor):
             args[0]._refuse_writing()
         if func in _FLAG:
             return args[0].matrix.requires_grad  # as the base's Python would see it
+        if func in _SPREADING and answer() is Answer.LAYER:  # by distribute_tensor
+            raise AdaptedWeightError(SPREADING_IS_LOST.format(args[0].label.capitalize()))
         if func is Tensor.data_ptr:
             raise AdaptedWeightError(
                 f"A kernel asks for the memory of {args[0].label}, but it is adapted, and "
@@ -216,6 +218,7 @@ for _names, _same in (
     _SAME |= dict.fromkeys(functions_named(*_names.split()), _same)
 _FLAG = functions_named("requires_grad")
 _GRADIENT = functions_named("grad_fn")
+_SPREADING = functions_named("is_leaf", "detach")
 
 
 def _by_rule(rule: Rule, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -240,10 +243,8 @@ def _is_unadapted(x: Any) -> bool:
 
 def _with_matrix(weight: AdaptedWeight, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """The same call with W in the place of this W + sum s L R, which may not be the only one."""
-    def matrix(value: Any) -> Any:
-        return weight.matrix if value is weight else value
-
-    return func(*tree_map(matrix, args), **tree_map(matrix, kwargs))
+    args, kwargs = tree_map(lambda v: weight.matrix if v is weight else v, (args, kwargs))
+    return func(*args, **kwargs)
 
 
 def _grouped(func: Any, args: Args, kwargs: Kwargs) -> Any:

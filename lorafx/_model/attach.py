@@ -29,7 +29,7 @@ from .record import RECORD, Injection, check_adapter, injection, set_trainable, 
 from .regions import (
     Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
 )
-from .shards import gathered, spread_like
+from .shards import gathered, only_mesh, spread_like
 
 
 def begin_injection(program: Program, group: bool = True) -> None:
@@ -115,6 +115,7 @@ def attach(program: Program, adapter: Adapter) -> None:
     _check_names_are_free(program, sites, adapter)
     managed = managed_modules(model)
     _check_fsdp(program, sites, adapter, managed)
+    mesh = only_mesh(program.base_parameters.values())
     insertions: dict[str, list[Insertion]] = defaultdict(list)
     for site in sites:
         name, block = split_block(site.name)
@@ -131,6 +132,8 @@ def attach(program: Program, adapter: Adapter) -> None:
             factors.spread_apart(program.weight(site).device_mesh)  # type: ignore[attr-defined]
         else:
             spread(branch, program.weight(site))
+            if mesh is not None:
+                factors.agree(mesh)
     for region, inserted in insertions.items():
         insert_branches(submodule(model, region), program.graphs[region], inserted, record.group)
     _register_trained(program, adapter)

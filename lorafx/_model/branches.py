@@ -12,7 +12,10 @@ from .._adapter.names import site_name, split_block
 from .._graph.modules import LorafxModule, is_bare, named_modules, submodule
 from .._graph.sites import Site
 from .._kernels.addend import Addend
-from .shards import gathered_for_use, spread_beside, spread_evenly, spread_like
+from .shards import (
+    agreed, gathered_for_use, is_sharded, reduced_for_use, spread_beside, spread_evenly,
+    spread_like, spread_parameter
+)
 
 
 class Factors(LorafxModule):
@@ -39,7 +42,9 @@ class Factors(LorafxModule):
     def tensors(self) -> tuple[Tensor, Tensor]:
         """A and B, by way of `forward` where something is hooked to it or patches it."""
         A, B = (self.A, self.B) if is_bare(self) else self()
-        return (gathered_for_use(A), gathered_for_use(B)) if self.gathers else (A, B)
+        if self.gathers:
+            return gathered_for_use(A), gathered_for_use(B)
+        return reduced_for_use(A), reduced_for_use(B)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -50,12 +55,18 @@ class Factors(LorafxModule):
             self.A.copy_(spread_like(self.A, drawn))
             self.B.zero_()
 
-    def spread(self, weight: Tensor, transposed: bool, rows: bool) -> None:
+    def spread(self, weight: Tensor | None, transposed: bool, rows: bool) -> None:
         """Spread A and B over processes as the weight beside them is."""
         A, B = spread_beside(weight, self.A, self.B, transposed, rows)
         if A is not self.A:
             trains = self.A.requires_grad
             self.A, self.B = nn.Parameter(A, trains), nn.Parameter(B, trains)
+
+    def agree(self, mesh: Any) -> None:
+        """Let A and B, where each process has all of them, be what the first of a mesh has."""
+        for factor in (self.A, self.B):
+            if not is_sharded(factor) and not factor.is_meta:
+                factor.data = agreed(factor.detach(), mesh)
 
     def spread_apart(self, mesh: Any) -> None:
         """Spread A and B evenly over the processes of a mesh, and gather them at each use."""
@@ -131,12 +142,19 @@ class Trained(LorafxModule):
         return {name: module._parameters  # type: ignore[misc]
                 for name, module in self._modules.items() if module is not None}
 
+    def spread(self, name: str, weight: Tensor | None) -> None:
+        """Spread all that stands in the place of one base tensor over processes as that is."""
+        for parameters in self.sets().values():
+            old = parameters.get(name)
+            if old is not None:
+                parameters[name] = spread_parameter(old, weight)
+
     def choose(self, adapters: Iterable[str]) -> str | None:
         """The adapter among these that has a set."""
         return next((name for name in adapters if name in self._modules), None)
 
 
-def spread(branch: Branch, weight: Tensor) -> None:
+def spread(branch: Branch, weight: Tensor | None) -> None:
     """Spread all factors of a branch over processes as the weight beside it is."""
     for held in branch._modules.values():
         if isinstance(held, Factors):

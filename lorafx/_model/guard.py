@@ -37,6 +37,14 @@ FOREIGN = (
      "adapted by PEFT", "start from the base model, model.unload()"),
 )
 
+# (module, what it does with a layer whose forward it replaces or hooks to, what to do)
+PATCHERS = (
+    ("transformers.distributed.", "split over processes by transformers (tp_plan)",
+     "load it without tp_plan, inject, and split the result by torch's parallelize_module"),
+    ("transformers.integrations.tensor_parallel", "split over processes by transformers (tp_plan)",
+     "load it without tp_plan, inject, and split the result by torch's parallelize_module"),
+)
+
 
 def check_model(model: nn.Module) -> None:
     """Raise unless the model is one that `inject` can copy and rewrite."""
@@ -58,6 +66,11 @@ def check_model(model: nn.Module) -> None:
         if find_injection(module) is not None or isinstance(module, LorafxModule):
             raise UnsupportedModelError(f"{label} is part of an injected model: eject that, or "
                                         "inject only the whole.")
+        for function in (vars(module).get("forward"), *hooks(module)):
+            made_in = str(getattr(getattr(function, "func", function), "__module__", ""))
+            for prefix, what, instead in PATCHERS:
+                if made_in.startswith(prefix):
+                    raise UnsupportedModelError(f"{label} is {what}: {instead}.")
         for name, part in _closures(module):
             if part in members:
                 raise UnsupportedModelError(

@@ -20,6 +20,7 @@ from .._kernels.calls import PLAIN, AdaptedCall
 from .._kernels.linears import linears
 from .._kernels.private import is_transforming
 from .branches import Branch, branches_after
+from .shards import check_spread
 
 
 class LinearForward(NamedTuple):
@@ -88,7 +89,10 @@ def _call(member: Any) -> AdaptedCall | None:
 
 
 def _linear(weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> AdaptedCall:
-    return AdaptedCall(weight, bias, [addend for branch in branches for addend in branch.addends()])
+    addends = [addend for branch in branches for addend in branch.addends()]
+    if type(weight) not in PLAIN:
+        check_spread(weight, [factor for addend in addends for factor in addend[:2]])
+    return AdaptedCall(weight, bias, addends)
 
 
 def linear_forward(module: Any) -> LinearForward | None:

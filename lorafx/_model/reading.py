@@ -13,7 +13,7 @@ from .._kernels.weights import whole
 from .adapted_weight import NARROW, AdaptedWeight
 from .branches import Branch, Trained
 from .readers import Answer, answer as answer_to_reader
-from .shards import gathered_for_use, is_sharded
+from .shards import check_all_spread, check_spread, gathered_for_use, is_sharded
 
 
 FROZEN_PREFIX = "frozen_"
@@ -47,6 +47,7 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
     if isinstance(trained, Trained) and trained.used is not None:
         tensors = trained._modules[trained.used]._parameters  # type: ignore[union-attr]
         if attribute in tensors:
+            check_all_spread(tensors[attribute])
             return _as_base_is(tensors[attribute], base_tensor(owner, attribute))
     return base_tensor(owner, attribute)
 
@@ -63,6 +64,16 @@ def branches_beside(owner: nn.Module, attribute: str) -> list[Branch]:
     name = branch_name(attribute)
     return [module for key, module in owner._modules.items()
             if key.partition("[")[0] == name and isinstance(module, Branch)]
+
+
+def followers(owner: nn.Module) -> set[nn.Module]:
+    """Return what is spread over processes as soon as a module's own parameters are."""
+    found: set[nn.Module] = set()
+    for name in adapted_names(owner):
+        if name in owner._parameters:
+            found.update(branches_beside(owner, name))
+    trained = owner._modules.get("trained")
+    return found if trained is None else {*found, trained}
 
 
 def adapted(owner: nn.Module, attribute: str) -> Tensor:
@@ -85,6 +96,8 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
         addends += branch.addends(stored=True)
     if not addends:
         return matrix  # type: ignore[no-any-return]
+    if not compiling:
+        check_spread(matrix, [factor for addend in addends for factor in addend[:2]])
     if matrix.dtype not in NARROW and not any(addend.dropout for addend in addends):
         plain = compiling or is_transforming()
         if plain or answer is Answer.SUM and not _trains(addends):

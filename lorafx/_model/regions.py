@@ -15,11 +15,14 @@ from torch import Tensor, fx, nn
 
 from .._graph.functions import package
 from .._graph.modules import LorafxModule
-from .branches import spread
+from .branches import Trained, spread
 from .fsdp import change_class, own_class, state_without_fsdp
 from .lower import LinearForward, forward_of, lower
 from .readers import GENERATED, Answer, answer
-from .reading import FROZEN_PREFIX, adapted, adapted_names, base_or_trained, branches_beside
+from .reading import (
+    FROZEN_PREFIX, adapted, adapted_names, base_or_trained, branches_beside, followers
+)
+from .shards import check_meshes
 
 
 # What `fx.GraphModule` keeps on an instance beside the module's own attributes.
@@ -50,21 +53,33 @@ class Adapted(nn.Module):
         """Calling the class makes what it always made: a plain instance of the user's class."""
         return cls._user_class(*args, **kwargs)
 
+    def _hidden(self) -> set[nn.Module]:
+        """What is not there for who replaces the tensors of this module."""
+        return followers(self) if answer(nn.Module.__module__) is Answer.LAYER else set()
+
     def named_modules(
         self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """As ever; but who replaces the tensors of this very layer finds no adapter in it."""
-        if memo is None and answer(through=nn.Module.__module__) is Answer.LAYER:
-            yield prefix, self
-        else:
-            yield from super().named_modules(memo, prefix, remove_duplicate)
+        """As ever; but who replaces the tensors of layers finds nothing of lorafx's in them."""
+        memo = set() if memo is None else memo
+        memo.update(self._hidden())
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As ever, but for the same."""
+        hidden = self._hidden()
+        yield from (item for item in super().named_children() if item[1] not in hidden)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As ever; where W is now spread over processes, the factors beside it are too."""
+        """As ever; where W is now spread over processes, what adapters have in its place is too."""
+        beside = branches_beside(self, name) if name in self._adapted else []
+        check_meshes(param, [factor for branch in beside for factor in branch.parameters()])
         super().register_parameter(name, param)
-        if param is not None and name in self._adapted:
-            for branch in branches_beside(self, name):
-                spread(branch, param)
+        for branch in beside:
+            spread(branch, param)
+        trained = self._modules.get("trained")
+        if isinstance(trained, Trained):
+            trained.spread(name, param)
 
     def _replicate_for_data_parallel(self) -> Any:
         """As nn.Module does it, but for its call of __new__: a replica has no own parameters."""

@@ -1,12 +1,17 @@
 """Tensors that are spread over processes: all of one, one spread as another, factors beside W."""
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from .._errors import UnsupportedModelError
+from .._kernels.calls import PLAIN
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor | None) -> bool:
     """True for a DTensor. None is where torch's module of them has not been loaded."""
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -37,6 +42,34 @@ def gathered_for_use(tensor: Tensor) -> Tensor:
     return whole
 
 
+def reduced_for_use(tensor: Tensor) -> Tensor:
+    """The same tensor, for products whose gradient may be left as parts that are to be summed.
+
+    They are summed once, where torch would do it anew in each step of an optimizer.
+    """
+    if type(tensor) in PLAIN or not tensor.requires_grad or not torch.is_grad_enabled():
+        return tensor
+    if not is_sharded(tensor):
+        return tensor
+    made: Tensor = _Reduced.apply(tensor)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Reduced(torch.autograd.Function):
+    """DTensor -> the same, whose gradient is placed as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Any) -> Tensor:
+        ctx.placements = tensor.placements
+        same: Tensor = tensor.view_as(tensor)
+        return same
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Tensor:
+        placed: Tensor = gradient.redistribute(placements=ctx.placements)
+        return placed
+
+
 def spread_evenly(tensor: Tensor, mesh: Any) -> Tensor:
     """A whole tensor, split along its first axis over the last axis of a mesh, as FSDP does it."""
     from torch.distributed.tensor import Replicate, Shard
@@ -62,15 +95,83 @@ def spread_like(live: Tensor, tensor: Tensor) -> Tensor:
     return _distributed(tensor.to(live.device), mesh, placements)
 
 
+def spread_parameter(parameter: nn.Parameter, weight: Tensor | None) -> nn.Parameter:
+    """The Parameter that holds another's values, spread as the weight in whose place it stands.
+
+    It is one for all names of the other, of which some may be spread later.
+    """
+    if weight is None or not is_sharded(weight) or is_sharded(parameter):
+        return parameter
+    made: nn.Parameter | None = getattr(parameter, _SPREAD, None)
+    if made is None:
+        made = nn.Parameter(spread_like(weight, parameter.detach()), parameter.requires_grad)
+        setattr(parameter, _SPREAD, made)
+    here, there = weight.placements, made.placements  # type: ignore[attr-defined]
+    if here != there:
+        raise UnsupportedModelError(
+            "A tensor that an adapter trains whole has two names, as a head tied to an embedding, "
+            f"and would be spread over processes in two ways, {there} and {here}: choose one.")
+    return made
+
+
+_SPREAD = "_lorafx_spread"  # a Parameter's attribute: what stands in its place under another name
+
+
+def check_all_spread(parameter: Any) -> None:
+    """Raise if another name of a Parameter was spread over processes, and this one was not."""
+    if not torch.compiler.is_compiling() and _SPREAD in vars(parameter):
+        raise UnsupportedModelError(
+            "A tensor that an adapter trains whole has two names, as a head tied to an embedding, "
+            "and was spread over processes under one of them: spread both in the same way.")
+
+
+def check_meshes(weight: Tensor | None, factors: Iterable[Tensor]) -> None:
+    """Raise if factors are spread over another mesh than the weight beside them."""
+    for factor in factors:
+        if weight is not None and is_sharded(weight) and is_sharded(factor):
+            there, here = factor.device_mesh, weight.device_mesh  # type: ignore[attr-defined]
+            if there != here:
+                raise UnsupportedModelError(
+                    f"A weight is to be spread over {here}, and A and B beside it are over "
+                    f"{there}: lorafx.save the adapter, spread a fresh base over the one mesh, and "
+                    "lorafx.load it into that.")
+
+
+def check_spread(weight: Tensor, factors: Iterable[Tensor]) -> None:
+    """Raise if a weight is spread over processes, and what is beside it is not, or otherwise."""
+    if not is_sharded(weight):
+        return
+    factors = list(factors)
+    if not all(map(is_sharded, factors)):
+        raise UnsupportedModelError(
+            "A weight is spread over processes, and A and B beside it are not: spread it by "
+            "parallelize_module, distribute_module or `layer.weight = ...`, not through "
+            "`_parameters`, or spread it before lorafx.inject; FSDP's is whole in forward only.")
+    check_meshes(weight, factors)
+
+
+def agreed(tensor: Tensor, mesh: Any) -> Tensor:
+    """What the first process of a mesh has as this tensor, in all of them."""
+    from torch.distributed.tensor import Replicate
+
+    return local_part(_distributed(tensor, mesh, [Replicate()] * mesh.ndim))
+
+
+def only_mesh(tensors: Iterable[Tensor]) -> Any:
+    """The mesh that some of these are spread over; None if there is none, or another too."""
+    meshes = {tensor.device_mesh for tensor in tensors if is_sharded(tensor)}  # type: ignore
+    return meshes.pop() if len(meshes) == 1 else None
+
+
 def spread_beside(
-    weight: Tensor, A: Tensor, B: Tensor, transposed: bool, rows: bool
+    weight: Tensor | None, A: Tensor, B: Tensor, transposed: bool, rows: bool
 ) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank), spread as the weight beside them is.
 
     Where W is split along `in`, A is; where along `out`, B is; where along its experts, both are;
     else each process has all of them, as it has of the rows of some weight.
     """
-    if not is_sharded(weight) or is_sharded(A):
+    if weight is None or not is_sharded(weight) or is_sharded(A):
         return A, B
     from torch.distributed.tensor import Replicate, Shard
 

@@ -12,6 +12,10 @@ WRITING_IS_LOST = (
     "Something writes into {}, which is adapted: what Python reads of it is W + s B A, and what is "
     "written there would be lost. Write into W, `frozen_...` of the same module, load a "
     "state_dict, or do it before lorafx.inject.")
+SPREADING_IS_LOST = (
+    "{} is adapted, and is to be spread over processes, so that the base would hold W + s B A: use "
+    "parallelize_module or distribute_module, spread `frozen_...` of the same module, or do it "
+    "before lorafx.inject.")
 
 
 class SumView(Tensor):
