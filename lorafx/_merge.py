@@ -10,12 +10,13 @@ from torch.nn.utils import parametrize
 
 from ._adapter.names import branch_name, dotted, split_block
 from ._errors import TiedWeightError, UnsupportedModelError
-from ._graph.modules import LorafxModule, Place, named_modules, submodule
+from ._graph.modules import LorafxModule, Place, named_modules, submodule, unwrapped
 from ._kernels.addend import Addend
 from ._kernels.scratch import Scratch
 from ._kernels.weights import folded
 from ._model.branches import Branch, branches, factors_at
 from ._model.copies import same_kind, share
+from ._model.flat import check_can_be_copied
 from ._model.places import places_of
 from ._model.reading import original_name
 from ._model.record import RECORD, injection, trained_modules, weights_of
@@ -42,6 +43,8 @@ def eject(model: M) -> M:
         True
     """
     record = injection(model)
+    check_can_be_copied(model)
+    model = unwrapped(model)  # type: ignore[assignment]
     twin = share(model, ejecting=True)
     for path, module in named_modules(model):
         if is_plain_graph(module):
@@ -98,6 +101,7 @@ def merge(
         True
     """
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
+    check_can_be_copied(model)
     held: dict[str, Branch] = {}
     for site, branch in branches(model).items():
         if any(factors_at(branch, adapter) for adapter in chosen):

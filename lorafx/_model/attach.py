@@ -19,6 +19,7 @@ from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
 from .branches import Branch, Factors, Trained, branches, factors_at, new_pair, spread
 from .copies import keep_attributes, same_kind
+from .flat import check_takes_parameters, in_shape
 from .insert import Insertion, insert_branches
 from .lower import joins
 from .places import places_of, tensor_at
@@ -48,6 +49,7 @@ def check_new_name(model: nn.Module, adapter: str) -> None:
     if adapter in injection(model).configs:
         raise AdapterError(f"This model has an adapter {adapter!r} already: choose another name, "
                            "or lorafx.remove it.")
+    check_takes_parameters(model)
 
 
 def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
@@ -227,6 +229,11 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
     They are gathered where they are spread over processes, each of which must call this.
     """
     check_adapter(model, adapter)
+    with in_shape(model, adapter):
+        return _extract(model, adapter)
+
+
+def _extract(model: nn.Module, adapter: str) -> Adapter:
     config = injection(model).configs[adapter]
     pairs: dict[str, Pair] = {}
     stored: dict[str, StoredWeight] = {}

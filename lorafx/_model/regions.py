@@ -60,6 +60,8 @@ class Adapted(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ever; where W is now spread over processes, the factors beside it are too."""
+        if name in self._adapted and name not in vars(self):
+            self._parameters.setdefault(name, None)  # else a set of `trained` is taken for it
         super().register_parameter(name, param)
         if param is not None and name in self._adapted:
             for branch in branches_beside(self, name):

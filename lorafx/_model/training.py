@@ -13,7 +13,7 @@ from .._errors import ConfigError, MismatchError
 from . import generators
 from .attach import trained_whole
 from .branches import branches, factors_at
-from .shards import gathered, spread_like
+from .flat import Layout, in_shape
 
 NOT_OPTIONS = ("params", "param_names")  # of a parameter group: they are this process's own
 
@@ -36,24 +36,35 @@ def capture(model: nn.Module, adapter: str, optimizer: Any, step: Any) -> Traini
         raise ConfigError(
             "A training run is saved with both, optimizer=... and step=... (a number of steps), "
             f"not with {type(optimizer).__name__} and {short_repr(step)}.")
-    names = {id(parameter): name for name, parameter in live_tensors(model, adapter).items()}
+    with in_shape(model):
+        live = live_tensors(model, adapter)
+        groups, state = _groups_and_state(live, adapter, optimizer, Layout(model))
+    return Training(step, _kind(optimizer), groups, state, generators.states(model))
+
+
+def _groups_and_state(
+    live: Mapping[str, nn.Parameter], adapter: str, optimizer: torch.optim.Optimizer,
+    layout: Layout,
+) -> tuple[list[tuple[dict[str, Any], list[str]]], dict[str, dict[str, Any]]]:
+    """What an optimizer has for an adapter's tensors, of whole ones, under their names."""
+    names = {id(parameter): name for name, parameter in live.items()}
     groups: list[tuple[dict[str, Any], list[str]]] = []
     for group in optimizer.param_groups:
         _check_known(group["params"], names, adapter)
         options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
         groups.append((options, [names[id(parameter)] for parameter in group["params"]]))
     _check_known(optimizer.state, names, adapter)
+    kept = {parameter: optimizer.state.get(parameter, {}) for parameter in live.values()}
     state: dict[str, dict[str, Any]] = {}
-    for parameter, entries in optimizer.state.items():
+    for parameter, entries in layout.gathered(kept).items():
         name = names[id(parameter)]
         for key, value in entries.items():
             if isinstance(value, Tensor) and not _fits_shape(value, parameter.shape):
                 raise ConfigError(
                     f"The optimizer keeps '{key}' {tuple(value.shape)} of '{name}' "
                     f"{tuple(parameter.shape)}: a state of that shape cannot be saved.")
-        state[name] = {key: gathered(value) if isinstance(value, Tensor) else value
-                       for key, value in entries.items()}
-    return Training(step, _kind(optimizer), groups, state, generators.states(model))
+        state[name] = entries
+    return groups, state
 
 
 def _check_known(parameters: Any, names: Mapping[int, str], adapter: str) -> None:
@@ -85,6 +96,7 @@ def state_to_load(
     training: Training,
     parameters: Mapping[str, nn.Parameter],
     source: str,
+    layout: Layout,
 ) -> dict[str, Any]:
     """Return what `load_state` puts into an optimizer, with all of it checked; nothing changes.
 
@@ -112,9 +124,10 @@ def state_to_load(
     for name, entries in training.state.items():
         parameter = parameters[name]
         _check_entries(name, entries, parameter, source)
-        state["state"][numbers[id(parameter)]] = {
-            key: spread_like(parameter, value.clone()) if isinstance(value, Tensor) else value
-            for key, value in entries.items()}
+        if not layout.is_elsewhere(parameter):
+            state["state"][numbers[id(parameter)]] = {
+                key: layout.spread(parameter, value.clone()) if isinstance(value, Tensor) else value
+                for key, value in entries.items()}
     return state
 
 
