@@ -17,7 +17,7 @@ from ._kernels.weights import folded
 from ._model.branches import Branch, branches, factors_at
 from ._model.copies import same_kind, share
 from ._model.flat import check_can_be_copied
-from ._model.places import places_of
+from ._model.places import base_parameters, places_of
 from ._model.reading import original_name
 from ._model.record import RECORD, injection, trained_modules, weights_of
 from ._model.regions import is_plain_graph
@@ -54,7 +54,7 @@ def eject(model: M) -> M:
             if isinstance(child, LorafxModule):
                 del module._modules[name]
     del twin.__dict__[RECORD]
-    for name, parameter in twin.named_parameters():
+    for name, parameter in base_parameters(twin).items():
         parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
     return twin
 

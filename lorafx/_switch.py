@@ -17,6 +17,7 @@ from ._model.program import read_program
 from ._model.record import (
     check_adapter, holders, injection, refresh, set_trainable, trained_modules, weights_of
 )
+from ._model.reduced import check_reduced
 
 
 def adapters(model: nn.Module) -> list[str]:
@@ -39,6 +40,8 @@ def activate(model: nn.Module, adapters: str | Iterable[str] | Mapping[str, floa
 
     Raises:
         AdapterError: a name is unknown, or two of the adapters train one module whole.
+        UnsupportedModelError: the model is wrapped by DistributedDataParallel, which would not
+            reduce the gradients of one of them.
 
     Example:
         >>> import torch, lorafx
@@ -48,7 +51,9 @@ def activate(model: nn.Module, adapters: str | Iterable[str] | Mapping[str, floa
         >>> len(list(lorafx.parameters(model)))
         4
     """
-    injection(model).active = weights_of(model, adapters)
+    weights = weights_of(model, adapters)
+    check_reduced(model, weights)
+    injection(model).active = weights
     refresh(model)
     set_trainable(model)
 

@@ -22,7 +22,7 @@ from .copies import keep_attributes, same_kind
 from .flat import check_takes_parameters, in_shape
 from .insert import Insertion, insert_branches
 from .lower import joins
-from .places import places_of, tensor_at
+from .places import base_parameters, places_of, tensor_at
 from .program import Program
 from .reading import FROZEN_PREFIX, adapted_names
 from .record import RECORD, Injection, check_adapter, injection, set_trainable, trained_modules
@@ -35,7 +35,7 @@ from .shards import gathered
 def begin_injection(program: Program, group: bool = True) -> None:
     """Freeze a copy of the user's model and give it a record; no adapter yet."""
     model = program.model
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    flags = {name: parameter.requires_grad for name, parameter in base_parameters(model).items()}
     model.requires_grad_(False)
     model.__dict__[RECORD] = Injection(
         flags, program.skipped, program.breaks, group, program.fingerprint)

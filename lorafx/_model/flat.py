@@ -177,7 +177,7 @@ class Layout:
         return chunk is not None and not chunk.length
 
     def spread(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-        """What this process has of a tensor that lies as a parameter does, if it is of its shape."""
+        """What this process has of a tensor that lies as a parameter of its shape does."""
         chunk = self._chunks.get(id(parameter))
         if chunk is None or tensor.shape != chunk.shape:
             return spread_like(parameter, tensor)

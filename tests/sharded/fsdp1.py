@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lorafx
 from tests.support.sharded import (
-    STEPS, Layer, adapted, assert_same_file, batches, count_reduced, decoder, largest_difference, loss_of,
-    one_process, shared_folder, train
+    STEPS, Layer, adapted, assert_same_file, batches, count_reduced, decoder, largest_difference,
+    loss_of, one_process, shared_folder, train
 )
 from tests.support.torchrun import setup
 
@@ -98,10 +98,10 @@ def activation_checkpointing() -> float:
     return found
 
 
-def two_adapters(**config: Any) -> Any:
+def two_adapters(other: str = "square", **config: Any) -> Any:
     """A decoder with adapters `default`, which is active, and `other`, both not zero."""
     model = adapted(**config)
-    lorafx.add(model, "other", rank=2, targets="square")
+    lorafx.add(model, "other", rank=2, targets=other)
     lorafx.activate(model, "other")
     with torch.no_grad():
         for parameter in lorafx.parameters(model):
@@ -165,8 +165,9 @@ def training_goes_on() -> float:
 
 @setup
 def switching_after_wrapping() -> float:
-    """`activate` of an adapter that was frozen while the model was wrapped, `disabled`, `remove`."""
-    whole, model = two_adapters(), wrap(two_adapters(), auto_wrap_policy=LAYERS)
+    """`activate` of an adapter that was frozen when the model was wrapped, `disabled`, `remove`."""
+    whole = two_adapters("head", targets="square")
+    model = wrap(two_adapters("head", targets="square"), auto_wrap_policy=LAYERS)
     tokens = batches()[0]
     with lorafx.disabled(model), torch.no_grad():
         torch.testing.assert_close(model(tokens), decoder()(tokens))
