@@ -9,7 +9,7 @@ from ._adapter.adapter import Adapter, Training
 from ._errors import FormatError, MismatchError
 from ._formats.table import read_adapter
 from ._model import generators
-from ._model.attach import extract
+from ._model.extract import extract
 from ._model.fit import fit
 from ._model.flat import Layout, in_shape
 from ._model.program import read_program

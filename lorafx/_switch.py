@@ -11,8 +11,10 @@ from ._adapter.config import LoRAConfig
 from ._adapter.names import dotted
 from ._errors import AdapterError
 from ._graph.modules import named_modules
-from ._model.attach import attach, check_new_name, extract
+from ._model.attach import attach, check_new_name
 from ._model.branches import branches
+from ._model.extract import extract_here
+from ._model.fsdp import settle
 from ._model.program import read_program
 from ._model.record import (
     check_adapter, holders, injection, refresh, set_trainable, trained_modules, weights_of
@@ -95,6 +97,7 @@ def named_parameters(
     if adapter is not None:
         check_adapter(model, adapter)
     wanted = list(injection(model).active) if adapter is None else [adapter]
+    settle(model)
     holding, seen = set(holders(model)), set()
     for path, module in named_modules(model):
         if module not in holding:
@@ -164,7 +167,7 @@ def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> Non
     chosen = weights_of(model, weights)
     if not chosen:
         raise AdapterError("There is nothing to compose: name at least one adapter.")
-    parts = [(extract(model, name), weight) for name, weight in chosen.items()]
+    parts = [(extract_here(model, name), weight) for name, weight in chosen.items()]
     pairs: dict[str, Pair] = {}
     for site in branches(model):
         found = [(part.pairs[site], weight) for part, weight in parts if site in part.pairs]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .._adapter.adapter import Adapter, Pair, StoredWeight
+from .._adapter.adapter import Adapter
 from .._adapter.config import LoRAConfig, pattern_matches
 from .._adapter.names import (
     branch_name, check_name, closest_names, dotted, name_matches, split_block
@@ -17,19 +17,19 @@ from .._errors import AdapterError, ConfigError, NoSiteError, UnsupportedModelEr
 from .._graph.modules import LorafxModule, Place, submodule
 from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
-from .branches import Branch, Factors, Trained, branches, factors_at, new_pair, spread
+from .branches import Branch, Factors, Trained, new_pair, spread
 from .copies import keep_attributes, same_kind
-from .flat import check_takes_parameters, in_shape
+from .flat import check_takes_parameters
+from .fsdp import check_beside, managed_modules
 from .insert import Insertion, insert_branches
 from .lower import joins
-from .places import base_parameters, places_of, tensor_at
+from .places import base_parameters
 from .program import Program
 from .reading import FROZEN_PREFIX, adapted_names
-from .record import RECORD, Injection, check_adapter, injection, set_trainable, trained_modules
+from .record import RECORD, Injection, injection, set_trainable
 from .regions import (
     Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
 )
-from .shards import gathered
 
 
 def begin_injection(program: Program, group: bool = True) -> None:
@@ -114,6 +114,8 @@ def attach(program: Program, adapter: Adapter) -> None:
         if site is not None:
             sites.append(site)
     _check_names_are_free(program, sites, adapter)
+    managed = managed_modules(model)
+    _check_fsdp(program, sites, adapter, managed)
     insertions: dict[str, list[Insertion]] = defaultdict(list)
     for site in sites:
         name, block = split_block(site.name)
@@ -126,7 +128,10 @@ def attach(program: Program, adapter: Adapter) -> None:
         branch = _branch(program.places, site)
         factors = Factors(*adapter.pairs[site.name], adapter.config).train(branch.training)
         branch._modules[adapter.name] = factors
-        spread(branch, program.weight(site))
+        if owner in managed:
+            factors.spread_apart(program.weight(site).device_mesh)  # type: ignore[attr-defined]
+        else:
+            spread(branch, program.weight(site))
     for region, inserted in insertions.items():
         insert_branches(submodule(model, region), program.graphs[region], inserted, record.group)
     _register_trained(program, adapter)
@@ -175,6 +180,21 @@ def _check_names_are_free(program: Program, sites: list[Site], adapter: Adapter)
                                         "exclude this site.")
 
 
+def _check_fsdp(
+    program: Program, sites: list[Site], adapter: Adapter, managed: set[nn.Module]
+) -> None:
+    """Raise where what an adapter adds to a model that FSDP2 shards would not be reduced."""
+    for site in sites:
+        if program.places[split_block(site.name)[0]].module in managed:
+            check_beside(program.weight(site), site.name, adapter.name)
+    for name in adapter.trained:
+        if submodule(program.model, name.rpartition(".")[0]) in managed:
+            raise UnsupportedModelError(
+                f"Adapter {adapter.name!r} trains '{name}' whole, which FSDP would not reduce, as "
+                "it knows what it found in the model: lorafx.load or lorafx.add it before "
+                "fully_shard.")
+
+
 def _branch(places: Mapping[str, Place], site: Site) -> Branch:
     """The branch at a site, registered under all of its names with the owners of its weight."""
     name, block = split_block(site.name)
@@ -221,44 +241,3 @@ def _register_trained(program: Program, adapter: Adapter) -> None:
             submodule(module, "trained")._modules[adapter.name] = own
             for name in own._parameters:
                 adapt_attribute(module, name)
-
-
-def extract(model: nn.Module, adapter: str) -> Adapter:
-    """An adapter apart from its model; its tensors share storage with the model's.
-
-    They are gathered where they are spread over processes, each of which must call this.
-    """
-    check_adapter(model, adapter)
-    with in_shape(model, adapter):
-        return _extract(model, adapter)
-
-
-def _extract(model: nn.Module, adapter: str) -> Adapter:
-    config = injection(model).configs[adapter]
-    pairs: dict[str, Pair] = {}
-    stored: dict[str, StoredWeight] = {}
-    places = places_of(model)
-    for site, branch in branches(model).items():
-        factors, place = factors_at(branch, adapter), places.get(split_block(site)[0])
-        if factors is not None and place is not None:
-            A, B = (gathered(factor.detach()) for factor in factors.tensors())
-            pairs[site] = Pair(A, B, factors.scale)
-            shape, first_row = tuple(tensor_at(place).shape), branch.rows[0] if branch.rows else 0
-            stored[site] = StoredWeight(shape, branch.transposed, first_row)
-    lost = [site for site in config.targets if site not in pairs]
-    if lost:
-        raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module or "
-                           "weight was replaced after injection, as by resize_token_embeddings "
-                           "with a head: do that before lorafx.inject.")
-    whole = trained_whole(model, adapter)
-    trained = {name: gathered(parameter.detach()) for name, parameter in whole.items()}
-    return Adapter(adapter, config, pairs, trained, stored)
-
-
-def trained_whole(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """{first name: Parameter} of all that an adapter trains in the place of the base's."""
-    first_names: dict[nn.Parameter, str] = {}
-    for path, _, trained in trained_modules(model):
-        for name, parameter in trained.sets().get(adapter, {}).items():
-            first_names.setdefault(parameter, dotted(path, name))
-    return {name: parameter for parameter, name in first_names.items()}

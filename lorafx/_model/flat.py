@@ -16,6 +16,7 @@ from .._graph.modules import Place, named_modules
 from .branches import Factors
 from .record import holders
 from .shards import gathered, spread_like
+from .together import from_all, on_cpu
 
 
 class Chunk(NamedTuple):
@@ -146,23 +147,14 @@ def _joined(chunks: Sequence[Chunk], parts: Sequence[Any]) -> list[Tensor]:
 
 def _from_all(chunks: Sequence[Chunk], parts: Sequence[Any]) -> list[list[Any]]:
     """For each chunk, what each process has there, in their order."""
-    from torch import distributed
-
     found: list[list[Any]] = [[] for _ in chunks]
     groups = {id(chunk.group): chunk.group for chunk in chunks}
     for group in groups.values():
         numbers = [n for n, chunk in enumerate(chunks) if chunk.group is group]
-        theirs: list[Any] = [None] * group.size()
-        distributed.all_gather_object(theirs, [_on_cpu(parts[n]) for n in numbers], group=group)
-        for position, number in enumerate(numbers):
-            found[number] = [all_parts[position] for all_parts in theirs]
+        for theirs in from_all(on_cpu([parts[n] for n in numbers]), group):
+            for number, part in zip(numbers, theirs):
+                found[number].append(part)
     return found
-
-
-def _on_cpu(part: Any) -> Any:
-    if isinstance(part, Tensor):
-        return part.detach().cpu()
-    return {key: _on_cpu(value) for key, value in part.items()} if isinstance(part, dict) else part
 
 
 class Layout:

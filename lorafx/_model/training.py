@@ -11,15 +11,17 @@ from .._adapter.config import short_repr
 from .._adapter.names import dotted
 from .._errors import ConfigError, MismatchError
 from . import generators
-from .attach import trained_whole
 from .branches import branches, factors_at
+from .extract import trained_whole
 from .flat import Layout, in_shape
+from .fsdp import settle
 
 NOT_OPTIONS = ("params", "param_names")  # of a parameter group: they are this process's own
 
 
 def live_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """Return the tensors of an adapter under the names that `extract` gives them."""
+    settle(model)
     found: dict[str, nn.Parameter] = {}
     for site, branch in branches(model).items():
         factors = factors_at(branch, adapter)
