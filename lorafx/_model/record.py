@@ -54,6 +54,9 @@ def injection(model: nn.Module) -> Injection:
             if find_injection(module) is not None:
                 hint = f"; its '{path}' is, so pass that"
                 break
+        if any(".lora." in f".{name}" for name, _ in model.named_parameters()):
+            hint = ("; if it was exported from one, pass that; of a pipeline with the modules of "
+                    "all other stages set to None")
         raise NotInjectedError(f"This {type(model).__name__} is not an injected model{hint}.")
     return found
 
