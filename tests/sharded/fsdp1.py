@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import init_device_mesh
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing
 )
@@ -21,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lorafx
 from tests.support.sharded import (
-    STEPS, Layer, adapted, assert_same_file, batches, count_reduced, decoder, largest_difference,
-    loss_of, one_process, shared_folder, train
+    STEPS, Layer, adapted, assert_same_file, batches, count_reduced, decoder, draw,
+    largest_difference, loss_of, one_process, shared_folder, train
 )
 from tests.support.torchrun import setup
 
@@ -50,6 +51,22 @@ def policies_and_strategies() -> dict[str, float]:
             name = f"{strategy}, {'the root' if policy is None else 'each layer'}"
             found[name] = largest_difference(losses, alone)
             assert found[name] < 1e-5, name
+    return found
+
+
+@setup
+def hybrid_sharding() -> float:
+    """Shards in halves of the processes, and replicas of those."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2))
+    model = wrap(adapted(), device_mesh=mesh, auto_wrap_policy=LAYERS,
+                 sharding_strategy=ShardingStrategy.HYBRID_SHARD)
+    with shared_folder() as folder:
+        lorafx.save(adapted(), folder / f"{dist.get_rank()}.safetensors")
+        lorafx.save(model, folder / "all.safetensors")
+        dist.barrier()
+        assert_same_file(folder / "all.safetensors", folder / "0.safetensors")
+    found = largest_difference(train(model, lorafx.parameters(model)), one_process(adapted()))
+    assert found < 1e-5
     return found
 
 
@@ -103,9 +120,7 @@ def two_adapters(other: str = "square", **config: Any) -> Any:
     model = adapted(**config)
     lorafx.add(model, "other", rank=2, targets=other)
     lorafx.activate(model, "other")
-    with torch.no_grad():
-        for parameter in lorafx.parameters(model):
-            parameter.add_(0.1)
+    draw(model)
     lorafx.activate(model, "default")
     return model
 

@@ -128,7 +128,7 @@ def training_goes_on() -> float:
         optimizer = torch.optim.AdamW(lorafx.parameters(again), lr=1e-2)
         assert lorafx.resume(again, optimizer, path) == STEPS
         found = largest_difference(train(again, (), optimizer=optimizer), expected)
-    assert found == 0
+    assert found < 1e-5
     return found
 
 
