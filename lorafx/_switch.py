@@ -53,11 +53,16 @@ def activate(model: nn.Module, adapters: str | Iterable[str] | Mapping[str, floa
         >>> len(list(lorafx.parameters(model)))
         4
     """
-    weights = weights_of(model, adapters)
+    record, weights = injection(model), weights_of(model, adapters)
     check_reduced(model, weights)
-    injection(model).active = weights
+    before, record.active = record.active, weights
+    try:
+        set_trainable(model)
+    except AdapterError:
+        record.active = before
+        set_trainable(model)
+        raise
     refresh(model)
-    set_trainable(model)
 
 
 @contextlib.contextmanager

@@ -206,6 +206,20 @@ def composable_keys() -> tuple[str, ...]:
     return STATE_KEY, REGISTRY_KEY
 
 
+def note_dtypes(module: Any) -> None:
+    """Let a module of FSDP2's see the dtypes of what trains again; AssertionError for several.
+
+    Without these: it goes by what it saw in its first forward pass, and says so if that is wrong.
+    """
+    try:
+        groups = module._get_fsdp_state()._fsdp_param_groups
+        notes = [group._init_mp_dtypes for group in groups]
+    except AttributeError:
+        return
+    for note in notes:
+        note()
+
+
 # Tracing and compiling.
 
 class _NoDispatchMode:

@@ -30,6 +30,7 @@ from .record import RECORD, Injection, injection, set_trainable
 from .regions import (
     Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
 )
+from .shards import spread_like
 
 
 def begin_injection(program: Program, group: bool = True) -> None:
@@ -189,10 +190,7 @@ def _check_fsdp(
             check_beside(program.weight(site), site.name, adapter.name)
     for name in adapter.trained:
         if submodule(program.model, name.rpartition(".")[0]) in managed:
-            raise UnsupportedModelError(
-                f"Adapter {adapter.name!r} trains '{name}' whole, which FSDP would not reduce, as "
-                "it knows what it found in the model: lorafx.load or lorafx.add it before "
-                "fully_shard.")
+            check_beside(program.base_parameters[name], name, adapter.name)
 
 
 def _branch(places: Mapping[str, Place], site: Site) -> Branch:
@@ -228,7 +226,7 @@ def _register_trained(program: Program, adapter: Adapter) -> None:
     trained: dict[nn.Parameter, nn.Parameter] = {}
     for name, tensor in adapter.trained.items():
         base = program.base_parameters[name]
-        trained[base] = same_kind(base, tensor)
+        trained[base] = same_kind(base, spread_like(base, tensor))
     for module in list(program.model.modules()):
         if isinstance(module, LorafxModule):
             continue

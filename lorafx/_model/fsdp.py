@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import UnsupportedModelError
+from .._errors import AdapterError, UnsupportedModelError
 from .._graph.modules import LorafxModule
-from .._kernels.private import composable_keys
+from .._kernels.private import composable_keys, note_dtypes
 from .shards import gathered, is_sharded
 
 
@@ -37,6 +37,18 @@ def settle(model: nn.Module) -> None:
     """Let a sharded model hold its own parameters, not what a forward pass gathered or cast."""
     for module in fsdp_modules(model):
         module.reshard()
+
+
+def notice_what_trains(model: nn.Module) -> None:
+    """Let FSDP2 reduce gradients in the dtype of what trains now, which it notes only once."""
+    for module in fsdp_modules(model):
+        try:
+            note_dtypes(module)
+        except AssertionError as error:
+            raise AdapterError(
+                f"FSDP reduces the gradients of a module together, so that adapters of several "
+                f"dtypes cannot train at once ({error}): activate one of them, or give all the "
+                "same dtype.") from error
 
 
 def managed_modules(model: nn.Module) -> set[nn.Module]:
@@ -72,13 +84,13 @@ def change_class(module: nn.Module, cls: type) -> None:
 
 
 def check_beside(weight: Tensor, site: str, adapter: str) -> None:
-    """Raise unless A and B beside a weight can be spread as FSDP2 spreads it, and it alone."""
+    """Raise unless what trains beside a weight can be spread as FSDP2 spreads it, and it alone."""
     order = ("lorafx.add or lorafx.load it before the model is sharded, then parallelize_module, "
              "then fully_shard.")
     if not is_sharded(weight):
         raise UnsupportedModelError(
-            f"Adapter {adapter!r} at '{site}' would not be reduced, as FSDP ignores the weight "
-            f"beside it: {order}")
+            f"Gradients of adapter {adapter!r} at '{site}' would not be reduced, as FSDP ignores "
+            f"the weight there: {order}")
     if _is_split_twice(weight):
         raise UnsupportedModelError(
             f"Adapter {adapter!r} cannot be put into this model now, as tensor parallelism splits "
@@ -146,4 +158,6 @@ def _is_fsdps(hook: Any) -> bool:
 def state_without_fsdp(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module but for what `fully_shard` keeps for itself."""
     keys = {*_MARKS, *(composable_keys() if _mixin() is not None else ())}
-    return {name: value for name, value in vars(module).items() if name not in keys}
+    # without what .compile() made, which would run this one
+    state = nn.Module.__getstate__(module)  # type: ignore[no-untyped-call]
+    return {name: value for name, value in state.items() if name not in keys}

@@ -13,6 +13,7 @@ from .._kernels.weights import whole
 from .adapted_weight import NARROW, AdaptedWeight
 from .branches import Branch, Trained
 from .readers import Answer, answer as answer_to_reader
+from .shards import gathered_for_use, is_sharded
 
 
 FROZEN_PREFIX = "frozen_"
@@ -46,8 +47,15 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
     if isinstance(trained, Trained) and trained.used is not None:
         tensors = trained._modules[trained.used]._parameters  # type: ignore[union-attr]
         if attribute in tensors:
-            return tensors[attribute]
+            return _as_base_is(tensors[attribute], base_tensor(owner, attribute))
     return base_tensor(owner, attribute)
+
+
+def _as_base_is(tensor: Any, base: Tensor) -> Any:
+    """A trained tensor; gathered where nobody but FSDP2, which does not know it, gathers W."""
+    if is_sharded(tensor) and not is_sharded(base):
+        return gathered_for_use(tensor).to(base.dtype)
+    return tensor
 
 
 def branches_beside(owner: nn.Module, attribute: str) -> list[Branch]:

@@ -10,7 +10,7 @@ from .._adapter.config import LoRAConfig, is_number
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.modules import LorafxModule, named_modules, unwrapped, users_modules
 from .branches import Trained, branches
-from .fsdp import settle
+from .fsdp import notice_what_trains, settle
 
 
 @dataclasses.dataclass
@@ -108,6 +108,7 @@ def set_trainable(model: nn.Module) -> None:
         for name, module in holder._modules.items():
             if module is not None:
                 module.requires_grad_(name in active)
+    notice_what_trains(model)
 
 
 def weights_of(

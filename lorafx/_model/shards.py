@@ -56,7 +56,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def spread_like(live: Tensor, tensor: Tensor) -> Tensor:
     """A whole tensor, spread over processes as another of its shape is."""
-    if not is_sharded(live) or live.shape != tensor.shape:
+    if not is_sharded(live) or is_sharded(tensor) or live.shape != tensor.shape:
         return tensor
     mesh, placements = live.device_mesh, live.placements  # type: ignore[attr-defined]
     return _distributed(tensor.to(live.device), mesh, placements)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lorafx
 from lorafx import _save as save_module
@@ -221,13 +221,35 @@ def gradients_of_an_adapter_added_later_are_reduced_once() -> dict[str, int]:
 
 
 @setup
+def sharded_within_replicas() -> float:
+    """A mesh of two dimensions: trained, saved, with an adapter added later, merged."""
+    shape = dist.get_world_size() // 2, 2
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
+    model, alone = shard(adapted(), mesh=mesh), adapted()
+    for names in (["default"], ["default", "second"]):
+        if "second" in names:
+            second(model), second(alone)
+        for which in (model, alone):
+            lorafx.activate(which, names)
+        ours = train(model, lorafx.parameters(model))
+        found = largest_difference(ours, one_process(alone))
+        assert found < 1e-5
+    with shared_folder() as folder:
+        lorafx.save(model, folder / "adapter.safetensors", "second")
+        assert (folder / "adapter.safetensors").exists()
+    for ours, theirs in zip(lorafx.merge(model).parameters(), lorafx.merge(alone).parameters()):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    return found
+
+
+@setup
 def new_sites_after_sharding() -> float:
-    """An adapter of sites that had no branch when the model was sharded."""
+    """An adapter of sites, and modules trained whole, that had none when it was sharded."""
     models = [adapted(targets=["*.q"]), adapted(targets=["*.q"])]
     shard(models[0])
     for model in models:
         torch.manual_seed(8)
-        lorafx.add(model, "wide", targets="linear")
+        lorafx.add(model, "wide", targets="linear", trainable=["norm", "embedding", "*.0.norm"])
         lorafx.activate(model, ["default", "wide"])
     found = largest_difference(train(models[0], lorafx.parameters(models[0])),
                                one_process(models[1]))
@@ -291,20 +313,40 @@ def activate_reaches_unsharded_parameters() -> float:
 
 
 @setup
-def nothing_active_at_first() -> float:
-    """FSDP2 looks at what trains when the first forward pass begins."""
+def what_trains_has_another_dtype() -> float:
+    """FSDP2 notes the dtypes of what trains once, in the first forward pass."""
     models = [adapted(), adapted()]
+    for model in models:
+        torch.manual_seed(5)
+        lorafx.add(model, "wide", dtype=torch.float64)
     shard(models[0])
-    for model in models:
-        lorafx.activate(model, [])
-    with torch.no_grad():
-        models[0](batches()[0])
-    for model in models:
-        lorafx.activate(model, "default")
-    found = largest_difference(train(models[0], lorafx.parameters(models[0])),
-                               one_process(models[1]))
-    assert found < 1e-5
+    for name in ([], "default", "wide"):
+        for model in models:
+            lorafx.activate(model, name)
+        if name:
+            ours = train(models[0], lorafx.parameters(models[0]))
+            found = largest_difference(ours, one_process(models[1]))
+            assert found < 1e-5, name
+        else:
+            with torch.no_grad():
+                models[0](batches()[0])
+    flags = [parameter.requires_grad for parameter in models[0].parameters()]
+    with pytest.raises(lorafx.AdapterError, match="adapters of several dtypes cannot train"):
+        lorafx.activate(models[0], ["default", "wide"])
+    assert [parameter.requires_grad for parameter in models[0].parameters()] == flags
+    _outputs_differ(models, batches()[0])
     return found
+
+
+@setup
+def nothing_active_at_first_in_mixed_precision() -> None:
+    model = shard(adapted(), mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    lorafx.activate(model, [])
+    with torch.no_grad():
+        model(batches()[0])
+    lorafx.activate(model, "default")
+    losses = train(lambda tokens: model(tokens).float(), lorafx.parameters(model))
+    assert largest_difference(losses, one_process(adapted())) < 1e-2
 
 
 @setup
@@ -313,6 +355,8 @@ def merged_and_ejected() -> float:
     tokens, found = batches()[0], []
     config = {"targets": "linear", "trainable": "norm"}
     model, alone = shard(adapted(**config)), adapted(**config)
+    for layer in model.layers:
+        layer.compile(backend="eager")
     hooked: list[Any] = []
     model.layers[0].q.register_forward_hook(lambda *given: hooked.append(given))
     with torch.no_grad():
@@ -368,31 +412,30 @@ def injected_after_sharding() -> str:
 def refused_when_sharded() -> list[str]:
     """What FSDP2 would not reduce: each says what, and the order it names works."""
     found = []
-    model = shard(adapted())
-    before = list(model.state_dict())
-    with pytest.raises(lorafx.UnsupportedModelError, match="before fully_shard") as caught:
-        lorafx.add(model, "other", trainable="norm")
-    found.append(str(caught.value))
-    assert list(model.state_dict()) == before and lorafx.adapters(model) == ["default"]
     ignoring = adapted(targets="*.q")
-    fully_shard(ignoring, ignored_params={ignoring.head.weight})
-    with pytest.raises(lorafx.UnsupportedModelError, match="FSDP ignores") as caught:
-        lorafx.add(ignoring, "other", targets="head")
-    found.append(str(caught.value))
+    fully_shard(ignoring, ignored_params={ignoring.head.weight, ignoring.norm.weight})
+    before = list(ignoring.state_dict())
+    for refused in ({"targets": "head"}, {"trainable": "norm"}):
+        with pytest.raises(lorafx.UnsupportedModelError, match="FSDP ignores") as caught:
+            lorafx.add(ignoring, "other", **refused)
+        found.append(str(caught.value))
+        assert list(ignoring.state_dict()) == before and lorafx.adapters(ignoring) == ["default"]
     shape = dist.get_world_size() // 2, 2
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "model"))
+    plan = {"layers.*.up": ColwiseParallel(), "layers.*.down": RowwiseParallel()}
     twice = adapted()
-    parallelize_module(twice, mesh["model"], {"layers.*.up": ColwiseParallel()})
+    parallelize_module(twice, mesh["model"], plan)
     shard(twice, mesh=mesh["data"])
     for refused in (lambda: lorafx.add(twice, "other"), lambda: lorafx.merge(twice)):
         with pytest.raises(lorafx.UnsupportedModelError, match="tensor parallelism") as caught:
             refused()
         found.append(str(caught.value))
-    for order in ({"trainable": "norm"}, {"targets": "head"}):
-        model = adapted()
-        lorafx.add(model, "other", **order)
-        lorafx.activate(model, "other")
-        train(shard(model), lorafx.parameters(model))
+    twice = adapted()  # and the order that they name
+    lorafx.add(twice, "other", trainable="norm")
+    lorafx.activate(twice, "other")
+    parallelize_module(twice, mesh["model"], plan)
+    shard(twice, mesh=mesh["data"])
+    train(twice, lorafx.parameters(twice), split=False)
     return found
 
 
