@@ -10,13 +10,14 @@ from torch.nn.utils import parametrize
 
 from ._adapter.names import branch_name, dotted, split_block
 from ._errors import TiedWeightError, UnsupportedModelError
-from ._graph.modules import LorafxModule, Place, named_modules, submodule
+from ._graph.modules import LorafxModule, Place, named_modules, submodule, unwrapped
 from ._kernels.addend import Addend
 from ._kernels.scratch import Scratch
 from ._kernels.weights import folded
 from ._model.branches import Branch, branches, factors_at
 from ._model.copies import same_kind, share
-from ._model.places import places_of
+from ._model.flat import check_can_be_copied
+from ._model.places import base_parameters, places_of
 from ._model.reading import original_name
 from ._model.record import RECORD, injection, trained_modules, weights_of
 from ._model.regions import is_plain_graph
@@ -43,6 +44,8 @@ def eject(model: M) -> M:
         True
     """
     record = injection(model)
+    check_can_be_copied(model)
+    model = unwrapped(model)  # type: ignore[assignment]
     twin = share(model, ejecting=True)
     for path, module in named_modules(model):
         if is_plain_graph(module):
@@ -52,7 +55,7 @@ def eject(model: M) -> M:
             if isinstance(child, LorafxModule):
                 del module._modules[name]
     del twin.__dict__[RECORD]
-    for name, parameter in twin.named_parameters():
+    for name, parameter in base_parameters(twin).items():
         parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
     return twin
 
@@ -99,6 +102,7 @@ def merge(
         True
     """
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
+    check_can_be_copied(model)
     held: dict[str, Branch] = {}
     for site, branch in branches(model).items():
         if any(factors_at(branch, adapter) for adapter in chosen):

@@ -9,11 +9,11 @@ from ._adapter.adapter import Adapter, Training
 from ._errors import FormatError, MismatchError
 from ._formats.table import read_adapter
 from ._model import generators
-from ._model.attach import extract
+from ._model.extract import extract_here
 from ._model.fit import fit
+from ._model.flat import Layout, in_shape
 from ._model.program import read_program
-from ._model.shards import spread_like
-from ._model.training import live_tensors, load_state, state_to_load
+from ._model.training import live_tensors, load_state, part_in, state_to_load
 from ._switch import only_active
 
 
@@ -63,17 +63,20 @@ def resume(
     adapter = only_active(model, adapter, "resume continues one adapter")
     source = f"'{os.fspath(path)}'"
     found, made_for = read_adapter(path, model=model)
+    found = part_in(model, adapter, found)
     training = _training_of(found, source)
-    fitted, live = fit(read_program(model), found, source, made_for), live_tensors(model, adapter)
-    _check_adapter(extract(model, adapter), fitted, source)
-    names = _names_here(found, fitted, source)
-    parameters = {name: live[here] for name, here in names.items()}
-    state = state_to_load(optimizer, training, parameters, source)
-    generators.check(model, training.random, source)
+    ours, layout = extract_here(model, adapter), Layout(model)
+    with in_shape(model):
+        fitted = fit(read_program(model), found, source, made_for)
+        _check_adapter(ours, fitted, source)
+        live, names = live_tensors(model, adapter), _names_here(found, fitted, source)
+        parameters = {name: live[here] for name, here in names.items()}
+        state = state_to_load(optimizer, training, parameters, source, layout)
+        generators.check(model, training.random, source)
     load_state(optimizer, state)
     with torch.no_grad():
         for name, tensor in fitted.tensors():
-            live[name].copy_(spread_like(live[name], tensor))
+            live[name].copy_(layout.spread(live[name], tensor))
     generators.set_states(training.random)
     return training.step
 

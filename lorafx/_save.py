@@ -9,8 +9,9 @@ from torch import nn
 
 from ._adapter.names import check_name
 from ._formats.table import read_adapter, write_adapter
-from ._model.attach import attach, begin_injection, check_new_name, extract
+from ._model.attach import attach, begin_injection, check_new_name
 from ._model.copies import share
+from ._model.extract import extract
 from ._model.fit import fit
 from ._model.guard import check_model
 from ._model.program import read_program

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ._model.branches import Branch, branches, factors_at
+from ._model.flat import in_shape
 from ._model.program import read_program
 from ._model.record import injection
 from ._model.regions import Region
@@ -120,6 +121,11 @@ def summary(model: nn.Module) -> Summary:
         skipped:
           1: a convolution (Conv1d), which lorafx does not adapt yet
     """
+    with in_shape(model):
+        return _summary(model)
+
+
+def _summary(model: nn.Module) -> Summary:
     record = injection(model)
     program = read_program(model)
     rows = []

@@ -11,13 +11,15 @@ from ._adapter.config import LoRAConfig
 from ._adapter.names import dotted
 from ._errors import AdapterError
 from ._graph.modules import named_modules
-from ._model.attach import attach, check_new_name, extract
+from ._model.attach import attach, check_new_name
 from ._model.branches import branches
+from ._model.extract import extract_here
 from ._model.fsdp import settle
 from ._model.program import read_program
 from ._model.record import (
     check_adapter, holders, injection, refresh, set_trainable, trained_modules, weights_of
 )
+from ._model.reduced import check_reduced
 
 
 def adapters(model: nn.Module) -> list[str]:
@@ -40,6 +42,8 @@ def activate(model: nn.Module, adapters: str | Iterable[str] | Mapping[str, floa
 
     Raises:
         AdapterError: a name is unknown, or two of the adapters train one module whole.
+        UnsupportedModelError: the model is wrapped by DistributedDataParallel, which would not
+            reduce the gradients of one of them.
 
     Example:
         >>> import torch, lorafx
@@ -49,8 +53,9 @@ def activate(model: nn.Module, adapters: str | Iterable[str] | Mapping[str, floa
         >>> len(list(lorafx.parameters(model)))
         4
     """
-    record = injection(model)
-    before, record.active = record.active, weights_of(model, adapters)
+    record, weights = injection(model), weights_of(model, adapters)
+    check_reduced(model, weights)
+    before, record.active = record.active, weights
     try:
         set_trainable(model)
     except AdapterError:
@@ -167,7 +172,7 @@ def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> Non
     chosen = weights_of(model, weights)
     if not chosen:
         raise AdapterError("There is nothing to compose: name at least one adapter.")
-    parts = [(extract(model, name), weight) for name, weight in chosen.items()]
+    parts = [(extract_here(model, name), weight) for name, weight in chosen.items()]
     pairs: dict[str, Pair] = {}
     for site in branches(model):
         found = [(part.pairs[site], weight) for part, weight in parts if site in part.pairs]

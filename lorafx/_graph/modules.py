@@ -50,11 +50,26 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _behind(module: nn.Module, wrappers: list[tuple[type, str]]) -> nn.Module:
+    inside = _inside(module, wrappers)
+    return module if inside is None else _behind(inside, wrappers)
+
+
+def _inside(module: nn.Module, wrappers: list[tuple[type, str]]) -> nn.Module | None:
+    """What a wrapper wraps; None for what is no wrapper."""
     for cls, name in wrappers:
-        child = module._modules.get(name) if isinstance(module, cls) else None
-        if child is not None:
-            return _behind(child, wrappers)
-    return module
+        if isinstance(module, cls) and module._modules.get(name) is not None:
+            return module._modules[name]
+    return None
+
+
+def wrappers_of(model: nn.Module) -> list[nn.Module]:
+    """The wrappers around what stands behind them, the outermost first."""
+    wrappers, found = _wrappers(), []
+    inside = _inside(model, wrappers)
+    while inside is not None:
+        found.append(model)
+        model, inside = inside, _inside(inside, wrappers)
+    return found
 
 
 def named_modules(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:

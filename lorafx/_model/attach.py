@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .._adapter.adapter import Adapter, Pair, StoredWeight
+from .._adapter.adapter import Adapter
 from .._adapter.config import LoRAConfig, pattern_matches
 from .._adapter.names import (
     branch_name, check_name, closest_names, dotted, name_matches, split_block
@@ -17,25 +17,26 @@ from .._errors import AdapterError, ConfigError, NoSiteError, UnsupportedModelEr
 from .._graph.modules import LorafxModule, Place, submodule
 from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
-from .branches import Branch, Factors, Trained, branches, factors_at, new_pair, spread
+from .branches import Branch, Factors, Trained, new_pair, spread
 from .copies import keep_attributes, same_kind
-from .fsdp import check_beside, managed_modules, settle
+from .flat import check_takes_parameters
+from .fsdp import check_beside, managed_modules
 from .insert import Insertion, insert_branches
 from .lower import joins
-from .places import places_of, tensor_at
+from .places import base_parameters
 from .program import Program
 from .reading import FROZEN_PREFIX, adapted_names
-from .record import RECORD, Injection, check_adapter, injection, set_trainable, trained_modules
+from .record import RECORD, Injection, injection, set_trainable
 from .regions import (
     Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
 )
-from .shards import gathered, only_mesh, spread_like
+from .shards import only_mesh, spread_like
 
 
 def begin_injection(program: Program, group: bool = True) -> None:
     """Freeze a copy of the user's model and give it a record; no adapter yet."""
     model = program.model
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    flags = {name: parameter.requires_grad for name, parameter in base_parameters(model).items()}
     model.requires_grad_(False)
     model.__dict__[RECORD] = Injection(
         flags, program.skipped, program.breaks, group, program.fingerprint)
@@ -49,6 +50,7 @@ def check_new_name(model: nn.Module, adapter: str) -> None:
     if adapter in injection(model).configs:
         raise AdapterError(f"This model has an adapter {adapter!r} already: choose another name, "
                            "or lorafx.remove it.")
+    check_takes_parameters(model)
 
 
 def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
@@ -240,40 +242,3 @@ def _register_trained(program: Program, adapter: Adapter) -> None:
             submodule(module, "trained")._modules[adapter.name] = own
             for name in own._parameters:
                 adapt_attribute(module, name)
-
-
-def extract(model: nn.Module, adapter: str) -> Adapter:
-    """An adapter apart from its model; its tensors share storage with the model's.
-
-    They are gathered where they are spread over processes, each of which must call this.
-    """
-    check_adapter(model, adapter)
-    settle(model)
-    config = injection(model).configs[adapter]
-    pairs: dict[str, Pair] = {}
-    stored: dict[str, StoredWeight] = {}
-    places = places_of(model)
-    for site, branch in branches(model).items():
-        factors, place = factors_at(branch, adapter), places.get(split_block(site)[0])
-        if factors is not None and place is not None:
-            A, B = (gathered(factor.detach()) for factor in factors.tensors())
-            pairs[site] = Pair(A, B, factors.scale)
-            shape, first_row = tuple(tensor_at(place).shape), branch.rows[0] if branch.rows else 0
-            stored[site] = StoredWeight(shape, branch.transposed, first_row)
-    lost = [site for site in config.targets if site not in pairs]
-    if lost:
-        raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module or "
-                           "weight was replaced after injection, as by resize_token_embeddings "
-                           "with a head: do that before lorafx.inject.")
-    whole = trained_whole(model, adapter)
-    trained = {name: gathered(parameter.detach()) for name, parameter in whole.items()}
-    return Adapter(adapter, config, pairs, trained, stored)
-
-
-def trained_whole(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """{first name: Parameter} of all that an adapter trains in the place of the base's."""
-    first_names: dict[nn.Parameter, str] = {}
-    for path, _, trained in trained_modules(model):
-        for name, parameter in trained.sets().get(adapter, {}).items():
-            first_names.setdefault(parameter, dotted(path, name))
-    return {name: parameter for parameter, name in first_names.items()}

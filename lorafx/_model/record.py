@@ -8,7 +8,7 @@ from torch import nn
 
 from .._adapter.config import LoRAConfig, is_number
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
-from .._graph.modules import LorafxModule, named_modules, unwrapped
+from .._graph.modules import LorafxModule, named_modules, unwrapped, users_modules
 from .branches import Trained, branches
 from .fsdp import notice_what_trains, settle
 
@@ -54,6 +54,9 @@ def injection(model: nn.Module) -> Injection:
             if find_injection(module) is not None:
                 hint = f"; its '{path}' is, so pass that"
                 break
+        if any(".lora." in f".{name}" for name, _ in model.named_parameters()):
+            hint = ("; if it was exported from one, pass that; of a pipeline with the modules of "
+                    "all other stages set to None")
         raise NotInjectedError(f"This {type(model).__name__} is not an injected model{hint}.")
     return found
 
@@ -64,6 +67,12 @@ def find_injection(model: nn.Module) -> Injection | None:
         raise UnsupportedModelError(f"A model is an nn.Module, not a {type(model).__name__}.")
     found = vars(unwrapped(model)).get(RECORD)
     return found if isinstance(found, Injection) else None
+
+
+def is_cut(model: nn.Module) -> bool:
+    """True if modules that had parameters at injection are gone, as from a pipeline's stage."""
+    owners = {name.rpartition(".")[0] for name in injection(model).requires_grad}
+    return not owners <= users_modules(model).keys()
 
 
 def trained_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Trained]]:

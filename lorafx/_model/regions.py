@@ -74,6 +74,8 @@ class Adapted(nn.Module):
         """As ever; where W is now spread over processes, what adapters have in its place is too."""
         beside = branches_beside(self, name) if name in self._adapted else []
         check_meshes(param, [factor for branch in beside for factor in branch.parameters()])
+        if name in self._adapted and name not in vars(self):
+            self._parameters.setdefault(name, None)  # else a set of `trained` is taken for it
         super().register_parameter(name, param)
         for branch in beside:
             spread(branch, param)

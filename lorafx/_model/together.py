@@ -3,14 +3,18 @@
 import pickle
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._errors import LorafxError
 from .._graph.modules import unwrapped
+from .._kernels.private import tree_map
+from .record import find_injection, is_cut
 from .shards import is_sharded
 
+
+T = TypeVar("T")
 
 # (module, class, attribute): a wrapper that spreads tensors over the processes of this group.
 # A class is looked up only where its module is loaded, so that nothing is imported for it.
@@ -43,8 +47,11 @@ def groups_of(model: nn.Module) -> list[tuple[Any, int]]:
     """(process group, this process's rank in it) of those that hold a model together.
 
     One for each dimension of the largest mesh that its tensors are spread over; none for a model
-    that is whole here.
+    that is whole here. Of a pipeline's stage, all processes.
     """
+    if find_injection(model) is not None and is_cut(model):
+        world = _world()
+        return [] if world is None else [(world, world.rank())]
     for where, name, attribute in SPREADERS:
         cls = getattr(sys.modules.get(where), name, None)
         for module in model.modules():
@@ -57,6 +64,32 @@ def groups_of(model: nn.Module) -> list[tuple[Any, int]]:
         return []
     mesh = max(meshes, key=lambda mesh: mesh.size())
     return [(mesh.get_group(axis), mesh.get_local_rank(axis)) for axis in range(mesh.ndim)]
+
+
+def from_all(own: T, group: Any = None) -> list[T]:
+    """What each process of a group, or of all, has there, in their order."""
+    group = group or _world()
+    if group is None:
+        return [own]
+    from torch import distributed
+
+    found: list[Any] = [None] * group.size()
+    distributed.all_gather_object(found, own, group=group)
+    return found
+
+
+def _world() -> Any:
+    """The group of all processes; None where there is none."""
+    module: Any = sys.modules.get("torch.distributed")
+    if module is None or not module.is_available() or not module.is_initialized():
+        return None
+    return module.group.WORLD
+
+
+def on_cpu(tree: Any) -> Any:
+    """The same, with tensors that another process can hold: on the CPU, apart from autograd."""
+    return tree_map(
+        lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _from_first(group: Any, error: Exception | None) -> Exception | None:

@@ -1,21 +1,26 @@
 """Where a training run stands: taken from an adapter's live tensors and optimizer, and put back."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._adapter.adapter import Training
+from .._adapter.adapter import Adapter, Training
 from .._adapter.config import short_repr
 from .._adapter.names import dotted
 from .._errors import ConfigError, MismatchError
 from . import generators
-from .attach import trained_whole
 from .branches import branches, factors_at
+from .extract import trained_whole
+from .flat import Layout, in_shape
 from .fsdp import settle
-from .shards import gathered, spread_like
+from .record import is_cut
+from .together import from_all, on_cpu
 
+Groups = list[tuple[dict[str, Any], list[str]]]  # (options, names of tensors)
+State = dict[str, dict[str, Any]]  # {name of a tensor: {key: what the optimizer keeps}}
 NOT_OPTIONS = ("params", "param_names")  # of a parameter group: they are this process's own
 
 
@@ -38,24 +43,69 @@ def capture(model: nn.Module, adapter: str, optimizer: Any, step: Any) -> Traini
         raise ConfigError(
             "A training run is saved with both, optimizer=... and step=... (a number of steps), "
             f"not with {type(optimizer).__name__} and {short_repr(step)}.")
-    names = {id(parameter): name for name, parameter in live_tensors(model, adapter).items()}
-    groups: list[tuple[dict[str, Any], list[str]]] = []
+    with in_shape(model):
+        live = live_tensors(model, adapter)
+        groups, state = _groups_and_state(live, adapter, optimizer, Layout(model))
+    if is_cut(model):
+        groups, state = _of_all_stages(groups, state)
+    return Training(step, _kind(optimizer), groups, state, generators.states(model))
+
+
+def _groups_and_state(
+    live: Mapping[str, nn.Parameter], adapter: str, optimizer: torch.optim.Optimizer,
+    layout: Layout,
+) -> tuple[Groups, State]:
+    """What an optimizer has for an adapter's tensors, of whole ones, under their names."""
+    names = {id(parameter): name for name, parameter in live.items()}
+    groups: Groups = []
     for group in optimizer.param_groups:
         _check_known(group["params"], names, adapter)
         options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
         groups.append((options, [names[id(parameter)] for parameter in group["params"]]))
     _check_known(optimizer.state, names, adapter)
-    state: dict[str, dict[str, Any]] = {}
-    for parameter, entries in optimizer.state.items():
+    kept = {parameter: optimizer.state.get(parameter, {}) for parameter in live.values()}
+    state: State = {}
+    for parameter, entries in layout.gathered(kept).items():
         name = names[id(parameter)]
         for key, value in entries.items():
             if isinstance(value, Tensor) and not _fits_shape(value, parameter.shape):
                 raise ConfigError(
                     f"The optimizer keeps '{key}' {tuple(value.shape)} of '{name}' "
                     f"{tuple(parameter.shape)}: a state of that shape cannot be saved.")
-        state[name] = {key: gathered(value) if isinstance(value, Tensor) else value
-                       for key, value in entries.items()}
-    return Training(step, _kind(optimizer), groups, state, generators.states(model))
+        state[name] = entries
+    return groups, state
+
+
+def _of_all_stages(groups: Groups, state: State) -> tuple[Groups, State]:
+    """What the optimizers of a pipeline's stages have together; options are the first one's."""
+    parts = from_all(on_cpu((groups, state)))
+    if len({len(theirs) for theirs, _ in parts}) > 1:
+        raise ConfigError("The optimizers of a pipeline's stages have different numbers of "
+                          "parameter groups: make them alike.")
+    joined: State = {}
+    names: list[list[str]] = [[] for _ in groups]
+    for theirs, their_state in parts:
+        joined |= {name: kept for name, kept in their_state.items() if name not in joined}
+        for own, (_, more) in zip(names, theirs):
+            own += [name for name in more if name not in own]
+    return [(options, own) for (options, _), own in zip(parts[0][0], names)], joined
+
+
+def part_in(model: nn.Module, adapter: str, found: Adapter) -> Adapter:
+    """Of an adapter from a file, what a pipeline's stage holds; all of it in any other model."""
+    if not is_cut(model):
+        return found
+    with in_shape(model):
+        here = live_tensors(model, adapter)
+    training = found.training
+    if training is not None:
+        groups = [(options, [name for name in names if name in here])
+                  for options, names in training.groups]
+        state = {name: entries for name, entries in training.state.items() if name in here}
+        training = dataclasses.replace(training, groups=groups, state=state)
+    pairs = {site: pair for site, pair in found.pairs.items() if dotted(site, "lora.A") in here}
+    trained = {name: tensor for name, tensor in found.trained.items() if name in here}
+    return dataclasses.replace(found, pairs=pairs, trained=trained, training=training)
 
 
 def _check_known(parameters: Any, names: Mapping[int, str], adapter: str) -> None:
@@ -87,6 +137,7 @@ def state_to_load(
     training: Training,
     parameters: Mapping[str, nn.Parameter],
     source: str,
+    layout: Layout,
 ) -> dict[str, Any]:
     """Return what `load_state` puts into an optimizer, with all of it checked; nothing changes.
 
@@ -114,9 +165,10 @@ def state_to_load(
     for name, entries in training.state.items():
         parameter = parameters[name]
         _check_entries(name, entries, parameter, source)
-        state["state"][numbers[id(parameter)]] = {
-            key: spread_like(parameter, value.clone()) if isinstance(value, Tensor) else value
-            for key, value in entries.items()}
+        if not layout.is_elsewhere(parameter):
+            state["state"][numbers[id(parameter)]] = {
+                key: layout.spread(parameter, value.clone()) if isinstance(value, Tensor) else value
+                for key, value in entries.items()}
     return state
 
 

@@ -1,12 +1,17 @@
 """A small decoder, five steps of AdamW on it, and the same in one process to compare with."""
 
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import lorafx
 
@@ -116,3 +121,38 @@ def one_process(model: nn.Module) -> list[float]:
 def largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """How far two runs are from each other."""
     return max(abs(mine - other) for mine, other in zip(ours, theirs, strict=True))
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A folder of all processes, deleted at the end."""
+    with tempfile.TemporaryDirectory() as own:
+        found = [own]
+        dist.broadcast_object_list(found)
+        yield Path(found[0])
+        dist.barrier()
+
+
+def assert_same_file(path: Path, other: Path, **tolerance: float) -> None:
+    """Two files of lorafx differ in the values of their tensors at most, and those by little."""
+    with safe_open(path, "pt") as ours, safe_open(other, "pt") as theirs:
+        assert ours.metadata() == theirs.metadata()
+        assert list(ours.keys()) == list(theirs.keys())
+        for name in ours.keys():
+            expected = theirs.get_tensor(name)
+            if tolerance and expected.is_floating_point():
+                torch.testing.assert_close(ours.get_tensor(name), expected, **tolerance)
+            else:
+                assert torch.equal(ours.get_tensor(name), expected)
+
+
+def count_reduced(model: Any) -> list[int]:
+    """The sizes of all gradients that DDP will reduce, as it does so."""
+    found: list[int] = []
+
+    def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        found.append(bucket.buffer().numel())
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    model.register_comm_hook(None, hook)
+    return found

@@ -1,0 +1,94 @@
+"""Takes an adapter out of a model, whole: also where several processes hold it together."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from .._adapter.adapter import Adapter, Pair, StoredWeight
+from .._adapter.names import dotted, split_block
+from .._errors import AdapterError
+from .branches import branches, factors_at
+from .flat import in_shape
+from .fsdp import settle
+from .places import places_of, tensor_at
+from .record import check_adapter, injection, is_cut, trained_modules
+from .shards import gathered
+from .together import from_all, on_cpu
+
+
+def extract(model: nn.Module, adapter: str) -> Adapter:
+    """An adapter apart from its model; its tensors share storage with the model's.
+
+    They are gathered where they are spread over processes, or where the model is a stage of a
+    pipeline, and each process must call this.
+    """
+    found = extract_here(model, adapter)
+    if is_cut(model):
+        found = _with_other_stages(found, _positions(model))
+    lost = [site for site in found.config.targets if site not in found.pairs]
+    if lost:
+        raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module or "
+                           "weight was replaced after injection, as by resize_token_embeddings "
+                           "with a head: do that before lorafx.inject.")
+    return found
+
+
+def extract_here(model: nn.Module, adapter: str) -> Adapter:
+    """`extract`, but of a stage of a pipeline only what is in this process."""
+    check_adapter(model, adapter)
+    settle(model)
+    with in_shape(model, adapter):
+        config = injection(model).configs[adapter]
+        pairs: dict[str, Pair] = {}
+        stored: dict[str, StoredWeight] = {}
+        places = places_of(model)
+        for site, branch in branches(model).items():
+            factors, place = factors_at(branch, adapter), places.get(split_block(site)[0])
+            if factors is not None and place is not None:
+                A, B = (gathered(factor.detach()) for factor in factors.tensors())
+                pairs[site] = Pair(A, B, factors.scale)
+                shape, start = tuple(tensor_at(place).shape), branch.rows[0] if branch.rows else 0
+                stored[site] = StoredWeight(shape, branch.transposed, start)
+        whole = trained_whole(model, adapter)
+        trained = {name: gathered(parameter.detach()) for name, parameter in whole.items()}
+    return Adapter(adapter, config, pairs, trained, stored)
+
+
+def _with_other_stages(here: Adapter, positions: Mapping[str, int]) -> Adapter:
+    """An adapter of which processes have parts; what several have is the first one's."""
+    targets: dict[str, None] = {}
+    pairs: dict[str, Pair] = {}
+    trained: dict[str, Tensor] = {}
+    stored: dict[str, StoredWeight] = {}
+    own = here.config.targets, here.pairs, here.trained, here.stored
+    for part in from_all(on_cpu(own)):
+        targets |= dict.fromkeys(part[0])
+        pairs, trained, stored = part[1] | pairs, part[2] | trained, part[3] | stored
+
+    def position(name: str) -> int:
+        return positions.get(split_block(name)[0], len(positions))
+
+    pairs = {name: pairs[name] for name in sorted(pairs, key=position)}
+    trained = {name: trained[name] for name in sorted(trained, key=position)}
+    config = dataclasses.replace(here.config, targets=sorted(targets, key=position))
+    return dataclasses.replace(here, config=config, pairs=pairs, trained=trained, stored={
+        name: stored[name] for name in pairs})
+
+
+def _positions(model: nn.Module) -> dict[str, int]:
+    """The order of the base's modules and parameters at injection, all of them."""
+    positions: dict[str, int] = {}
+    for name in injection(model).requires_grad:
+        for path in (name.rpartition(".")[0], name):
+            positions.setdefault(path, len(positions))
+    return positions
+
+
+def trained_whole(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """{first name: Parameter} of all that an adapter trains in the place of the base's."""
+    first_names: dict[nn.Parameter, str] = {}
+    for path, _, trained in trained_modules(model):
+        for name, parameter in trained.sets().get(adapter, {}).items():
+            first_names.setdefault(parameter, dotted(path, name))
+    return {name: parameter for parameter, name in first_names.items()}
