@@ -70,7 +70,10 @@ def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
             names = closest_names(pattern, [site.name for site in chosen])
             raise NoSiteError(f"The pattern {pattern!r} matches none of the {len(chosen)} sites "
                               f"chosen: {names}.")
-    pairs = {site.name: new_pair(config, site, program.weight(site)) for site in chosen}
+    pairs: dict[str, Pair] = {}
+    for site in chosen:
+        device = program.home(site, has_values=False)
+        pairs[site.name] = new_pair(config, site, program.weight(site), device)
     copies = {key: parameter.detach().clone() for key, parameter in trained.items()}
     return Adapter(name, config, pairs, copies)
 

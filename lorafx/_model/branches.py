@@ -168,15 +168,17 @@ def branches(model: nn.Module) -> dict[str, Branch]:
     return found
 
 
-def new_pair(config: LoRAConfig, site: Site, weight: Tensor) -> Pair:
+def new_pair(
+    config: LoRAConfig, site: Site, weight: Tensor, device: torch.device
+) -> Pair:
     """Return a fresh A (rank, in), drawn from torch's default generator, and B (out, rank), zero.
 
     A stack of experts has stacks of both, (experts, rank, in) and (experts, out, rank).
     """
     rank, dtype = config.site_rank(site.name), factor_dtype(config, weight)
     stack = () if site.experts is None else (site.experts,)
-    A = torch.empty(*stack, rank, site.in_features, dtype=dtype, device=weight.device)
-    B = torch.zeros(*stack, site.out_features, rank, dtype=dtype, device=weight.device)
+    A = torch.empty(*stack, rank, site.in_features, dtype=dtype, device=device)
+    B = torch.zeros(*stack, site.out_features, rank, dtype=dtype, device=device)
     if A.numel() and not A.is_meta:
         INITS[config.init](A)
     return Pair(A, B, config.site_scale(site.name))

@@ -47,7 +47,8 @@ def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -
                                 f"that of '{other}' too: untie them first.")
         weight = program.weight(site)
         dtype = factor_dtype(adapter.config, weight)
-        copied = functools.partial(torch.Tensor.to, device=weight.device, dtype=dtype, copy=True,
+        home = program.home(site, has_values=True)
+        copied = functools.partial(torch.Tensor.to, device=home, dtype=dtype, copy=True,
                                    memory_format=torch.contiguous_format)
         pairs[site.name] = Pair(copied(pair.A), copied(pair.B), pair.scale)
     adapted = {id(program.weight(sites[name])): name for name in pairs}

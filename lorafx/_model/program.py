@@ -9,6 +9,7 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, fx, nn
 
 from .._adapter.names import split_block
@@ -17,6 +18,7 @@ from .._graph.rules import linear_call
 from .._graph.sites import Site, blocks_matching, sort_key
 from .._graph.trace import tracing
 from .._graph.watch import Unsound
+from .homes import home
 from .places import Weight, Weights, base_parameters, places_of, tensor_at
 from .refusals import is_unsupported_torch_layer, unsupported_layer, why_not_site, why_packed
 from .regions import why_not_region
@@ -59,6 +61,11 @@ class Program:
         """The base's tensor of which a site is all or some rows."""
         tensor: Tensor = tensor_at(self.places[split_block(site.name)[0]])
         return tensor
+
+    def home(self, site: Site, has_values: bool) -> torch.device:
+        """The device for a new pair at a site, which may have values already."""
+        owner = self.places[split_block(site.name)[0]].module
+        return home(owner, self.weight(site), has_values)
 
     @property
     def left_alone(self) -> dict[str, str]:
