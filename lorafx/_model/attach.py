@@ -17,7 +17,7 @@ from .._errors import AdapterError, ConfigError, NoSiteError, UnsupportedModelEr
 from .._graph.modules import LorafxModule, Place, submodule
 from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
-from .branches import Branch, Factors, Trained, branches, factors_at, new_pair, spread
+from .branches import Branch, Copies, Factors, Trained, branches, factors_at, new_pair, spread
 from .copies import keep_attributes, same_kind
 from .insert import Insertion, insert_branches
 from .lower import joins
@@ -126,6 +126,7 @@ def attach(program: Program, adapter: Adapter) -> None:
                 insertions[call.region].append(Insertion(call, path, reverse))
         branch = _branch(program.places, site)
         factors = Factors(*adapter.pairs[site.name], adapter.config).train(branch.training)
+        factors.came_first = program.weight(site).is_meta and not factors.on_meta
         branch._modules[adapter.name] = factors
         spread(branch, program.weight(site))
     for region, inserted in insertions.items():
@@ -213,10 +214,12 @@ def _register_trained(program: Program, adapter: Adapter) -> None:
     for module in list(program.model.modules()):
         if isinstance(module, LorafxModule):
             continue
-        own = LorafxModule()
+        own = Copies()
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter in trained:
                 own._parameters[name] = trained[parameter]
+                own.missing = own.missing or own.on_meta
+                own.came_first = parameter.is_meta and not own.on_meta
         if own._parameters:
             module._modules.setdefault("trained", Trained())
             submodule(module, "trained")._modules[adapter.name] = own
@@ -237,7 +240,9 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
     for site, branch in branches(model).items():
         factors, place = factors_at(branch, adapter), places.get(split_block(site)[0])
         if factors is not None and place is not None:
-            A, B = (gathered(factor.detach()) for factor in factors.tensors())
+            live = factors.tensors()
+            factors.check(live, None, "taking it from its model")
+            A, B = (gathered(factor.detach()) for factor in live)
             pairs[site] = Pair(A, B, factors.scale)
             shape, first_row = tuple(tensor_at(place).shape), branch.rows[0] if branch.rows else 0
             stored[site] = StoredWeight(shape, branch.transposed, first_row)
@@ -246,6 +251,10 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
         raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module or "
                            "weight was replaced after injection, as by resize_token_embeddings "
                            "with a head: do that before lorafx.inject.")
+    for _, _, held in trained_modules(model):
+        copies = held._modules.get(adapter)
+        if isinstance(copies, Copies):
+            copies.check(copies.parameters(), None, "taking it from its model")
     whole = trained_whole(model, adapter)
     trained = {name: gathered(parameter.detach()) for name, parameter in whole.items()}
     return Adapter(adapter, config, pairs, trained, stored)

@@ -1,6 +1,7 @@
 """The modules that hold adapters inside a model: branches beside linear calls, trained modules."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,10 +12,11 @@ from .._adapter.names import site_name, split_block
 from .._graph.modules import LorafxModule, is_bare, named_modules, submodule
 from .._graph.sites import Site
 from .._kernels.addend import Addend
-from .shards import spread_beside, spread_like
+from .held import Held
+from .shards import is_sharded, spread_beside, spread_like
 
 
-class Factors(LorafxModule):
+class Factors(Held):
     """One adapter at one site: A (rank, in), B (out, rank) and the scale s; or stacks of A and B.
 
     A stack has one for each expert. `rounding`, `dropout` and `share_dropout` are as in its config.
@@ -40,18 +42,41 @@ class Factors(LorafxModule):
         found: tuple[Tensor, Tensor] = self()
         return found
 
-    @torch.no_grad()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        without_memory = self.on_meta
+        super()._apply(fn, recurse)
+        if without_memory and not self.missing:  # nothing is lost: they are new
+            self.draw()
+        return self
+
     def reset_parameters(self) -> None:
+        """As layers of torch have it, for loops that give what was on meta its first values.
+
+        What came from a file before the base was there is kept.
+        """
+        if not self.came_first:
+            self.draw()
+
+    @torch.no_grad()
+    def draw(self) -> None:
         """Draw A, from torch's default generator, and set B to zero, as `inject` does."""
         drawn = torch.empty(self.shapes[0], dtype=self.A.dtype, device=self.A.device)
         if drawn.numel() and not drawn.is_meta:
             INITS[self.init](drawn)
             self.A.copy_(spread_like(self.A, drawn))
             self.B.zero_()
+            self.missing = False
 
     def spread(self, weight: Tensor, transposed: bool, rows: bool) -> None:
-        """Spread A and B over processes as the weight beside them is."""
-        A, B = spread_beside(weight, self.A, self.B, transposed, rows)
+        """Spread A and B over processes as the weight beside them is.
+
+        Those that came before the weight had values go to its device.
+        """
+        A, B = self.A, self.B
+        waits = self.came_first and not weight.is_meta and not is_sharded(A)
+        if waits and A.device != weight.device:
+            A, B = A.detach().to(weight.device), B.detach().to(weight.device)
+        A, B = spread_beside(weight, A, B, transposed, rows)
         if A is not self.A:
             trains = self.A.requires_grad
             self.A, self.B = nn.Parameter(A, trains), nn.Parameter(B, trains)
@@ -82,18 +107,19 @@ class Branch(LorafxModule):
 
     def forward(self, x: Tensor, y: Tensor, reverse: bool = False) -> Tensor:
         """x (..., in), y (..., out) -> (..., out); in and out the other way round for `reverse`."""
-        for addend in self.addends():
+        for addend in self.addends(y):
             if reverse:
                 addend = addend.transposed
             y = addend.add_to_output(y, x)
         return y
 
     def addends(
-        self, weights: Mapping[str, float] | None = None, stored: bool = False
+        self, beside: Tensor, weights: Mapping[str, float] | None = None, stored: bool = False
     ) -> list[Addend]:
         """Return what adapters add to W (out, in): the active, or those of {adapter: weight} here.
 
-        `stored` means W as the model stores it, which is (in, out) at a transposed site.
+        They have values if the tensor `beside`, such as W, has. `stored` means W as the model
+        stores it, which is (in, out) at a transposed site.
         """
         start = self.rows[0] if self.rows else 0
         chosen = self._active if weights is None else weights.items()
@@ -103,10 +129,19 @@ class Branch(LorafxModule):
                 continue
             factors: Factors = self._modules[name]  # type: ignore[assignment]
             A, B = factors.tensors()
+            if factors.missing or A.is_meta or B.is_meta:
+                factors.check((A, B), beside, "forward")
             addend = Addend(B, A, weight * factors.scale, -2, start,
                             factors.dropping, factors.share_dropout, factors.rounding)
             found.append(addend.transposed if stored and self.transposed else addend)
         return found
+
+
+class Copies(Held):
+    """What one adapter trains whole of a base module: copies of its parameters."""
+
+    def reset_parameters(self) -> None:
+        """Nothing, for loops that call it: `lorafx.reset_parameters` copies the base's values."""
 
 
 class Trained(LorafxModule):

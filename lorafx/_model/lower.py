@@ -88,7 +88,8 @@ def _call(member: Any) -> AdaptedCall | None:
 
 
 def _linear(weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> AdaptedCall:
-    return AdaptedCall(weight, bias, [addend for branch in branches for addend in branch.addends()])
+    return AdaptedCall(weight, bias, [addend for branch in branches
+                                      for addend in branch.addends(weight)])
 
 
 def linear_forward(module: Any) -> LinearForward | None:

@@ -11,7 +11,7 @@ from .._kernels.addend import Addend
 from .._kernels.private import is_transforming
 from .._kernels.weights import whole
 from .adapted_weight import NARROW, AdaptedWeight
-from .branches import Branch, Trained
+from .branches import Branch, Copies, Trained
 from .readers import Answer, answer as answer_to_reader
 
 
@@ -44,9 +44,11 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
     """Return W, or what an active adapter that trains the module whole has in its place."""
     trained = owner._modules.get("trained")
     if isinstance(trained, Trained) and trained.used is not None:
-        tensors = trained._modules[trained.used]._parameters  # type: ignore[union-attr]
-        if attribute in tensors:
-            return tensors[attribute]
+        copies: Copies = trained._modules[trained.used]  # type: ignore[assignment]
+        if attribute in copies._parameters:
+            if copies.missing:
+                copies.check(copies.parameters(), base_tensor(owner, attribute), "forward")
+            return copies._parameters[attribute]
     return base_tensor(owner, attribute)
 
 
@@ -74,7 +76,7 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     matrix = base_or_trained(owner, attribute)
     addends: list[Addend] = []
     for branch in branches_beside(owner, attribute):
-        addends += branch.addends(stored=True)
+        addends += branch.addends(matrix, stored=True)
     if not addends:
         return matrix  # type: ignore[no-any-return]
     if matrix.dtype not in NARROW and not any(addend.dropout for addend in addends):
