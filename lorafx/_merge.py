@@ -16,7 +16,7 @@ from ._kernels.scratch import Scratch
 from ._kernels.weights import folded
 from ._model.branches import Branch, branches, factors_at
 from ._model.copies import same_kind, share
-from ._model.places import places_of, tensor_at
+from ._model.places import places_of
 from ._model.reading import original_name
 from ._model.record import RECORD, injection, trained_modules, weights_of
 from ._model.regions import is_plain_graph
@@ -114,8 +114,7 @@ def merge(
     places = places_of(twin)
     by_weight: dict[tuple[str, ...], list[Addend]] = defaultdict(list)
     for site, (names, _) in owners.items():
-        weight = tensor_at(places[names[0]])
-        by_weight[tuple(names)] += held[site].addends(weight, chosen, stored=True)
+        by_weight[tuple(names)] += held[site].addends(None, chosen, stored=True)
     scratch = Scratch()
     for aliases, addends in by_weight.items():
         _fold([places[name] for name in aliases], addends, scratch)
@@ -176,7 +175,7 @@ def _fold(places: list[Place], addends: list[Addend], scratch: Scratch) -> None:
             f"The {attribute} of a {type(owner).__name__} is computed before every call, by a hook "
             "such as the old weight_norm's: remove that from the model "
             "(torch.nn.utils.remove_weight_norm) before lorafx.inject.")
-    if weight.is_meta and not all(addend.left.is_meta for addend in addends):
+    if weight.is_meta:
         raise UnsupportedModelError(
             f"The {attribute} of a {type(owner).__name__} is still on the meta device, so that "
             "nothing can be folded into it: load the base before lorafx.merge.")

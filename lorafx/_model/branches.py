@@ -72,7 +72,8 @@ class Factors(Held):
 
         Those that came before the weight had values go to its device.
         """
-        A, B = self.A, self.B
+        A: Tensor = self.A
+        B: Tensor = self.B
         waits = self.came_first and not weight.is_meta and not is_sharded(A)
         if waits and A.device != weight.device:
             A, B = A.detach().to(weight.device), B.detach().to(weight.device)
@@ -114,12 +115,13 @@ class Branch(LorafxModule):
         return y
 
     def addends(
-        self, beside: Tensor, weights: Mapping[str, float] | None = None, stored: bool = False
+        self, beside: Tensor | None, weights: Mapping[str, float] | None = None,
+        stored: bool = False,
     ) -> list[Addend]:
         """Return what adapters add to W (out, in): the active, or those of {adapter: weight} here.
 
-        They have values if the tensor `beside`, such as W, has. `stored` means W as the model
-        stores it, which is (in, out) at a transposed site.
+        They have values, unless the tensor `beside` them, such as W, has none either. `stored`
+        means W as the model stores it, which is (in, out) at a transposed site.
         """
         start = self.rows[0] if self.rows else 0
         chosen = self._active if weights is None else weights.items()
@@ -130,7 +132,7 @@ class Branch(LorafxModule):
             factors: Factors = self._modules[name]  # type: ignore[assignment]
             A, B = factors.tensors()
             if factors.missing or A.is_meta or B.is_meta:
-                factors.check((A, B), beside, "forward")
+                factors.check((A, B), beside, "computing with it")
             addend = Addend(B, A, weight * factors.scale, -2, start,
                             factors.dropping, factors.share_dropout, factors.rounding)
             found.append(addend.transposed if stored and self.transposed else addend)

@@ -23,12 +23,12 @@ class Held(LorafxModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         had_values = not self.on_meta
-        super()._apply(_keeping(fn), recurse)
+        super()._apply(_keeping(fn), recurse)  # type: ignore[no-untyped-call]
         self.missing = self.missing or had_values and self.on_meta
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if all(f"{prefix}{name}" in state_dict for name in self._parameters):
             self.missing = self.missing and self.on_meta
 

@@ -47,7 +47,8 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
         copies: Copies = trained._modules[trained.used]  # type: ignore[assignment]
         if attribute in copies._parameters:
             if copies.missing:
-                copies.check(copies.parameters(), base_tensor(owner, attribute), "forward")
+                copies.check(copies.parameters(), base_tensor(owner, attribute),
+                             "computing with it")
             return copies._parameters[attribute]
     return base_tensor(owner, attribute)
 
