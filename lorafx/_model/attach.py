@@ -254,7 +254,7 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
     for _, _, held in trained_modules(model):
         copies = held._modules.get(adapter)
         if isinstance(copies, Copies):
-            copies.check(copies.parameters(), None, "taking it from its model")
+            copies.check([*copies.parameters()], None, "taking it from its model")
     whole = trained_whole(model, adapter)
     trained = {name: gathered(parameter.detach()) for name, parameter in whole.items()}
     return Adapter(adapter, config, pairs, trained, stored)

@@ -1,6 +1,6 @@
 """Modules that hold an adapter's tensors, which never are memory that nobody has written to."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Held(LorafxModule):
         """True if a tensor is on the meta device, where none has values."""
         return any(tensor.is_meta for tensor in self.parameters())
 
-    def check(self, tensors: Iterable[Tensor], beside: Tensor | None, doing: str) -> None:
+    def check(self, tensors: Collection[Tensor], beside: Tensor | None, doing: str) -> None:
         """Raise unless these tensors have values, or the weight beside them has none either."""
         if any(tensor.is_meta for tensor in tensors):
             if beside is None or not beside.is_meta:

@@ -1,5 +1,6 @@
 """What Python reads of a weight beside which branches stand."""
 
+import contextvars
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from .readers import Answer, answer as answer_to_reader
 
 
 FROZEN_PREFIX = "frozen_"
+# The modules of which the user's `reset_parameters` is running: it writes into W.
+RESETTING: contextvars.ContextVar[tuple[nn.Module, ...]] = contextvars.ContextVar(
+    "resetting", default=())
 
 
 def adapted_names(owner: nn.Module) -> tuple[str, ...]:
@@ -47,7 +51,7 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
         copies: Copies = trained._modules[trained.used]  # type: ignore[assignment]
         if attribute in copies._parameters:
             if copies.missing:
-                copies.check(copies.parameters(), base_tensor(owner, attribute),
+                copies.check([*copies.parameters()], base_tensor(owner, attribute),
                              "computing with it")
             return copies._parameters[attribute]
     return base_tensor(owner, attribute)
@@ -72,7 +76,7 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     answer = Answer.ADAPTED
     if not compiling:
         answer = answer_to_reader()
-        if answer in (Answer.PARAMETER, Answer.LAYER):
+        if answer in (Answer.PARAMETER, Answer.LAYER) or owner in RESETTING.get():
             return base_tensor(owner, attribute)  # type: ignore[no-any-return]
     matrix = base_or_trained(owner, attribute)
     addends: list[Addend] = []
