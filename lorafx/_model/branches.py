@@ -30,6 +30,7 @@ class Factors(Held):
         self.scale = scale
         self.init, self.rounding = config.init, config.rounding
         self.dropout, self.share_dropout = config.dropout, config.share_dropout
+        self.missing = self.new = self.on_meta
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """A and B, for hooks that put them in place before a module's forward."""
@@ -43,9 +44,8 @@ class Factors(Held):
         return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        without_memory = self.on_meta
         super()._apply(fn, recurse)
-        if without_memory and not self.missing:  # nothing is lost: they are new
+        if self.new and not self.on_meta:
             self.draw()
         return self
 
@@ -65,7 +65,7 @@ class Factors(Held):
             INITS[self.init](drawn)
             self.A.copy_(spread_like(self.A, drawn))
             self.B.zero_()
-            self.missing = False
+            self.missing = self.new = False
 
     def spread(self, weight: Tensor, transposed: bool, rows: bool) -> None:
         """Spread A and B over processes as the weight beside them is.
@@ -131,7 +131,7 @@ class Branch(LorafxModule):
                 continue
             factors: Factors = self._modules[name]  # type: ignore[assignment]
             A, B = factors.tensors()
-            if factors.missing or A.is_meta or B.is_meta:
+            if factors.missing:
                 factors.check((A, B), beside, "computing with it")
             addend = Addend(B, A, weight * factors.scale, -2, start,
                             factors.dropping, factors.share_dropout, factors.rounding)

@@ -18,19 +18,19 @@ class Held(LorafxModule):
     them values, as `reset_parameters` does.
     """
 
-    missing = False  # True from when values were lost, or are to be copied, until some are there
+    missing = False  # True where there may be no values, and not only for now
+    new = False  # True until it first has values
     came_first = False  # True if values came from a file while the weight beside had none yet
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        had_values = not self.on_meta
         super()._apply(_keeping(fn), recurse)  # type: ignore[no-untyped-call]
-        self.missing = self.missing or had_values and self.on_meta
+        self.missing = self.missing or self.on_meta
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if all(f"{prefix}{name}" in state_dict for name in self._parameters):
-            self.missing = self.missing and self.on_meta
+        if all(f"{prefix}{name}" in state_dict for name in self._parameters) and not self.on_meta:
+            self.missing = self.new = False
 
     @property
     def on_meta(self) -> bool:
@@ -52,7 +52,7 @@ class Held(LorafxModule):
                     f"The adapter's tensors have no values since they were on the meta device, and "
                     f"{doing} needs them: load the base and then the adapter, or let "
                     "lorafx.reset_parameters(model) make it anew.")
-            self.missing = False
+            self.missing = self.new = False
 
 
 def _keeping(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
