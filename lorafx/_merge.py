@@ -20,6 +20,8 @@ from ._model.places import places_of
 from ._model.reading import original_name
 from ._model.record import RECORD, injection, trained_modules, weights_of
 from ._model.regions import is_plain_graph
+from ._model.zero import check_gathered
+from ._model.shards import gathered_beside
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -97,6 +99,7 @@ def merge(
         >>> torch.allclose(lorafx.merge(model)(x), model(x))
         True
     """
+    check_gathered(model)
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
     held: dict[str, Branch] = {}
     for site, branch in branches(model).items():
@@ -130,7 +133,8 @@ def _place_trained(model: nn.Module, twin: nn.Module, chosen: Iterable[str]) -> 
             base = owner._parameters[name]
             assert base is not None
             if parameter not in clones:
-                clones[parameter] = same_kind(base, parameter.detach().clone())
+                whole = gathered_beside(base, parameter.detach())
+                clones[parameter] = same_kind(base, whole.clone())
             owner._parameters[name] = clones[parameter]
 
 
@@ -179,7 +183,11 @@ def _fold(places: list[Place], addends: list[Addend], scratch: Scratch) -> None:
         raise UnsupportedModelError(
             f"The {attribute} of a {type(owner).__name__} is still on the meta device, so that "
             "nothing can be folded into it: load the base before lorafx.merge.")
-    total = folded(weight.detach(), [addend.detached for addend in addends], scratch)
+    parts = []
+    for addend in addends:
+        left, right = (gathered_beside(weight, factor.detach()) for factor in addend[:2])
+        parts.append(addend._replace(left=left, right=right))
+    total = folded(weight.detach(), parts, scratch)
     new = same_kind(weight, total) if isinstance(weight, nn.Parameter) else total
     for owner, attribute in places:
         is_parameter = attribute in owner._parameters

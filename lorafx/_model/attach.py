@@ -19,6 +19,7 @@ from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
 from .branches import Branch, Copies, Factors, Trained, branches, factors_at, new_pair, spread
 from .copies import keep_attributes, same_kind
+from .fsdp import check_beside, managed_modules, settle
 from .insert import Insertion, insert_branches
 from .lower import joins
 from .places import places_of, tensor_at
@@ -29,6 +30,7 @@ from .regions import (
     Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
 )
 from .shards import gathered
+from .zero import check_gathered
 
 
 def begin_injection(program: Program, group: bool = True) -> None:
@@ -115,6 +117,8 @@ def attach(program: Program, adapter: Adapter) -> None:
         if site is not None:
             sites.append(site)
     _check_names_are_free(program, sites, adapter)
+    managed = managed_modules(model)
+    _check_fsdp(program, sites, adapter, managed)
     insertions: dict[str, list[Insertion]] = defaultdict(list)
     for site in sites:
         name, block = split_block(site.name)
@@ -128,7 +132,10 @@ def attach(program: Program, adapter: Adapter) -> None:
         factors = Factors(*adapter.pairs[site.name], adapter.config).train(branch.training)
         factors.came_first = program.weight(site).is_meta and not factors.on_meta
         branch._modules[adapter.name] = factors
-        spread(branch, program.weight(site))
+        if owner in managed:
+            factors.spread_apart(program.weight(site).device_mesh)  # type: ignore[attr-defined]
+        else:
+            spread(branch, program.weight(site))
     for region, inserted in insertions.items():
         insert_branches(submodule(model, region), program.graphs[region], inserted, record.group)
     _register_trained(program, adapter)
@@ -175,6 +182,21 @@ def _check_names_are_free(program: Program, sites: list[Site], adapter: Adapter)
             raise UnsupportedModelError(f"The module of '{at}' has an attribute '{name}' already, "
                                         "a name that lorafx needs for its own: rename it, or "
                                         "exclude this site.")
+
+
+def _check_fsdp(
+    program: Program, sites: list[Site], adapter: Adapter, managed: set[nn.Module]
+) -> None:
+    """Raise where what an adapter adds to a model that FSDP2 shards would not be reduced."""
+    for site in sites:
+        if program.places[split_block(site.name)[0]].module in managed:
+            check_beside(program.weight(site), site.name, adapter.name)
+    for name in adapter.trained:
+        if submodule(program.model, name.rpartition(".")[0]) in managed:
+            raise UnsupportedModelError(
+                f"Adapter {adapter.name!r} trains '{name}' whole, which FSDP would not reduce, as "
+                "it knows what it found in the model: lorafx.load or lorafx.add it before "
+                "fully_shard.")
 
 
 def _branch(places: Mapping[str, Place], site: Site) -> Branch:
@@ -233,6 +255,8 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
     They are gathered where they are spread over processes, each of which must call this.
     """
     check_adapter(model, adapter)
+    check_gathered(model)
+    settle(model)
     config = injection(model).configs[adapter]
     pairs: dict[str, Pair] = {}
     stored: dict[str, StoredWeight] = {}

@@ -13,7 +13,7 @@ from .._graph.modules import LorafxModule, is_bare, named_modules, submodule
 from .._graph.sites import Site
 from .._kernels.addend import Addend
 from .held import Held
-from .shards import is_sharded, spread_beside, spread_like
+from .shards import is_sharded, gathered_for_use, spread_beside, spread_evenly, spread_like
 
 
 class Factors(Held):
@@ -21,6 +21,8 @@ class Factors(Held):
 
     A stack has one for each expert. `rounding`, `dropout` and `share_dropout` are as in its config.
     """
+
+    gathers = False  # True: A and B are spread, and nobody else gathers them for forward
 
     def __init__(self, A: Tensor, B: Tensor, scale: float, config: LoRAConfig) -> None:
         super().__init__()
@@ -38,10 +40,8 @@ class Factors(Held):
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """A and B, by way of `forward` where something is hooked to it or patches it."""
-        if is_bare(self):
-            return self.A, self.B
-        found: tuple[Tensor, Tensor] = self()
-        return found
+        A, B = (self.A, self.B) if is_bare(self) else self()
+        return (gathered_for_use(A), gathered_for_use(B)) if self.gathers else (A, B)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -81,6 +81,12 @@ class Factors(Held):
         if A is not self.A:
             trains = self.A.requires_grad
             self.A, self.B = nn.Parameter(A, trains), nn.Parameter(B, trains)
+
+    def spread_apart(self, mesh: Any) -> None:
+        """Spread A and B evenly over the processes of a mesh, and gather them at each use."""
+        self.A = nn.Parameter(spread_evenly(self.A, mesh), self.A.requires_grad)
+        self.B = nn.Parameter(spread_evenly(self.B, mesh), self.B.requires_grad)
+        self.gathers = True
 
     def extra_repr(self) -> str:
         dropout = f", dropout={self.dropout:g}" if self.dropout else ""

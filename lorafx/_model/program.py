@@ -18,6 +18,7 @@ from .._graph.rules import linear_call
 from .._graph.sites import Site, blocks_matching, sort_key
 from .._graph.trace import tracing
 from .._graph.watch import Unsound
+from .fsdp import settle
 from .homes import home
 from .places import Weight, Weights, base_parameters, places_of, tensor_at
 from .refusals import is_unsupported_torch_layer, unsupported_layer, why_not_site, why_packed
@@ -26,6 +27,7 @@ from .uses import (
     GraphUses, LinearUse, Usage, missed_uses, moves_into_caller, splits_of_modules, uses_in_graphs,
     uses_in_python
 )
+from .zero import check_gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Program:
 
 def read_program(model: nn.Module) -> Program:
     """Trace every module of a model that could make a linear call, and find the sites."""
+    check_gathered(model)
+    settle(model)
     every_name = users_modules(model)
     paths = paths_of(every_name)
     modules = {names[0]: module for module, names in paths.items()}

@@ -9,6 +9,7 @@ from .._adapter.names import dotted, split_block
 from .._errors import AdapterError
 from .branches import Branch, Copies, Factors, branches, factors_at, spread
 from .copies import same_kind
+from .fsdp import settle
 from .homes import home
 from .places import places_of, tensor_at
 from .reading import base_tensor
@@ -23,6 +24,7 @@ def reset(model: nn.Module, adapter: str, keep: bool) -> None:
     What it trains whole becomes a copy of the base's. Nothing is changed unless the base beside
     has values. `keep` keeps what came from a file before that.
     """
+    settle(model)
     places, held = places_of(model), branches(model)
     todo: list[Callable[[], None]] = []
     for site in injection(model).configs[adapter].targets:

@@ -14,7 +14,39 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def gathered(tensor: Tensor) -> Tensor:
     """All of a tensor. For one that is spread over processes, each of them must ask."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return tensor
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    whole: Tensor = tensor.to(mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+    return whole
+
+
+def gathered_for_use(tensor: Tensor) -> Tensor:
+    """All of a tensor, for a forward pass of this process's part of a batch.
+
+    The gradient is the mean of those of all processes, each of which gets its part.
+    """
+    from torch.distributed.tensor import Partial
+
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    whole: Tensor = tensor.full_tensor(  # type: ignore[attr-defined]
+        grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: gradient / mesh.size())
+    return whole
+
+
+def spread_evenly(tensor: Tensor, mesh: Any) -> Tensor:
+    """A whole tensor, split along its first axis over the last axis of a mesh, as FSDP does it."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    return _distributed(tensor, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)])
+
+
+def gathered_beside(live: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor to put in the place of another, or beside it: all of it, unless that is spread."""
+    return tensor if is_sharded(live) else gathered(tensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
