@@ -11,13 +11,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, set_model_state_dict
 )
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lorafx
-from tests.sharded.fsdp2 import shard
 from tests.support.sharded import (
     Decoder, Layer, adapted, decoder, largest_difference, one_process, train
 )
@@ -31,6 +30,12 @@ def shared_folder() -> Path:
     names: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(names)
     return Path(names[0])
+
+
+def shard(model: Any) -> Any:
+    for layer in model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
 
 
 def empty() -> Decoder:
