@@ -27,6 +27,7 @@ if _typing.TYPE_CHECKING:
     from ._inject import MergeLoRA as MergeLoRA
     from ._inject import add as add
     from ._inject import inject as inject
+    from ._inject import reset_parameters as reset_parameters
     from ._inject import sites as sites
     from ._merge import eject as eject
     from ._merge import merge as merge
@@ -49,7 +50,7 @@ else:
                    "MismatchError NoSiteError NotInjectedError TiedWeightError "
                    "UnsupportedModelError",
         "_graph.sites": "Site Targets",
-        "_inject": "InjectLoRA MergeLoRA add inject sites",
+        "_inject": "InjectLoRA MergeLoRA add inject reset_parameters sites",
         "_merge": "eject merge",
         "_resume": "resume",
         "_save": "load save",

@@ -19,7 +19,8 @@ from ._model.branches import branches
 from ._model.copies import share
 from ._model.guard import check_model
 from ._model.program import read_program
-from ._model.record import find_injection
+from ._model.record import check_adapter, find_injection, injection
+from ._model.reset import reset
 from ._switch import activate
 
 
@@ -142,6 +143,38 @@ def add(
     settings = LoRAConfig(rank, targets=is_adapted if targets is None else targets, **config)
     program = read_program(model)
     attach(program, new_adapter(program, adapter, settings))
+
+
+@torch.inference_mode(False)
+def reset_parameters(model: nn.Module, adapter: str | None = None) -> None:
+    """Give adapters the values that new ones have: for a model that was made on the meta device.
+
+    Each A is drawn in the order in which `inject` draws it, each B is 0, and a module trained whole
+    is a copy of the base's. What is still on meta gets memory where the base beside it is; of a
+    tensor that is spread over processes, each of which must call this, each gets its part of one
+    draw.
+
+    Args:
+        model: an injected model whose base has its values.
+        adapter: one adapter; by default the active ones, but for what `load` read from a file while
+            the base was still on meta, which is kept.
+
+    Raises:
+        AdapterError: the base is still on the meta device. Nothing has changed then.
+
+    Example:
+        >>> import torch, lorafx
+        >>> with torch.device("meta"):
+        ...     model = lorafx.inject(torch.nn.Linear(4, 4))
+        >>> _ = model.load_state_dict(torch.nn.Linear(4, 4).state_dict(), strict=False, assign=True)
+        >>> lorafx.reset_parameters(model)
+        >>> model(torch.ones(1, 4)).shape
+        torch.Size([1, 4])
+    """
+    if adapter is not None:
+        check_adapter(model, adapter)
+    for name in injection(model).active if adapter is None else [adapter]:
+        reset(model, name, keep=adapter is None)
 
 
 class InjectLoRA(PassBase):

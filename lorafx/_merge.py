@@ -21,6 +21,7 @@ from ._model.places import base_parameters, places_of
 from ._model.reading import original_name
 from ._model.record import RECORD, injection, trained_modules, weights_of
 from ._model.regions import is_plain_graph
+from ._model.zero import check_gathered
 from ._model.shards import gathered_beside
 
 
@@ -101,6 +102,7 @@ def merge(
         >>> torch.allclose(lorafx.merge(model)(x), model(x))
         True
     """
+    check_gathered(model)
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
     check_can_be_copied(model)
     held: dict[str, Branch] = {}
@@ -119,7 +121,7 @@ def merge(
     places = places_of(twin)
     by_weight: dict[tuple[str, ...], list[Addend]] = defaultdict(list)
     for site, (names, _) in owners.items():
-        by_weight[tuple(names)] += held[site].addends(chosen, stored=True)
+        by_weight[tuple(names)] += held[site].addends(None, chosen, stored=True)
     scratch = Scratch()
     for aliases, addends in by_weight.items():
         _fold([places[name] for name in aliases], addends, scratch)
@@ -181,6 +183,10 @@ def _fold(places: list[Place], addends: list[Addend], scratch: Scratch) -> None:
             f"The {attribute} of a {type(owner).__name__} is computed before every call, by a hook "
             "such as the old weight_norm's: remove that from the model "
             "(torch.nn.utils.remove_weight_norm) before lorafx.inject.")
+    if weight.is_meta:
+        raise UnsupportedModelError(
+            f"The {attribute} of a {type(owner).__name__} is still on the meta device, so that "
+            "nothing can be folded into it: load the base before lorafx.merge.")
     parts = []
     for addend in addends:
         left, right = (gathered_beside(weight, factor.detach()) for factor in addend[:2])

@@ -102,7 +102,7 @@ PUBLIC = [
     "MergeLoRA", "MismatchError", "NoSiteError", "NotInjectedError", "Site", "Summary", "Targets",
     "TiedWeightError", "UnsupportedModelError", "activate", "adapters", "add", "compile_options",
     "compose", "disabled", "eject", "inject", "load", "merge", "named_parameters", "parameters",
-    "remove", "resume", "save", "sites", "summary"]
+    "remove", "reset_parameters", "resume", "save", "sites", "summary"]
 
 
 def test_the_public_surface():

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .._adapter.adapter import Adapter
+from .._adapter.adapter import Adapter, Pair
 from .._adapter.config import LoRAConfig, pattern_matches
 from .._adapter.names import (
     branch_name, check_name, closest_names, dotted, name_matches, split_block
@@ -17,7 +17,7 @@ from .._errors import AdapterError, ConfigError, NoSiteError, UnsupportedModelEr
 from .._graph.modules import LorafxModule, Place, submodule
 from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
-from .branches import Branch, Factors, Trained, new_pair, spread
+from .branches import Branch, Copies, Factors, Trained, new_pair, spread
 from .copies import keep_attributes, same_kind
 from .flat import check_takes_parameters
 from .fsdp import check_beside, managed_modules
@@ -73,7 +73,10 @@ def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
             names = closest_names(pattern, [site.name for site in chosen])
             raise NoSiteError(f"The pattern {pattern!r} matches none of the {len(chosen)} sites "
                               f"chosen: {names}.")
-    pairs = {site.name: new_pair(config, site, program.weight(site)) for site in chosen}
+    pairs: dict[str, Pair] = {}
+    for site in chosen:
+        device = program.home(site, has_values=False)
+        pairs[site.name] = new_pair(config, site, program.weight(site), device)
     copies = {key: parameter.detach().clone() for key, parameter in trained.items()}
     return Adapter(name, config, pairs, copies)
 
@@ -129,6 +132,7 @@ def attach(program: Program, adapter: Adapter) -> None:
                 insertions[call.region].append(Insertion(call, path, reverse))
         branch = _branch(program.places, site)
         factors = Factors(*adapter.pairs[site.name], adapter.config).train(branch.training)
+        factors.came_first = program.weight(site).is_meta and not factors.on_meta
         branch._modules[adapter.name] = factors
         if owner in managed:
             factors.spread_apart(program.weight(site).device_mesh)  # type: ignore[attr-defined]
@@ -233,10 +237,12 @@ def _register_trained(program: Program, adapter: Adapter) -> None:
     for module in list(program.model.modules()):
         if isinstance(module, LorafxModule):
             continue
-        own = LorafxModule()
+        own = Copies()
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter in trained:
                 own._parameters[name] = trained[parameter]
+                own.missing = own.missing or own.on_meta
+                own.came_first = parameter.is_meta and not own.on_meta
         if own._parameters:
             module._modules.setdefault("trained", Trained())
             submodule(module, "trained")._modules[adapter.name] = own

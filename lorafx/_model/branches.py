@@ -1,6 +1,6 @@
 """The modules that hold adapters inside a model: branches beside linear calls, trained modules."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,14 @@ from .._adapter.names import site_name, split_block
 from .._graph.modules import LorafxModule, is_bare, named_modules, submodule
 from .._graph.sites import Site
 from .._kernels.addend import Addend
+from .held import Held
 from .shards import (
     agreed, gathered_for_use, is_sharded, reduced_for_use, spread_beside, spread_evenly,
     spread_like, spread_parameter
 )
 
 
-class Factors(LorafxModule):
+class Factors(Held):
     """One adapter at one site: A (rank, in), B (out, rank) and the scale s; or stacks of A and B.
 
     A stack has one for each expert. `rounding`, `dropout` and `share_dropout` are as in its config.
@@ -34,6 +35,7 @@ class Factors(LorafxModule):
         self.scale = scale
         self.init, self.rounding = config.init, config.rounding
         self.dropout, self.share_dropout = config.dropout, config.share_dropout
+        self.missing = self.new = self.on_meta
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """A and B, for hooks that put them in place before a module's forward."""
@@ -46,18 +48,42 @@ class Factors(LorafxModule):
             return gathered_for_use(A), gathered_for_use(B)
         return reduced_for_use(A), reduced_for_use(B)
 
-    @torch.no_grad()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.new and not self.on_meta:
+            self.draw()
+        return self
+
     def reset_parameters(self) -> None:
+        """As layers of torch have it, for loops that give what was on meta its first values.
+
+        What came from a file before the base was there is kept.
+        """
+        if not self.came_first:
+            self.draw()
+
+    @torch.no_grad()
+    def draw(self) -> None:
         """Draw A, from torch's default generator, and set B to zero, as `inject` does."""
         drawn = torch.empty(self.shapes[0], dtype=self.A.dtype, device=self.A.device)
         if drawn.numel() and not drawn.is_meta:
             INITS[self.init](drawn)
             self.A.copy_(spread_like(self.A, drawn))
             self.B.zero_()
+            self.missing = self.new = False
 
     def spread(self, weight: Tensor | None, transposed: bool, rows: bool) -> None:
-        """Spread A and B over processes as the weight beside them is."""
-        A, B = spread_beside(weight, self.A, self.B, transposed, rows)
+        """Spread A and B over processes as the weight beside them is.
+
+        Those that came before the weight had values go to its device.
+        """
+        A: Tensor = self.A
+        B: Tensor = self.B
+        there = weight is not None and not weight.is_meta
+        waits = self.came_first and there and not is_sharded(A)
+        if waits and weight is not None and A.device != weight.device:
+            A, B = A.detach().to(weight.device), B.detach().to(weight.device)
+        A, B = spread_beside(weight, A, B, transposed, rows)
         if A is not self.A:
             trains = self.A.requires_grad
             self.A, self.B = nn.Parameter(A, trains), nn.Parameter(B, trains)
@@ -100,18 +126,20 @@ class Branch(LorafxModule):
 
     def forward(self, x: Tensor, y: Tensor, reverse: bool = False) -> Tensor:
         """x (..., in), y (..., out) -> (..., out); in and out the other way round for `reverse`."""
-        for addend in self.addends():
+        for addend in self.addends(y):
             if reverse:
                 addend = addend.transposed
             y = addend.add_to_output(y, x)
         return y
 
     def addends(
-        self, weights: Mapping[str, float] | None = None, stored: bool = False
+        self, beside: Tensor | None, weights: Mapping[str, float] | None = None,
+        stored: bool = False,
     ) -> list[Addend]:
         """Return what adapters add to W (out, in): the active, or those of {adapter: weight} here.
 
-        `stored` means W as the model stores it, which is (in, out) at a transposed site.
+        They have values, unless the tensor `beside` them, such as W, has none either. `stored`
+        means W as the model stores it, which is (in, out) at a transposed site.
         """
         start = self.rows[0] if self.rows else 0
         chosen = self._active if weights is None else weights.items()
@@ -121,10 +149,19 @@ class Branch(LorafxModule):
                 continue
             factors: Factors = self._modules[name]  # type: ignore[assignment]
             A, B = factors.tensors()
+            if factors.missing:
+                factors.check((A, B), beside, "computing with it")
             addend = Addend(B, A, weight * factors.scale, -2, start,
                             factors.dropping, factors.share_dropout, factors.rounding)
             found.append(addend.transposed if stored and self.transposed else addend)
         return found
+
+
+class Copies(Held):
+    """What one adapter trains whole of a base module: copies of its parameters."""
+
+    def reset_parameters(self) -> None:
+        """Nothing, for loops that call it: `lorafx.reset_parameters` copies the base's values."""
 
 
 class Trained(LorafxModule):
@@ -193,15 +230,17 @@ def branches(model: nn.Module) -> dict[str, Branch]:
     return found
 
 
-def new_pair(config: LoRAConfig, site: Site, weight: Tensor) -> Pair:
+def new_pair(
+    config: LoRAConfig, site: Site, weight: Tensor, device: torch.device
+) -> Pair:
     """Return a fresh A (rank, in), drawn from torch's default generator, and B (out, rank), zero.
 
     A stack of experts has stacks of both, (experts, rank, in) and (experts, out, rank).
     """
     rank, dtype = config.site_rank(site.name), factor_dtype(config, weight)
     stack = () if site.experts is None else (site.experts,)
-    A = torch.empty(*stack, rank, site.in_features, dtype=dtype, device=weight.device)
-    B = torch.zeros(*stack, site.out_features, rank, dtype=dtype, device=weight.device)
+    A = torch.empty(*stack, rank, site.in_features, dtype=dtype, device=device)
+    B = torch.zeros(*stack, site.out_features, rank, dtype=dtype, device=device)
     if A.numel() and not A.is_meta:
         INITS[config.init](A)
     return Pair(A, B, config.site_scale(site.name))

@@ -8,13 +8,17 @@ from torch import Tensor, nn
 from .._adapter.adapter import Adapter, Pair, StoredWeight
 from .._adapter.names import dotted, split_block
 from .._errors import AdapterError
-from .branches import branches, factors_at
+from .branches import Copies, branches, factors_at
 from .flat import in_shape
 from .fsdp import settle
 from .places import places_of, tensor_at
 from .record import check_adapter, injection, is_cut, trained_modules
 from .shards import gathered
 from .together import from_all, on_cpu
+from .zero import check_gathered
+
+
+_TAKING = "taking it from its model"
 
 
 def extract(model: nn.Module, adapter: str) -> Adapter:
@@ -37,6 +41,7 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
 def extract_here(model: nn.Module, adapter: str) -> Adapter:
     """`extract`, but of a stage of a pipeline only what is in this process."""
     check_adapter(model, adapter)
+    check_gathered(model)
     settle(model)
     with in_shape(model, adapter):
         config = injection(model).configs[adapter]
@@ -46,10 +51,16 @@ def extract_here(model: nn.Module, adapter: str) -> Adapter:
         for site, branch in branches(model).items():
             factors, place = factors_at(branch, adapter), places.get(split_block(site)[0])
             if factors is not None and place is not None:
-                A, B = (gathered(factor.detach()) for factor in factors.tensors())
+                live = factors.tensors()
+                factors.check(live, None, _TAKING)
+                A, B = (gathered(factor.detach()) for factor in live)
                 pairs[site] = Pair(A, B, factors.scale)
                 shape, start = tuple(tensor_at(place).shape), branch.rows[0] if branch.rows else 0
                 stored[site] = StoredWeight(shape, branch.transposed, start)
+        for _, _, held in trained_modules(model):
+            copies = held._modules.get(adapter)
+            if isinstance(copies, Copies):
+                copies.check([*copies.parameters()], None, _TAKING)
         whole = trained_whole(model, adapter)
         trained = {name: gathered(parameter.detach()) for name, parameter in whole.items()}
     return Adapter(adapter, config, pairs, trained, stored)

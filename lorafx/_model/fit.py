@@ -12,7 +12,9 @@ from .._adapter.adapter import Adapter, Pair
 from .._adapter.config import factor_dtype
 from .._adapter.names import closest_names, renaming, split_block
 from .._errors import MismatchError
+from .._graph.modules import submodule
 from .._graph.sites import Site, blocks_matching
+from .homes import home
 from .program import Program
 
 
@@ -47,7 +49,8 @@ def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -
                                 f"that of '{other}' too: untie them first.")
         weight = program.weight(site)
         dtype = factor_dtype(adapter.config, weight)
-        copied = functools.partial(torch.Tensor.to, device=weight.device, dtype=dtype, copy=True,
+        device = program.home(site, has_values=True)
+        copied = functools.partial(torch.Tensor.to, device=device, dtype=dtype, copy=True,
                                    memory_format=torch.contiguous_format)
         pairs[site.name] = Pair(copied(pair.A), copied(pair.B), pair.scale)
     adapted = {id(program.weight(sites[name])): name for name in pairs}
@@ -55,6 +58,10 @@ def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -
     if len(trained) != len(adapter.trained):
         raise MismatchError(f"{source} has one trained tensor under two names of this model.")
     fitted = _fit_trained(base, adapted, trained, adapter.untied, source)
+    for name, tensor in fitted.items():
+        owner = submodule(program.model, name.rpartition(".")[0])
+        device = home(owner, base[name], has_values=True)
+        fitted[name] = tensor.to(device, base[name].dtype, copy=True)
     return dataclasses.replace(adapter, pairs=pairs, trained=fitted)
 
 
@@ -110,7 +117,7 @@ def _fit_trained(
         if other is not name:
             raise MismatchError(f"{source} has a trained '{name}', which in this model is the "
                                 f"weight of '{other}', that it has too.")
-        fitted[name] = tensor.to(base[name], copy=True)
+        fitted[name] = tensor
     return fitted
 
 

@@ -12,6 +12,7 @@ from .._graph.modules import LorafxModule, hooks
 from .._graph.scan import MODULE_STATE, values_in
 from .._kernels.private import has_compiled_call
 from .record import find_injection
+from .zero import check_not_managed
 
 
 # (module, class, what it is, what to do). A class is looked up only where its module is loaded, so
@@ -51,6 +52,7 @@ def check_model(model: nn.Module) -> None:
     if find_injection(model) is not None:
         raise AdapterError(f"This {type(model).__name__} is injected already: lorafx.add gives it "
                            "another adapter.")
+    check_not_managed(model)
     foreign: list[tuple[type, str, str]] = []
     for where, name, what, instead in FOREIGN:
         found = getattr(sys.modules.get(where), name, None)

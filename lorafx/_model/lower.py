@@ -89,7 +89,7 @@ def _call(member: Any) -> AdaptedCall | None:
 
 
 def _linear(weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> AdaptedCall:
-    addends = [addend for branch in branches for addend in branch.addends()]
+    addends = [addend for branch in branches for addend in branch.addends(weight)]
     if type(weight) not in PLAIN:
         check_spread(weight, [factor for addend in addends for factor in addend[:2]])
     return AdaptedCall(weight, bias, addends)

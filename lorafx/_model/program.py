@@ -9,6 +9,7 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, fx, nn
 
 from .._adapter.names import split_block
@@ -18,6 +19,7 @@ from .._graph.sites import Site, blocks_matching, sort_key
 from .._graph.trace import tracing
 from .._graph.watch import Unsound
 from .fsdp import settle
+from .homes import home
 from .places import Weight, Weights, base_parameters, places_of, tensor_at
 from .refusals import is_unsupported_torch_layer, unsupported_layer, why_not_site, why_packed
 from .regions import why_not_region
@@ -25,6 +27,7 @@ from .uses import (
     GraphUses, LinearUse, Usage, missed_uses, moves_into_caller, splits_of_modules, uses_in_graphs,
     uses_in_python
 )
+from .zero import check_gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,11 @@ class Program:
         tensor: Tensor = tensor_at(self.places[split_block(site.name)[0]])
         return tensor
 
+    def home(self, site: Site, has_values: bool) -> torch.device:
+        """The device for a new pair at a site, which may have values already."""
+        owner = self.places[split_block(site.name)[0]].module
+        return home(owner, self.weight(site), has_values)
+
     @property
     def left_alone(self) -> dict[str, str]:
         """{name: why it is not a site} of tensors and modules, for error messages."""
@@ -89,6 +97,7 @@ class Program:
 
 def read_program(model: nn.Module) -> Program:
     """Trace every module of a model that could make a linear call, and find the sites."""
+    check_gathered(model)
     settle(model)
     every_name = users_modules(model)
     paths = paths_of(every_name)

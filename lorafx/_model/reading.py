@@ -1,5 +1,6 @@
 """What Python reads of a weight beside which branches stand."""
 
+import contextvars
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,15 @@ from .._kernels.addend import Addend
 from .._kernels.private import is_transforming
 from .._kernels.weights import whole
 from .adapted_weight import NARROW, AdaptedWeight
-from .branches import Branch, Trained
+from .branches import Branch, Copies, Trained
 from .readers import Answer, answer as answer_to_reader
 from .shards import check_all_spread, check_spread, gathered_for_use, is_sharded
 
 
 FROZEN_PREFIX = "frozen_"
+# The modules of which the user's `reset_parameters` is running: it writes into W.
+RESETTING: contextvars.ContextVar[tuple[nn.Module, ...]] = contextvars.ContextVar(
+    "resetting", default=())
 
 
 def adapted_names(owner: nn.Module) -> tuple[str, ...]:
@@ -45,10 +49,14 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
     """Return W, or what an active adapter that trains the module whole has in its place."""
     trained = owner._modules.get("trained")
     if isinstance(trained, Trained) and trained.used is not None:
-        tensors = trained._modules[trained.used]._parameters  # type: ignore[union-attr]
-        if attribute in tensors:
-            check_all_spread(tensors[attribute])
-            return _as_base_is(tensors[attribute], base_tensor(owner, attribute))
+        copies: Copies = trained._modules[trained.used]  # type: ignore[assignment]
+        if attribute in copies._parameters:
+            base = base_tensor(owner, attribute)
+            if copies.missing:
+                copies.check([*copies.parameters()], base, "computing with it")
+            own: Any = copies._parameters[attribute]
+            check_all_spread(own)
+            return _as_base_is(own, base)
     return base_tensor(owner, attribute)
 
 
@@ -88,12 +96,12 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     answer = Answer.ADAPTED
     if not compiling:
         answer = answer_to_reader()
-        if answer in (Answer.PARAMETER, Answer.LAYER):
+        if answer in (Answer.PARAMETER, Answer.LAYER) or owner in RESETTING.get():
             return base_tensor(owner, attribute)  # type: ignore[no-any-return]
     matrix = base_or_trained(owner, attribute)
     addends: list[Addend] = []
     for branch in branches_beside(owner, attribute):
-        addends += branch.addends(stored=True)
+        addends += branch.addends(matrix, stored=True)
     if not addends:
         return matrix  # type: ignore[no-any-return]
     if not compiling:

@@ -20,7 +20,7 @@ from .fsdp import change_class, own_class, state_without_fsdp
 from .lower import LinearForward, forward_of, lower
 from .readers import GENERATED, Answer, answer
 from .reading import (
-    FROZEN_PREFIX, adapted, adapted_names, base_or_trained, branches_beside, followers
+    FROZEN_PREFIX, RESETTING, adapted, adapted_names, base_or_trained, branches_beside, followers
 )
 from .shards import check_meshes
 
@@ -261,6 +261,9 @@ def _derived(
         for name in names:
             namespace[name] = _adapted_property(name)
             namespace[FROZEN_PREFIX + name] = _frozen_property(name)
+        reset = getattr(user_class, "reset_parameters", None)
+        if isinstance(reset, types.FunctionType):
+            namespace["reset_parameters"] = _resetting_base(reset)
         if code is not None:
             namespace |= _compiled(user_class, code) | {"_linear": forward}
         made = _make_class(user_class, Adapted if code is None else Region, namespace)
@@ -280,6 +283,20 @@ def _compiled(user_class: type[nn.Module], code: fx.graph.PythonCode) -> dict[st
     exec(compile(source, filename, "exec"), names)
     return {"forward": names["forward"], "_code": source, "_python_code": code,
             "_lineno_map": code._lineno_map, "_prologue_start": code._prologue_start}
+
+
+def _resetting_base(reset: types.FunctionType) -> Any:
+    """A layer's `reset_parameters`, which gives W its first values and so must get to it."""
+
+    @functools.wraps(reset)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        token = RESETTING.set((*RESETTING.get(), self))
+        try:
+            return reset(self, *args, **kwargs)
+        finally:
+            RESETTING.reset(token)
+
+    return run
 
 
 def _adapted_property(name: str) -> property:

@@ -1,6 +1,7 @@
 """Where a training run stands: taken from an adapter's live tensors and optimizer, and put back."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ from .together import from_all, on_cpu
 
 Groups = list[tuple[dict[str, Any], list[str]]]  # (options, names of tensors)
 State = dict[str, dict[str, Any]]  # {name of a tensor: {key: what the optimizer keeps}}
+# (module, class, attribute): an optimizer of this class stands for the one in this attribute.
+# A class is looked up only where its module is loaded, so that nothing is imported for it.
+WRAPPERS = (("accelerate.optimizer", "AcceleratedOptimizer", "optimizer"),)
 NOT_OPTIONS = ("params", "param_names")  # of a parameter group: they are this process's own
 
 
@@ -36,8 +40,17 @@ def live_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     return found | trained_whole(model, adapter)
 
 
+def _unwrapped(optimizer: Any) -> Any:
+    for where, name, attribute in WRAPPERS:
+        cls = getattr(sys.modules.get(where), name, None)
+        if cls is not None and isinstance(optimizer, cls):
+            return _unwrapped(getattr(optimizer, attribute))
+    return optimizer
+
+
 def capture(model: nn.Module, adapter: str, optimizer: Any, step: Any) -> Training:
     """Return where the training of an adapter stands, on the optimizer's own tensors."""
+    optimizer = _unwrapped(optimizer)
     is_step = type(step) is int and 0 <= step < 2**63
     if not isinstance(optimizer, torch.optim.Optimizer) or not is_step:
         raise ConfigError(
@@ -143,6 +156,7 @@ def state_to_load(
 
     `parameters` has this process's own by the names that the training state has for them.
     """
+    optimizer = _unwrapped(optimizer)
     if not isinstance(optimizer, torch.optim.Optimizer) or _kind(optimizer) != training.kind:
         raise MismatchError(f"{source} has the state of a {short_repr(training.kind)}, not of a "
                             f"{_kind(optimizer)}.")
@@ -211,6 +225,7 @@ def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> No
 
     load_state_dict casts floating-point state to the parameter's dtype.
     """
+    optimizer = _unwrapped(optimizer)
     optimizer.load_state_dict(dict(state))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, parameter in enumerate(parameters):
