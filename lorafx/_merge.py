@@ -10,11 +10,13 @@ from torch.nn.utils import parametrize
 
 from ._adapter.names import branch_name, dotted, split_block
 from ._errors import TiedWeightError, UnsupportedModelError
+from ._graph.dispatched import put, value_of
 from ._graph.modules import LorafxModule, Place, named_modules, submodule
 from ._kernels.addend import Addend
 from ._kernels.scratch import Scratch
 from ._kernels.weights import folded
 from ._model.branches import Branch, branches, factors_at
+from ._model.guard import check_each_in_its_place, check_graphs_not_dispatched
 from ._model.copies import same_kind, share
 from ._model.places import places_of
 from ._model.reading import original_name
@@ -42,6 +44,7 @@ def eject(model: M) -> M:
         True
     """
     record = injection(model)
+    check_graphs_not_dispatched(model)
     twin = share(model, ejecting=True)
     for path, module in named_modules(model):
         if is_plain_graph(module):
@@ -97,6 +100,7 @@ def merge(
         >>> torch.allclose(lorafx.merge(model)(x), model(x))
         True
     """
+    check_each_in_its_place(model)
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
     held: dict[str, Branch] = {}
     for site, branch in branches(model).items():
@@ -126,12 +130,15 @@ def _place_trained(model: nn.Module, twin: nn.Module, chosen: Iterable[str]) -> 
     clones: dict[nn.Parameter, nn.Parameter] = {}  # a parameter under two names stays one
     for path, _, trained in trained_modules(model):
         owner = submodule(twin, path)
-        for name, parameter in trained.sets().get(trained.choose(chosen) or "", {}).items():
+        adapter = trained.choose(chosen) or ""
+        for name, parameter in trained.sets().get(adapter, {}).items():
             base = owner._parameters[name]
             assert base is not None
             if parameter not in clones:
-                clones[parameter] = same_kind(base, parameter.detach().clone())
-            owner._parameters[name] = clones[parameter]
+                value = value_of(submodule(trained, adapter), name, parameter.detach())
+                clones[parameter] = same_kind(base, value.clone())
+            if not put(owner, name, clones[parameter]):
+                owner._parameters[name] = clones[parameter]
 
 
 def _owners(
@@ -175,9 +182,12 @@ def _fold(places: list[Place], addends: list[Addend], scratch: Scratch) -> None:
             f"The {attribute} of a {type(owner).__name__} is computed before every call, by a hook "
             "such as the old weight_norm's: remove that from the model "
             "(torch.nn.utils.remove_weight_norm) before lorafx.inject.")
-    total = folded(weight.detach(), [addend.detached for addend in addends], scratch)
+    value = value_of(owner, attribute, weight.detach())
+    total = folded(value, [addend.detached for addend in addends], scratch)
     new = same_kind(weight, total) if isinstance(weight, nn.Parameter) else total
     for owner, attribute in places:
+        if put(owner, attribute, new):
+            continue
         is_parameter = attribute in owner._parameters
         tensors: dict[str, Any] = owner._parameters if is_parameter else owner._buffers
         tensors[attribute] = new

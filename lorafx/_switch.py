@@ -10,9 +10,10 @@ from ._adapter.adapter import Adapter, Pair
 from ._adapter.config import LoRAConfig
 from ._adapter.names import dotted
 from ._errors import AdapterError
+from ._graph.dispatched import offloaded_parameters
 from ._graph.modules import named_modules
 from ._model.attach import attach, check_new_name, extract
-from ._model.branches import branches
+from ._model.branches import OFFLOADED, branches
 from ._model.program import read_program
 from ._model.record import (
     check_adapter, holders, injection, refresh, set_trainable, trained_modules, weights_of
@@ -82,6 +83,9 @@ def named_parameters(
 
     These are each A and B, and the parameters of modules trained whole.
 
+    Raises:
+        AdapterError: accelerate offloads them, and new ones take their places in each call.
+
     Example:
         >>> import torch, lorafx
         >>> [name for name, _ in lorafx.named_parameters(lorafx.inject(torch.nn.Linear(4, 4)))]
@@ -90,7 +94,7 @@ def named_parameters(
     if adapter is not None:
         check_adapter(model, adapter)
     wanted = list(injection(model).active) if adapter is None else [adapter]
-    holding, seen = set(holders(model)), set()
+    holding, seen, away = set(holders(model)), set(), offloaded_parameters(model)
     for path, module in named_modules(model):
         if module not in holding:
             continue
@@ -99,6 +103,8 @@ def named_parameters(
             if held is None:
                 continue
             for key, parameter in held.named_parameters():
+                if parameter in away:
+                    raise AdapterError(OFFLOADED)
                 if parameter not in seen:
                     seen.add(parameter)
                     yield dotted(path, f"{name}.{key}"), parameter

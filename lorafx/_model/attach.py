@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter, Pair, StoredWeight
 from .._adapter.config import LoRAConfig, pattern_matches
@@ -14,11 +14,13 @@ from .._adapter.names import (
     branch_name, check_name, closest_names, dotted, name_matches, split_block
 )
 from .._errors import AdapterError, ConfigError, NoSiteError, UnsupportedModelError
+from .._graph.dispatched import value_of
 from .._graph.modules import LorafxModule, Place, submodule
 from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
 from .branches import Branch, Factors, Trained, branches, factors_at, new_pair, spread
 from .copies import keep_attributes, same_kind
+from .guard import check_each_in_its_place, check_graphs_not_dispatched
 from .insert import Insertion, insert_branches
 from .lower import joins
 from .places import places_of, tensor_at
@@ -70,8 +72,9 @@ def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
             names = closest_names(pattern, [site.name for site in chosen])
             raise NoSiteError(f"The pattern {pattern!r} matches none of the {len(chosen)} sites "
                               f"chosen: {names}.")
-    pairs = {site.name: new_pair(config, site, program.weight(site)) for site in chosen}
-    copies = {key: parameter.detach().clone() for key, parameter in trained.items()}
+    pairs = {site.name: new_pair(config, site, program.weight(site), program.device(site))
+             for site in chosen}
+    copies = {name: program.base_value(name).clone() for name in trained}
     return Adapter(name, config, pairs, copies)
 
 
@@ -106,6 +109,8 @@ def attach(program: Program, adapter: Adapter) -> None:
     Everything that can fail is checked before a change.
     """
     model, record = program.model, injection(program.model)
+    check_each_in_its_place(model)
+    check_graphs_not_dispatched(model)
     sites: list[Site] = []
     for name in adapter.pairs:
         site = program.site(name)
@@ -227,6 +232,7 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
     They are gathered where they are spread over processes, each of which must call this.
     """
     check_adapter(model, adapter)
+    check_each_in_its_place(model)
     config = injection(model).configs[adapter]
     pairs: dict[str, Pair] = {}
     stored: dict[str, StoredWeight] = {}
@@ -243,9 +249,15 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
         raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module or "
                            "weight was replaced after injection, as by resize_token_embeddings "
                            "with a head: do that before lorafx.inject.")
-    whole = trained_whole(model, adapter)
-    trained = {name: gathered(parameter.detach()) for name, parameter in whole.items()}
+    trained = {name: gathered(_value_of_trained(model, adapter, name))
+               for name in trained_whole(model, adapter)}
     return Adapter(adapter, config, pairs, trained, stored)
+
+
+def _value_of_trained(model: nn.Module, adapter: str, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    own = submodule(model, dotted(path, f"trained.{adapter}"))
+    return value_of(own, attribute, own._parameters[attribute].detach())  # type: ignore[union-attr]
 
 
 def trained_whole(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

@@ -1,6 +1,7 @@
 """The modules that hold adapters inside a model: branches beside linear calls, trained modules."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -8,6 +9,8 @@ from torch import Tensor, fx, nn
 from .._adapter.adapter import Pair
 from .._adapter.config import INITS, LoRAConfig, factor_dtype
 from .._adapter.names import site_name, split_block
+from .._errors import AdapterError
+from .._graph.dispatched import is_bringing_all, is_offloaded
 from .._graph.modules import LorafxModule, is_bare, named_modules, submodule
 from .._graph.sites import Site
 from .._kernels.addend import Addend
@@ -19,6 +22,8 @@ class Factors(LorafxModule):
 
     A stack has one for each expert. `rounding`, `dropout` and `share_dropout` are as in its config.
     """
+
+    _brought = False  # True: a hook at a module above may put new A and B here for each call
 
     def __init__(self, A: Tensor, B: Tensor, scale: float, config: LoRAConfig) -> None:
         super().__init__()
@@ -35,10 +40,19 @@ class Factors(LorafxModule):
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """A and B, by way of `forward` where something is hooked to it or patches it."""
-        if is_bare(self):
-            return self.A, self.B
-        found: tuple[Tensor, Tensor] = self()
+        found: tuple[Tensor, Tensor] = (self.A, self.B) if is_bare(self) else self()
+        if self._brought or is_offloaded(self):
+            for name, tensor in zip("AB", found):
+                refuse_gradients(self, name, tensor)
         return found
+
+    def named_modules(
+        self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As ever; where accelerate brings all tensors below a module, A and B are among them."""
+        if is_bringing_all():
+            self._brought = True
+        yield from super().named_modules(memo, prefix, remove_duplicate)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -129,6 +143,22 @@ class Trained(LorafxModule):
         return next((name for name in adapters if name in self._modules), None)
 
 
+def refuse_gradients(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let a gradient be an error that reaches a tensor which the module then no longer has."""
+    def check(gradient: Tensor) -> None:
+        if module._parameters[name] is not tensor:
+            raise AdapterError(OFFLOADED)
+
+    if tensor.requires_grad and torch.is_grad_enabled():
+        tensor.register_hook(check)  # type: ignore[no-untyped-call]
+
+
+OFFLOADED = (
+    "accelerate offloads the A and B of this model, and brings new ones for each call, so that "
+    "training would not reach them: dispatch the base model first, and then inject, or load the "
+    "adapter.")
+
+
 def spread(branch: Branch, weight: Tensor) -> None:
     """Spread all factors of a branch over processes as the weight beside it is."""
     for held in branch._modules.values():
@@ -168,15 +198,15 @@ def branches(model: nn.Module) -> dict[str, Branch]:
     return found
 
 
-def new_pair(config: LoRAConfig, site: Site, weight: Tensor) -> Pair:
+def new_pair(config: LoRAConfig, site: Site, weight: Tensor, device: torch.device) -> Pair:
     """Return a fresh A (rank, in), drawn from torch's default generator, and B (out, rank), zero.
 
     A stack of experts has stacks of both, (experts, rank, in) and (experts, out, rank).
     """
     rank, dtype = config.site_rank(site.name), factor_dtype(config, weight)
     stack = () if site.experts is None else (site.experts,)
-    A = torch.empty(*stack, rank, site.in_features, dtype=dtype, device=weight.device)
-    B = torch.zeros(*stack, site.out_features, rank, dtype=dtype, device=weight.device)
+    A = torch.empty(*stack, rank, site.in_features, dtype=dtype, device=device)
+    B = torch.zeros(*stack, site.out_features, rank, dtype=dtype, device=device)
     if A.numel() and not A.is_meta:
         INITS[config.init](A)
     return Pair(A, B, config.site_scale(site.name))

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._adapter.adapter import Adapter, Pair
 from .._adapter.config import factor_dtype
@@ -46,15 +46,15 @@ def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -
             raise MismatchError(f"{source} adapts '{name}' alone, but in this model its weight is "
                                 f"that of '{other}' too: untie them first.")
         weight = program.weight(site)
-        dtype = factor_dtype(adapter.config, weight)
-        copied = functools.partial(torch.Tensor.to, device=weight.device, dtype=dtype, copy=True,
+        device, dtype = program.device(site), factor_dtype(adapter.config, weight)
+        copied = functools.partial(torch.Tensor.to, device=device, dtype=dtype, copy=True,
                                    memory_format=torch.contiguous_format)
         pairs[site.name] = Pair(copied(pair.A), copied(pair.B), pair.scale)
     adapted = {id(program.weight(sites[name])): name for name in pairs}
     trained = {rename(name): tensor for name, tensor in adapter.trained.items()}
     if len(trained) != len(adapter.trained):
         raise MismatchError(f"{source} has one trained tensor under two names of this model.")
-    fitted = _fit_trained(base, adapted, trained, adapter.untied, source)
+    fitted = _fit_trained(program, adapted, trained, adapter.untied, source)
     return dataclasses.replace(adapter, pairs=pairs, trained=fitted)
 
 
@@ -90,11 +90,11 @@ def _sizes(in_features: int, out_features: int, experts: int | None = None) -> s
 
 
 def _fit_trained(
-    base: Mapping[str, nn.Parameter], adapted: Mapping[int, str], tensors: Mapping[str, Tensor],
-    untied: bool, source: str,
+    program: Program, adapted: Mapping[int, str], tensors: Mapping[str, Tensor], untied: bool,
+    source: str,
 ) -> dict[str, Tensor]:
     """The tensors that an adapter trained whole; `adapted` has the sites of its pairs, by id."""
-    fitted, names = {}, dict(adapted)
+    fitted, names, base = {}, dict(adapted), program.base_parameters
     for name, tensor in tensors.items():
         if name not in base or base[name].shape != tensor.shape:
             has = (f"has it as {tuple(base[name].shape)}" if name in base
@@ -110,7 +110,7 @@ def _fit_trained(
         if other is not name:
             raise MismatchError(f"{source} has a trained '{name}', which in this model is the "
                                 f"weight of '{other}', that it has too.")
-        fitted[name] = tensor.to(base[name], copy=True)
+        fitted[name] = tensor.to(program.base_value(name), copy=True)
     return fitted
 
 

@@ -9,10 +9,12 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, fx, nn
 
 from .._adapter.names import split_block
-from .._graph.modules import Place, paths_of, users_modules
+from .._graph.dispatched import device_in_use, value_of
+from .._graph.modules import Place, paths_of, submodule, users_modules
 from .._graph.rules import linear_call
 from .._graph.sites import Site, blocks_matching, sort_key
 from .._graph.trace import tracing
@@ -59,6 +61,17 @@ class Program:
         """The base's tensor of which a site is all or some rows."""
         tensor: Tensor = tensor_at(self.places[split_block(site.name)[0]])
         return tensor
+
+    def device(self, site: Site) -> torch.device:
+        """Where a site's weight is while it is used."""
+        owner, _ = self.places[split_block(site.name)[0]]
+        return device_in_use(owner, self.weight(site))
+
+    def base_value(self, name: str) -> Tensor:
+        """A Parameter of the base, as it is while it is used."""
+        path, _, attribute = name.rpartition(".")
+        parameter = self.base_parameters[name]
+        return value_of(submodule(self.model, path), attribute, parameter.detach())
 
     @property
     def left_alone(self) -> dict[str, str]:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from .._adapter.names import branch_name
+from .._graph.dispatched import value_of
 from .._kernels.addend import Addend
 from .._kernels.private import is_transforming
 from .._kernels.weights import whole
 from .adapted_weight import NARROW, AdaptedWeight
-from .branches import Branch, Trained
+from .branches import Branch, Trained, refuse_gradients
 from .readers import Answer, answer as answer_to_reader
 
 
@@ -44,9 +45,13 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
     """Return W, or what an active adapter that trains the module whole has in its place."""
     trained = owner._modules.get("trained")
     if isinstance(trained, Trained) and trained.used is not None:
-        tensors = trained._modules[trained.used]._parameters  # type: ignore[union-attr]
-        if attribute in tensors:
-            return tensors[attribute]
+        own: Any = trained._modules[trained.used]
+        if attribute in own._parameters:
+            found = value_of(own, attribute, own._parameters[attribute])
+            if found is not own._parameters[attribute]:
+                found = found.detach().requires_grad_(own._parameters[attribute].requires_grad)
+                refuse_gradients(own, attribute, found)
+            return found
     return base_tensor(owner, attribute)
 
 

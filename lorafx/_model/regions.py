@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, fx, nn
 
+from .._graph.dispatched import rebind
 from .._graph.functions import package
 from .._graph.modules import LorafxModule
 from .branches import spread
@@ -138,6 +139,7 @@ def make_region(module: nn.Module, graph: fx.Graph, join: bool) -> None:
         code._lineno_map = {}  # from lines to nodes of `graph`, for a compiler's messages
     user_class = getattr(cls, "_user_class", cls)
     module.__class__ = _derived(user_class, adapted_names(module), code, forward_of(lowered))
+    rebind(module, cls)
 
 
 def adapt_attribute(module: nn.Module, attribute: str) -> None:
@@ -150,6 +152,7 @@ def adapt_attribute(module: nn.Module, attribute: str) -> None:
         module.__class__ = _derived(user_class, names, cls._python_code, cls._linear)
     else:
         module.__class__ = _derived(user_class, names)
+    rebind(module, cls)
 
 
 def why_not_region(module: nn.Module) -> str | None:
