@@ -20,6 +20,7 @@ from .branches import spread
 from .lower import LinearForward, forward_of, lower
 from .readers import GENERATED, Answer, answer
 from .reading import FROZEN_PREFIX, adapted, adapted_names, base_or_trained, branches_beside
+from .rebinding import watch_parameters
 
 
 # What `fx.GraphModule` keeps on an instance beside the module's own attributes.
@@ -92,6 +93,7 @@ class Adapted(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        watch_parameters(self)
         if "_graph" in state:
             make_region(self, state["_graph"], state["_joining"])
 
@@ -140,6 +142,7 @@ def make_region(module: nn.Module, graph: fx.Graph, join: bool) -> None:
     user_class = getattr(cls, "_user_class", cls)
     module.__class__ = _derived(user_class, adapted_names(module), code, forward_of(lowered))
     rebind(module, cls)
+    watch_parameters(module)
 
 
 def adapt_attribute(module: nn.Module, attribute: str) -> None:
@@ -153,6 +156,7 @@ def adapt_attribute(module: nn.Module, attribute: str) -> None:
     else:
         module.__class__ = _derived(user_class, names)
     rebind(module, cls)
+    watch_parameters(module)
 
 
 def why_not_region(module: nn.Module) -> str | None:
