@@ -79,10 +79,10 @@ def has_adapter(old: Tensor, new: Tensor, addends: Sequence[Addend]) -> bool:
         new = new.dequantize()
     if old.is_meta or new.is_meta or is_sharded(old) or is_sharded(new) or new.shape != old.shape:
         return False
-    base = old.to(torch.promote_types(old.dtype, torch.float32))
-    new, summed = new.to(base), whole(base, addends)
+    old = old.to(torch.promote_types(old.dtype, torch.float32))
+    base, summed, new = map(_sample, (old, whole(old, addends), new.to(old)))
     kept = new != 0  # what was pruned says nothing
-    base, summed, new = ((tensor * kept).flatten(0, -2) for tensor in (base, summed, new))
+    base, summed = base * kept, summed * kept
     along_sum = _along(new, summed)
     from_base, from_sum = (new - _along(new, base)).abs(), (new - along_sum).abs()
     added = along_sum - _along(along_sum, base)  # what W does not explain
@@ -90,6 +90,12 @@ def has_adapter(old: Tensor, new: Tensor, addends: Sequence[Addend]) -> bool:
     nearer = torch.sign(from_base - from_sum).sum()  # as many more than those nearer to W
     clear = added.norm() > _SURE * noise and from_sum.norm() < from_base.norm()
     return bool(clear or nearer > _SURE * kept.sum().sqrt())
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """All rows of a small matrix, a few hundred of a large one."""
+    rows = tensor.flatten(0, -2)
+    return rows[::max(rows.shape[0] // 256, 1)]
 
 
 def _along(tensor: Tensor, other: Tensor) -> Tensor:
