@@ -51,7 +51,7 @@ def _check_rebound(owner: nn.Module, name: str, old: Tensor | None, new: Tensor)
     frame = None if old is None or old is new else reader()
     if old is None or frame is None:
         return
-    while frame is not None and module_of(frame) == nn.Module.__module__:
+    while frame is not None and module_of(frame).startswith((nn.Module.__module__, "lorafx.")):
         if frame.f_code in _HARMLESS:
             return
         frame = frame.f_back

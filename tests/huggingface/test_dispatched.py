@@ -185,8 +185,8 @@ def test_a_copy_of_a_dispatched_model_moves_itself():
     dispatched = accelerate.dispatch_model(decoder(), {"": "cpu"}, force_hooks=True)
     model = lorafx.inject(dispatched)
     assert model.to(torch.float64) is model
-    assert model.head.frozen_weight.dtype is torch.float64
-    assert dispatched.head.weight.dtype is torch.float32
+    assert model.layers[0].q.frozen_weight.dtype is torch.float64
+    assert dispatched.layers[0].q.weight.dtype is torch.float32
 
 
 @pytest.mark.parametrize("where", ["cpu", llama_map("cpu"), llama_map("disk")])
