@@ -10,11 +10,13 @@ from torch.nn.utils import parametrize
 
 from ._adapter.names import branch_name, dotted, split_block
 from ._errors import TiedWeightError, UnsupportedModelError
+from ._graph.dispatched import put, value_of
 from ._graph.modules import LorafxModule, Place, named_modules, submodule, unwrapped
 from ._kernels.addend import Addend
 from ._kernels.scratch import Scratch
 from ._kernels.weights import folded
 from ._model.branches import Branch, branches, factors_at
+from ._model.guard import check_each_in_its_place, check_graphs_not_dispatched
 from ._model.copies import same_kind, share
 from ._model.flat import check_can_be_copied
 from ._model.places import base_parameters, places_of
@@ -45,6 +47,7 @@ def eject(model: M) -> M:
         True
     """
     record = injection(model)
+    check_graphs_not_dispatched(model)
     check_can_be_copied(model)
     model = unwrapped(model)  # type: ignore[assignment]
     twin = share(model, ejecting=True)
@@ -103,6 +106,7 @@ def merge(
         True
     """
     check_gathered(model)
+    check_each_in_its_place(model)
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
     check_can_be_copied(model)
     held: dict[str, Branch] = {}
@@ -133,13 +137,15 @@ def _place_trained(model: nn.Module, twin: nn.Module, chosen: Iterable[str]) -> 
     clones: dict[nn.Parameter, nn.Parameter] = {}  # a parameter under two names stays one
     for path, _, trained in trained_modules(model):
         owner = submodule(twin, path)
-        for name, parameter in trained.sets().get(trained.choose(chosen) or "", {}).items():
+        adapter = trained.choose(chosen) or ""
+        for name, parameter in trained.sets().get(adapter, {}).items():
             base = owner._parameters[name]
             assert base is not None
             if parameter not in clones:
-                whole = gathered_beside(base, parameter.detach())
-                clones[parameter] = same_kind(base, whole.clone())
-            owner._parameters[name] = clones[parameter]
+                value = value_of(submodule(trained, adapter), name, parameter.detach())
+                clones[parameter] = same_kind(base, gathered_beside(base, value).clone())
+            if not put(owner, name, clones[parameter]):
+                owner._parameters[name] = clones[parameter]
 
 
 def _owners(
@@ -183,17 +189,20 @@ def _fold(places: list[Place], addends: list[Addend], scratch: Scratch) -> None:
             f"The {attribute} of a {type(owner).__name__} is computed before every call, by a hook "
             "such as the old weight_norm's: remove that from the model "
             "(torch.nn.utils.remove_weight_norm) before lorafx.inject.")
-    if weight.is_meta:
+    value = value_of(owner, attribute, weight.detach())
+    if value.is_meta:
         raise UnsupportedModelError(
             f"The {attribute} of a {type(owner).__name__} is still on the meta device, so that "
             "nothing can be folded into it: load the base before lorafx.merge.")
     parts = []
     for addend in addends:
-        left, right = (gathered_beside(weight, factor.detach()) for factor in addend[:2])
+        left, right = (gathered_beside(value, factor.detach()) for factor in addend[:2])
         parts.append(addend._replace(left=left, right=right))
-    total = folded(weight.detach(), parts, scratch)
+    total = folded(value, parts, scratch)
     new = same_kind(weight, total) if isinstance(weight, nn.Parameter) else total
     for owner, attribute in places:
+        if put(owner, attribute, new):
+            continue
         is_parameter = attribute in owner._parameters
         tensors: dict[str, Any] = owner._parameters if is_parameter else owner._buffers
         tensors[attribute] = new

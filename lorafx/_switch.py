@@ -10,9 +10,10 @@ from ._adapter.adapter import Adapter, Pair
 from ._adapter.config import LoRAConfig
 from ._adapter.names import dotted
 from ._errors import AdapterError
+from ._graph.dispatched import offloaded_parameters
 from ._graph.modules import named_modules
 from ._model.attach import attach, check_new_name
-from ._model.branches import branches
+from ._model.branches import OFFLOADED, branches
 from ._model.extract import extract_here
 from ._model.fsdp import settle
 from ._model.program import read_program
@@ -94,6 +95,9 @@ def named_parameters(
 
     These are each A and B, and the parameters of modules trained whole.
 
+    Raises:
+        AdapterError: accelerate offloads them, and new ones take their places in each call.
+
     Example:
         >>> import torch, lorafx
         >>> [name for name, _ in lorafx.named_parameters(lorafx.inject(torch.nn.Linear(4, 4)))]
@@ -103,7 +107,7 @@ def named_parameters(
         check_adapter(model, adapter)
     wanted = list(injection(model).active) if adapter is None else [adapter]
     settle(model)
-    holding, seen = set(holders(model)), set()
+    holding, seen, away = set(holders(model)), set(), offloaded_parameters(model)
     for path, module in named_modules(model):
         if module not in holding:
             continue
@@ -112,6 +116,8 @@ def named_parameters(
             if held is None:
                 continue
             for key, parameter in held.named_parameters():
+                if parameter in away:
+                    raise AdapterError(OFFLOADED)
                 if parameter not in seen:
                     seen.add(parameter)
                     yield dotted(path, f"{name}.{key}"), parameter

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .body import ITEM, Chain, Product
+from .dispatched import HOOK
 from .functions import closure_values, package
 from .modules import Place
 from .rules import SWAPS_BY_NAME
@@ -87,7 +88,7 @@ def weights_in_attributes(module: nn.Module) -> Iterator[Place]:
     """The weights that plain attributes hold: in a list, a bound method or a partial function."""
     found: set[int] = set()
     for name, value in vars(module).items():
-        if name not in MODULE_STATE:
+        if name not in MODULE_STATE and name != HOOK:
             for part in values_in(value):
                 if isinstance(part, nn.Parameter):
                     found.add(id(part))

@@ -29,6 +29,7 @@ import torch
 from torch import fx, nn
 
 from .._kernels.private import TorchDispatchMode
+from .dispatched import is_patched
 from .region_graph import RegionGraph
 from .watch import HIDDEN, PRIMITIVES, Unsound, Watch, instruction, loads_method, stored_names
 
@@ -74,7 +75,7 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter]:
     forward = inspect.getattr_static(type(module), "forward", None)
     if not isinstance(forward, types.FunctionType):
         raise Unsound("its forward is not a plain method")
-    if "forward" in vars(module):
+    if is_patched(module):
         raise Unsound("this instance has a forward of its own")
     if "__signature__" in vars(forward):
         raise Unsound("its forward declares another signature than it has")

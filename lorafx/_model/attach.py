@@ -21,6 +21,7 @@ from .branches import Branch, Copies, Factors, Trained, new_pair, spread
 from .copies import keep_attributes, same_kind
 from .flat import check_takes_parameters
 from .fsdp import check_beside, managed_modules
+from .guard import check_each_in_its_place, check_graphs_not_dispatched
 from .insert import Insertion, insert_branches
 from .lower import joins
 from .places import base_parameters
@@ -77,7 +78,7 @@ def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
     for site in chosen:
         device = program.home(site, has_values=False)
         pairs[site.name] = new_pair(config, site, program.weight(site), device)
-    copies = {key: parameter.detach().clone() for key, parameter in trained.items()}
+    copies = {name: program.base_value(name).clone() for name in trained}
     return Adapter(name, config, pairs, copies)
 
 
@@ -112,6 +113,8 @@ def attach(program: Program, adapter: Adapter) -> None:
     Everything that can fail is checked before a change.
     """
     model, record = program.model, injection(program.model)
+    check_each_in_its_place(model)
+    check_graphs_not_dispatched(model)
     sites: list[Site] = []
     for name in adapter.pairs:
         site = program.site(name)

@@ -1,6 +1,6 @@
 """The modules that hold adapters inside a model: branches beside linear calls, trained modules."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, fx, nn
 from .._adapter.adapter import Pair
 from .._adapter.config import INITS, LoRAConfig, factor_dtype
 from .._adapter.names import site_name, split_block
+from .._errors import AdapterError
+from .._graph.dispatched import is_bringing_all, is_offloaded
 from .._graph.modules import LorafxModule, is_bare, named_modules, submodule
 from .._graph.sites import Site
 from .._kernels.addend import Addend
@@ -26,6 +28,7 @@ class Factors(Held):
     """
 
     gathers = False  # True: A and B are spread, and nobody else gathers them for forward
+    _brought = False  # True: a hook at a module above may put new A and B here for each call
 
     def __init__(self, A: Tensor, B: Tensor, scale: float, config: LoRAConfig) -> None:
         super().__init__()
@@ -44,6 +47,9 @@ class Factors(Held):
     def tensors(self) -> tuple[Tensor, Tensor]:
         """A and B, by way of `forward` where something is hooked to it or patches it."""
         A, B = (self.A, self.B) if is_bare(self) else self()
+        if self._brought or is_offloaded(self):
+            for name, tensor in zip("AB", (A, B)):
+                refuse_gradients(self, name, tensor)
         if self.gathers:
             return gathered_for_use(A), gathered_for_use(B)
         return reduced_for_use(A), reduced_for_use(B)
@@ -61,6 +67,14 @@ class Factors(Held):
         """
         if not self.came_first:
             self.draw()
+
+    def named_modules(
+        self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As ever; where accelerate brings all tensors below a module, A and B are among them."""
+        if is_bringing_all():
+            self._brought = True
+        yield from super().named_modules(memo, prefix, remove_duplicate)
 
     @torch.no_grad()
     def draw(self) -> None:
@@ -191,6 +205,22 @@ class Trained(LorafxModule):
         return next((name for name in adapters if name in self._modules), None)
 
 
+def refuse_gradients(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let a gradient be an error that reaches a tensor which the module then no longer has."""
+    def check(gradient: Tensor) -> None:
+        if module._parameters[name] is not tensor:
+            raise AdapterError(OFFLOADED)
+
+    if tensor.requires_grad and torch.is_grad_enabled():
+        tensor.register_hook(check)  # type: ignore[no-untyped-call]
+
+
+OFFLOADED = (
+    "accelerate offloads the A and B of this model, and brings new ones for each call, so that "
+    "training would not reach them: dispatch the base model first, and then inject, or load the "
+    "adapter.")
+
+
 def spread(branch: Branch, weight: Tensor | None) -> None:
     """Spread all factors of a branch over processes as the weight beside it is."""
     for held in branch._modules.values():
@@ -230,9 +260,7 @@ def branches(model: nn.Module) -> dict[str, Branch]:
     return found
 
 
-def new_pair(
-    config: LoRAConfig, site: Site, weight: Tensor, device: torch.device
-) -> Pair:
+def new_pair(config: LoRAConfig, site: Site, weight: Tensor, device: torch.device) -> Pair:
     """Return a fresh A (rank, in), drawn from torch's default generator, and B (out, rank), zero.
 
     A stack of experts has stacks of both, (experts, rank, in) and (experts, out, rank).

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from .._errors import UnsupportedModelError
+from .._graph.dispatched import rebind_copy, shared_by_copies
 from .._graph.modules import LorafxModule
 from .._kernels.private import make_subclass, storage_key
 from .fsdp import FSDPCopy, own_class, state_without_fsdp
@@ -63,6 +64,8 @@ def share(model: M, ejecting: bool = False) -> M:
     for buffer in model.buffers():  # a view of a parameter stays one
         if storage_key(buffer.untyped_storage()) in storages:
             memo[id(buffer)] = buffer.detach()
+    for value in shared_by_copies(model):
+        memo[id(value)] = value
     graphs = [m for m in model.modules() if is_plain_graph(m)]
     for module in graphs:  # their own deepcopy drops hooks and plain attributes
         cls = own_class(type(module))
@@ -87,6 +90,9 @@ def share(model: M, ejecting: bool = False) -> M:
     for module in graphs:
         memo[id(module)].recompile()
     fsdp.finish(twin)
+    for copied in model.modules():
+        if id(copied) in memo:
+            rebind_copy(copied, memo[id(copied)], memo)
     _check_shared(model, twin, fsdp.gathered)
     return twin
 

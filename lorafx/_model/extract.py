@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from .._adapter.adapter import Adapter, Pair, StoredWeight
 from .._adapter.names import dotted, split_block
 from .._errors import AdapterError
+from .._graph.dispatched import value_of
+from .._graph.modules import submodule
 from .branches import Copies, branches, factors_at
 from .flat import in_shape
 from .fsdp import settle
+from .guard import check_each_in_its_place
 from .places import places_of, tensor_at
 from .record import check_adapter, injection, is_cut, trained_modules
 from .shards import gathered
@@ -42,6 +45,7 @@ def extract_here(model: nn.Module, adapter: str) -> Adapter:
     """`extract`, but of a stage of a pipeline only what is in this process."""
     check_adapter(model, adapter)
     check_gathered(model)
+    check_each_in_its_place(model)
     settle(model)
     with in_shape(model, adapter):
         config = injection(model).configs[adapter]
@@ -62,8 +66,15 @@ def extract_here(model: nn.Module, adapter: str) -> Adapter:
             if isinstance(copies, Copies):
                 copies.check([*copies.parameters()], None, _TAKING)
         whole = trained_whole(model, adapter)
-        trained = {name: gathered(parameter.detach()) for name, parameter in whole.items()}
+        trained = {name: gathered(_value(model, adapter, name)) for name in whole}
     return Adapter(adapter, config, pairs, trained, stored)
+
+
+def _value(model: nn.Module, adapter: str, name: str) -> Tensor:
+    """What an adapter trains in the place of a base tensor."""
+    path, _, attribute = name.rpartition(".")
+    own = submodule(model, dotted(path, f"trained.{adapter}"))
+    return value_of(own, attribute, own._parameters[attribute].detach())  # type: ignore[union-attr]
 
 
 def _with_other_stages(here: Adapter, positions: Mapping[str, int]) -> Adapter:

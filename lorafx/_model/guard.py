@@ -8,6 +8,9 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._errors import AdapterError, UnsupportedModelError
+from .._graph.dispatched import (
+    is_accelerates, is_dispatched_graph, is_patched, offloads_below
+)
 from .._graph.modules import LorafxModule, hooks
 from .._graph.scan import MODULE_STATE, values_in
 from .._kernels.private import has_compiled_call
@@ -82,12 +85,41 @@ def check_model(model: nn.Module) -> None:
         _check_tensors(module, label)
 
 
+def check_each_in_its_place(model: nn.Module) -> None:
+    """Raise if a hook brings all tensors below a module, A and B among them."""
+    for path, module in model.named_modules():
+        if offloads_below(module):
+            raise UnsupportedModelError(
+                f"'{path}' ({type(module).__name__}) is offloaded with all that is below it "
+                "(preload_module_classes of accelerate): call "
+                "accelerate.hooks.remove_hook_from_submodules(model) first.")
+
+
+def check_graphs_not_dispatched(model: nn.Module) -> None:
+    """Raise if the graph of a module cannot change, as accelerate has its class's forward."""
+    for path, module in model.named_modules():
+        if is_dispatched_graph(module):
+            raise UnsupportedModelError(
+                f"'{path}' is a GraphModule whose class's forward accelerate has replaced, so that "
+                "its graph cannot change: call "
+                "accelerate.hooks.remove_hook_from_submodules(model) first.")
+
+
 def _check_call(module: nn.Module, label: str) -> None:
     """Raise if calling a module runs something else than its class's forward."""
-    if "forward" in vars(module) and any(True for _ in module.parameters()):
+    if is_patched(module) and any(True for _ in module.parameters()):
         raise UnsupportedModelError(
             f"{label} has a forward of its own, patched in by another tool, which a copy would "
             "still run on the original's layers: inject before patching.")
+    if is_dispatched_graph(module):
+        raise UnsupportedModelError(
+            f"{label} is a GraphModule whose class's forward accelerate has replaced, which graphs "
+            "that change would lose: inject first and dispatch the result.")
+    if offloads_below(module):
+        raise UnsupportedModelError(
+            f"{label} is offloaded with all that is below it (preload_module_classes of "
+            "accelerate), where new A and B would be looked for too: inject first and dispatch the "
+            "result.")
     if has_compiled_call(module):
         raise UnsupportedModelError(f"{label} is compiled: call .compile() on the injected model "
                                     "instead.")
@@ -111,7 +143,7 @@ def _closures(module: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter
     The functions are those in its attributes and its hooks.
     """
     values = {f"'{name}'": value for name, value in vars(module).items()
-              if name not in MODULE_STATE}
+              if name not in MODULE_STATE and not is_accelerates(value)}
     values |= {f"hook {number}": hook for number, hook in enumerate(hooks(module))}
     for name, value in values.items():
         for function in values_in(value):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .._graph.dispatched import device_in_use
+
 
 def home(owner: nn.Module, weight: Tensor, has_values: bool) -> torch.device:
     """Return the device for a new tensor beside a weight of this module.
@@ -10,6 +12,5 @@ def home(owner: nn.Module, weight: Tensor, has_values: bool) -> torch.device:
     A weight on the meta device may get its values later: until then, new tensors that have values
     (`has_values`), as from a file, wait on the CPU, and those that have none are on meta too.
     """
-    if weight.device.type == "meta" and has_values:
-        return torch.device("cpu")
-    return weight.device
+    device = device_in_use(owner, weight)
+    return torch.device("cpu") if device.type == "meta" and has_values else device

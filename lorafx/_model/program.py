@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._adapter.names import split_block
-from .._graph.modules import Place, paths_of, users_modules
+from .._graph.dispatched import value_of
+from .._graph.modules import Place, paths_of, submodule, users_modules
 from .._graph.rules import linear_call
 from .._graph.sites import Site, blocks_matching, sort_key
 from .._graph.trace import tracing
@@ -68,6 +69,12 @@ class Program:
         """The device for a new pair at a site, which may have values already."""
         owner = self.places[split_block(site.name)[0]].module
         return home(owner, self.weight(site), has_values)
+
+    def base_value(self, name: str) -> Tensor:
+        """A Parameter of the base, as it is while it is used."""
+        path, _, attribute = name.rpartition(".")
+        parameter = self.base_parameters[name]
+        return value_of(submodule(self.model, path), attribute, parameter.detach())
 
     @property
     def left_alone(self) -> dict[str, str]:

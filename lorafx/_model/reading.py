@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .._adapter.names import branch_name
+from .._graph.dispatched import value_of
 from .._kernels.addend import Addend
 from .._kernels.private import is_transforming
 from .._kernels.weights import whole
 from .adapted_weight import NARROW, AdaptedWeight
-from .branches import Branch, Copies, Trained
+from .branches import Branch, Copies, Trained, refuse_gradients
 from .readers import Answer, answer as answer_to_reader
 from .shards import check_all_spread, check_spread, gathered_for_use, is_sharded
 
@@ -51,12 +52,7 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
     if isinstance(trained, Trained) and trained.used is not None:
         copies: Copies = trained._modules[trained.used]  # type: ignore[assignment]
         if attribute in copies._parameters:
-            base = base_tensor(owner, attribute)
-            if copies.missing:
-                copies.check([*copies.parameters()], base, "computing with it")
-            own: Any = copies._parameters[attribute]
-            check_all_spread(own)
-            return _as_base_is(own, base)
+            return _trained_tensor(owner, attribute, copies)
     return base_tensor(owner, attribute)
 
 
@@ -65,6 +61,20 @@ def _as_base_is(tensor: Any, base: Tensor) -> Any:
     if is_sharded(tensor) and not is_sharded(base):
         return gathered_for_use(tensor).to(base.dtype)
     return tensor
+
+
+def _trained_tensor(owner: nn.Module, attribute: str, copies: Copies) -> Any:
+    """What an adapter that trains a module whole has in the place of one of its tensors."""
+    base, held = base_tensor(owner, attribute), copies._parameters[attribute]
+    if copies.missing:
+        copies.check([*copies.parameters()], base, "computing with it")
+    assert held is not None
+    found = value_of(copies, attribute, held)
+    if found is not held:
+        found = found.detach().requires_grad_(held.requires_grad)
+        refuse_gradients(copies, attribute, found)
+    check_all_spread(found)
+    return _as_base_is(found, base)
 
 
 def branches_beside(owner: nn.Module, attribute: str) -> list[Branch]:

@@ -4,24 +4,24 @@ import abc
 import contextvars
 import copy
 import functools
-import itertools
 import linecache
 import types
 import weakref
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from .._graph.dispatched import rebind
 from .._graph.functions import package
 from .._graph.modules import LorafxModule
 from .branches import Trained, spread
 from .fsdp import change_class, own_class, state_without_fsdp
+from .generated import adapted_property, compiled, frozen_property, resetting_base
 from .lower import LinearForward, forward_of, lower
-from .readers import GENERATED, Answer, answer
-from .reading import (
-    FROZEN_PREFIX, RESETTING, adapted, adapted_names, base_or_trained, branches_beside, followers
-)
+from .readers import Answer, answer
+from .reading import FROZEN_PREFIX, adapted_names, branches_beside, followers
+from .rebinding import watch_parameters
 from .shards import check_meshes
 
 
@@ -105,6 +105,7 @@ class Adapted(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        watch_parameters(self)
         if "_graph" in state:
             make_region(self, state["_graph"], state["_joining"])
 
@@ -169,6 +170,8 @@ def make_region(module: nn.Module, graph: fx.Graph, join: bool) -> None:
     user_class = getattr(cls, "_user_class", cls)
     made = _derived(user_class, adapted_names(module), code, forward_of(lowered))
     change_class(module, made)
+    rebind(module, cls)
+    watch_parameters(module)
 
 
 def adapt_attribute(module: nn.Module, attribute: str) -> None:
@@ -181,6 +184,8 @@ def adapt_attribute(module: nn.Module, attribute: str) -> None:
         change_class(module, _derived(user_class, names, cls._python_code, cls._linear))
     else:
         change_class(module, _derived(user_class, names))
+    rebind(module, cls)
+    watch_parameters(module)
 
 
 def why_not_region(module: nn.Module) -> str | None:
@@ -243,7 +248,6 @@ def _make_class(user_class: type, base: type[Adapted], namespace: dict[str, Any]
 
 
 _CLASSES: weakref.WeakValueDictionary[Any, type[Adapted]] = weakref.WeakValueDictionary()
-_SERIAL = itertools.count()
 
 
 def _derived(
@@ -259,13 +263,13 @@ def _derived(
     if key not in _CLASSES:
         namespace: dict[str, Any] = {"_adapted": names}
         for name in names:
-            namespace[name] = _adapted_property(name)
-            namespace[FROZEN_PREFIX + name] = _frozen_property(name)
+            namespace[name] = adapted_property(name)
+            namespace[FROZEN_PREFIX + name] = frozen_property(name)
         reset = getattr(user_class, "reset_parameters", None)
         if isinstance(reset, types.FunctionType):
-            namespace["reset_parameters"] = _resetting_base(reset)
+            namespace["reset_parameters"] = resetting_base(reset)
         if code is not None:
-            namespace |= _compiled(user_class, code) | {"_linear": forward}
+            namespace |= compiled(user_class, code) | {"_linear": forward}
         made = _make_class(user_class, Adapted if code is None else Region, namespace)
         if code is not None:
             filename = namespace["forward"].__code__.co_filename
@@ -273,47 +277,3 @@ def _derived(
         _CLASSES[key] = made
         return made
     return _CLASSES[key]
-
-
-def _compiled(user_class: type[nn.Module], code: fx.graph.PythonCode) -> dict[str, Any]:
-    filename = f"{GENERATED}{user_class.__qualname__} {next(_SERIAL)}>"
-    source = code.src.strip() + "\n"
-    linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
-    names = dict(code.globals)
-    exec(compile(source, filename, "exec"), names)
-    return {"forward": names["forward"], "_code": source, "_python_code": code,
-            "_lineno_map": code._lineno_map, "_prologue_start": code._prologue_start}
-
-
-def _resetting_base(reset: types.FunctionType) -> Any:
-    """A layer's `reset_parameters`, which gives W its first values and so must get to it."""
-
-    @functools.wraps(reset)
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        token = RESETTING.set((*RESETTING.get(), self))
-        try:
-            return reset(self, *args, **kwargs)
-        finally:
-            RESETTING.reset(token)
-
-    return run
-
-
-def _adapted_property(name: str) -> property:
-    def read(self: nn.Module) -> Tensor:
-        return adapted(self, name)
-
-    def write(self: nn.Module, value: Any) -> None:  # not a Parameter: those are registered
-        vars(self)[name] = value
-
-    def delete(self: nn.Module) -> None:
-        del vars(self)[name]
-
-    return property(read, write, delete, doc=f"{name} + s B A, over the active adapters.")
-
-
-def _frozen_property(name: str) -> property:
-    def read(self: nn.Module) -> Any:
-        return base_or_trained(self, name)
-
-    return property(read, doc=f"{name} without the branches beside it.")

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from .._adapter.adapter import Adapter, Training
 from .._adapter.config import short_repr
 from .._adapter.names import dotted
-from .._errors import ConfigError, MismatchError
+from .._errors import AdapterError, ConfigError, MismatchError
+from .._graph.dispatched import offloaded_parameters
 from . import generators
-from .branches import branches, factors_at
+from .branches import OFFLOADED, branches, factors_at
 from .extract import trained_whole
 from .flat import Layout, in_shape
 from .fsdp import settle
@@ -37,7 +38,10 @@ def live_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
         if factors is not None:
             found[dotted(site, "lora.A")] = factors.A
             found[dotted(site, "lora.B")] = factors.B
-    return found | trained_whole(model, adapter)
+    found |= trained_whole(model, adapter)
+    if not offloaded_parameters(model).isdisjoint(found.values()):
+        raise AdapterError(OFFLOADED)
+    return found
 
 
 def _unwrapped(optimizer: Any) -> Any:

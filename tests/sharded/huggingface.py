@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 import lorafx
-from tests.support.sharded import VOCABULARY, batches, draw, largest_difference, loss_of, train
+from tests.support.sharded import VOCABULARY, batches, draw, largest_difference, train
 from tests.support.torchrun import setup
 
 

@@ -1,0 +1,64 @@
+"""What the classes of injected modules hold: the generated forward, and what Python reads."""
+
+import functools
+import itertools
+import linecache
+import types
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .readers import GENERATED
+from .reading import RESETTING, adapted, base_or_trained
+
+
+_SERIAL = itertools.count()
+
+
+def compiled(user_class: type[nn.Module], code: fx.graph.PythonCode) -> dict[str, Any]:
+    """Return what a class has of a generated forward."""
+    filename = f"{GENERATED}{user_class.__qualname__} {next(_SERIAL)}>"
+    source = code.src.strip() + "\n"
+    linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
+    names = dict(code.globals)
+    exec(compile(source, filename, "exec"), names)
+    return {"forward": names["forward"], "_code": source, "_python_code": code,
+            "_lineno_map": code._lineno_map, "_prologue_start": code._prologue_start}
+
+
+def resetting_base(reset: types.FunctionType) -> Any:
+    """A layer's `reset_parameters`, which gives W its first values and so must get to it."""
+
+    @functools.wraps(reset)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        token = RESETTING.set((*RESETTING.get(), self))
+        try:
+            return reset(self, *args, **kwargs)
+        finally:
+            RESETTING.reset(token)
+
+    return run
+
+
+def adapted_property(name: str) -> property:
+    """Return what stands for an adapted tensor in a class."""
+
+    def read(self: nn.Module) -> Tensor:
+        return adapted(self, name)
+
+    def write(self: nn.Module, value: Any) -> None:  # not a Parameter: those are registered
+        vars(self)[name] = value
+
+    def delete(self: nn.Module) -> None:
+        del vars(self)[name]
+
+    return property(read, write, delete, doc=f"{name} + s B A, over the active adapters.")
+
+
+def frozen_property(name: str) -> property:
+    """Return what stands in a class for a tensor without the branches beside it."""
+
+    def read(self: nn.Module) -> Any:
+        return base_or_trained(self, name)
+
+    return property(read, doc=f"{name} without the branches beside it.")

@@ -1,0 +1,104 @@
+"""A new W that is made of W + s B A would have the adapter in it twice: refused when registered.
+
+A library that is not in the table of readers, such as a quantiser, reads `layer.weight`, which is
+W + s B A, and registers what it made of that in the place of W.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._errors import AdaptedWeightError
+from .._kernels.addend import Addend
+from .._kernels.weights import whole
+from .readers import Answer, answer_to, module_of, reader
+from .reading import adapted_names, branches_beside
+from .shards import is_sharded
+
+_SURE = 5.0  # standard deviations
+# Methods of nn.Module that register what was not read here, or was read as it is registered.
+_HARMLESS = (nn.Module._load_from_state_dict.__code__, nn.Module._apply.__code__)
+
+
+class WatchedParameters(dict[str, nn.Parameter | None]):
+    """The Parameters of an adapted module; copies of a dict are plain ones."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__(owner._parameters)
+        self._owner = weakref.ref(owner)
+
+    def __setitem__(self, name: str, value: nn.Parameter | None) -> None:
+        owner = self._owner()
+        if owner is not None and value is not None and name in adapted_names(owner):
+            _check_rebound(owner, name, self.get(name), value)
+        super().__setitem__(name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def watch_parameters(module: nn.Module) -> None:
+    """Have what is registered in the place of a module's adapted weights looked at."""
+    if adapted_names(module):
+        module.__dict__["_parameters"] = WatchedParameters(module)
+
+
+def _check_rebound(owner: nn.Module, name: str, old: Tensor | None, new: Tensor) -> None:
+    """Raise if a Parameter that is to be registered as W has the active adapters in it."""
+    frame = None if old is None or old is new else reader()
+    if old is None or frame is None:
+        return
+    while frame is not None and module_of(frame).startswith((nn.Module.__module__, "lorafx.")):
+        if frame.f_code in _HARMLESS:
+            return
+        frame = frame.f_back
+    asking = module_of(frame)
+    if answer_to(asking) in (Answer.PARAMETER, Answer.LAYER):
+        return
+    addends: list[Addend] = []
+    for branch in branches_beside(owner, name):
+        addends += [addend.detached for addend in branch.addends(old, stored=True)]
+    if addends and has_adapter(old.detach(), new.detach(), addends):
+        raise AdaptedWeightError(
+            f"'{asking}' registers a {name} of a {type(owner).__name__} that it made of W + s B A, "
+            f"as Python reads it, so that the adapter would be in it twice: read frozen_{name} "
+            "there, or do that before lorafx.inject, or to what lorafx.merge returns.")
+
+
+@torch.no_grad()
+def has_adapter(old: Tensor, new: Tensor, addends: Sequence[Addend]) -> bool:
+    """True if a new tensor is nearer to W + s B A than to W, its rows scaled or not.
+
+    It is if the elements that are nearer are too many for chance, or if what B A adds is too much
+    for noise. False where that cannot be told: there are no values here, or the shapes differ.
+    """
+    if type(new).dequantize is not Tensor.dequantize or new.is_quantized:
+        new = new.dequantize()
+    if old.is_meta or new.is_meta or is_sharded(old) or is_sharded(new) or new.shape != old.shape:
+        return False
+    old = old.to(torch.promote_types(old.dtype, torch.float32))
+    base, summed, new = map(_sample, (old, whole(old, addends), new.to(old)))
+    kept = new != 0  # what was pruned says nothing
+    base, summed = base * kept, summed * kept
+    along_sum = _along(new, summed)
+    from_base, from_sum = (new - _along(new, base)).abs(), (new - along_sum).abs()
+    added = along_sum - _along(along_sum, base)  # what W does not explain
+    noise = 2 * from_sum.norm() / kept.sum().clamp(min=1).sqrt()  # on either side
+    nearer = torch.sign(from_base - from_sum).sum()  # as many more than those nearer to W
+    clear = added.norm() > _SURE * noise and from_sum.norm() < from_base.norm()
+    return bool(clear or nearer > _SURE * kept.sum().sqrt())
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """All rows of a small matrix, a few hundred of a large one."""
+    rows = tensor.flatten(0, -2)
+    return rows[::max(rows.shape[0] // 256, 1)]
+
+
+def _along(tensor: Tensor, other: Tensor) -> Tensor:
+    """The part of each row that lies along the same row of another tensor."""
+    lengths = other.square().sum(-1, keepdim=True)
+    return other * ((tensor * other).sum(-1, keepdim=True) / lengths.clamp(min=1e-30))
