@@ -20,6 +20,7 @@ from ._model.places import places_of
 from ._model.reading import original_name
 from ._model.record import RECORD, injection, trained_modules, weights_of
 from ._model.regions import is_plain_graph
+from ._model.shards import gathered_beside
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -130,7 +131,8 @@ def _place_trained(model: nn.Module, twin: nn.Module, chosen: Iterable[str]) -> 
             base = owner._parameters[name]
             assert base is not None
             if parameter not in clones:
-                clones[parameter] = same_kind(base, parameter.detach().clone())
+                whole = gathered_beside(base, parameter.detach())
+                clones[parameter] = same_kind(base, whole.clone())
             owner._parameters[name] = clones[parameter]
 
 
@@ -175,7 +177,11 @@ def _fold(places: list[Place], addends: list[Addend], scratch: Scratch) -> None:
             f"The {attribute} of a {type(owner).__name__} is computed before every call, by a hook "
             "such as the old weight_norm's: remove that from the model "
             "(torch.nn.utils.remove_weight_norm) before lorafx.inject.")
-    total = folded(weight.detach(), [addend.detached for addend in addends], scratch)
+    parts = []
+    for addend in addends:
+        left, right = (gathered_beside(weight, factor.detach()) for factor in addend[:2])
+        parts.append(addend._replace(left=left, right=right))
+    total = folded(weight.detach(), parts, scratch)
     new = same_kind(weight, total) if isinstance(weight, nn.Parameter) else total
     for owner, attribute in places:
         is_parameter = attribute in owner._parameters

@@ -15,6 +15,7 @@ from ._model.fit import fit
 from ._model.guard import check_model
 from ._model.program import read_program
 from ._model.record import find_injection, injection
+from ._model.together import first_of_all
 from ._model.training import capture
 from ._switch import activate, only_active
 
@@ -86,6 +87,10 @@ def save(
 ) -> None:
     """Write one adapter, and nothing of the base, to a file: all of it or, on failure, nothing.
 
+    Where the model's tensors are spread over processes (FSDP, tensor parallelism), each of them
+    calls this: A and B are gathered, never the base, the first process writes, and all return when
+    it is done, or raise what it raises.
+
     Args:
         model: an injected model.
         path: its ending says the format: `.safetensors` (lorafx's own, all of the adapter), `.pth`
@@ -110,4 +115,5 @@ def save(
     found = extract(model, adapter)
     if optimizer is not None or step is not None:
         found = dataclasses.replace(found, training=capture(model, adapter, optimizer, step))
-    write_adapter(found, path, model, injection(model).fingerprint)
+    fingerprint = injection(model).fingerprint
+    first_of_all(model, lambda: write_adapter(found, path, model, fingerprint))

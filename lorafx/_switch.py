@@ -13,6 +13,7 @@ from ._errors import AdapterError
 from ._graph.modules import named_modules
 from ._model.attach import attach, check_new_name, extract
 from ._model.branches import branches
+from ._model.fsdp import settle
 from ._model.program import read_program
 from ._model.record import (
     check_adapter, holders, injection, refresh, set_trainable, trained_modules, weights_of
@@ -90,6 +91,7 @@ def named_parameters(
     if adapter is not None:
         check_adapter(model, adapter)
     wanted = list(injection(model).active) if adapter is None else [adapter]
+    settle(model)
     holding, seen = set(holders(model)), set()
     for path, module in named_modules(model):
         if module not in holding:

@@ -194,6 +194,18 @@ def has_compiled_call(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None
 
 
+def composable_keys() -> tuple[str, ...]:
+    """The attributes in which `fully_shard` keeps what it knows of a module.
+
+    Without them: none are known, and a model cannot be taken out of FSDP.
+    """
+    try:
+        from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+    except ImportError:
+        return ()
+    return STATE_KEY, REGISTRY_KEY
+
+
 # Tracing and compiling.
 
 class _NoDispatchMode:

@@ -20,7 +20,7 @@ from .._graph.rules import RULES, Rule
 from .._kernels.addend import Addend
 from .._kernels.private import grouped_mm, tree_iter, tree_map, wrapper_subclass, writes
 from .._kernels.weights import rows_of, whole
-from .readers import reader
+from .readers import Answer, answer, reader
 from .sums import WRITING_IS_LOST, plainly
 from .torch_functions import Args, Kwargs, functions_named, without_override, writes_in_place
 
@@ -161,6 +161,12 @@ def _cast(weight: AdaptedWeight, func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _detached(weight: AdaptedWeight, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    if answer() is Answer.LAYER:
+        raise AdaptedWeightError(
+            f"{weight.label.capitalize()} is adapted, and is to be spread over processes, which "
+            "would put W + s B A into the base: use torch's parallelize_module or "
+            "distribute_module, spread `frozen_...` of the same module, or do it before "
+            "lorafx.inject.")
     return weight.of_same(weight.matrix.detach(), [a.detached for a in weight.addends])
 
 

@@ -19,6 +19,7 @@ from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
 from .branches import Branch, Factors, Trained, branches, factors_at, new_pair, spread
 from .copies import keep_attributes, same_kind
+from .fsdp import check_beside, managed_modules, settle
 from .insert import Insertion, insert_branches
 from .lower import joins
 from .places import places_of, tensor_at
@@ -28,7 +29,7 @@ from .record import RECORD, Injection, check_adapter, injection, set_trainable, 
 from .regions import (
     Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
 )
-from .shards import gathered
+from .shards import gathered, spread_like
 
 
 def begin_injection(program: Program, group: bool = True) -> None:
@@ -112,6 +113,8 @@ def attach(program: Program, adapter: Adapter) -> None:
         if site is not None:
             sites.append(site)
     _check_names_are_free(program, sites, adapter)
+    managed = managed_modules(model)
+    _check_fsdp(program, sites, adapter, managed)
     insertions: dict[str, list[Insertion]] = defaultdict(list)
     for site in sites:
         name, block = split_block(site.name)
@@ -124,7 +127,10 @@ def attach(program: Program, adapter: Adapter) -> None:
         branch = _branch(program.places, site)
         factors = Factors(*adapter.pairs[site.name], adapter.config).train(branch.training)
         branch._modules[adapter.name] = factors
-        spread(branch, program.weight(site))
+        if owner in managed:
+            factors.spread_apart(program.weight(site).device_mesh)  # type: ignore[attr-defined]
+        else:
+            spread(branch, program.weight(site))
     for region, inserted in insertions.items():
         insert_branches(submodule(model, region), program.graphs[region], inserted, record.group)
     _register_trained(program, adapter)
@@ -173,6 +179,21 @@ def _check_names_are_free(program: Program, sites: list[Site], adapter: Adapter)
                                         "exclude this site.")
 
 
+def _check_fsdp(
+    program: Program, sites: list[Site], adapter: Adapter, managed: set[nn.Module]
+) -> None:
+    """Raise where what an adapter adds to a model that FSDP2 shards would not be reduced."""
+    for site in sites:
+        if program.places[split_block(site.name)[0]].module in managed:
+            check_beside(program.weight(site), site.name, adapter.name)
+    for name in adapter.trained:
+        if submodule(program.model, name.rpartition(".")[0]) in managed:
+            raise UnsupportedModelError(
+                f"Adapter {adapter.name!r} trains '{name}' whole, which FSDP would not reduce, as "
+                "it knows what it found in the model: lorafx.load or lorafx.add it before "
+                "fully_shard.")
+
+
 def _branch(places: Mapping[str, Place], site: Site) -> Branch:
     """The branch at a site, registered under all of its names with the owners of its weight."""
     name, block = split_block(site.name)
@@ -206,7 +227,7 @@ def _register_trained(program: Program, adapter: Adapter) -> None:
     trained: dict[nn.Parameter, nn.Parameter] = {}
     for name, tensor in adapter.trained.items():
         base = program.base_parameters[name]
-        trained[base] = same_kind(base, tensor)
+        trained[base] = same_kind(base, spread_like(base, tensor))
     for module in list(program.model.modules()):
         if isinstance(module, LorafxModule):
             continue
@@ -227,6 +248,7 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
     They are gathered where they are spread over processes, each of which must call this.
     """
     check_adapter(model, adapter)
+    settle(model)
     config = injection(model).configs[adapter]
     pairs: dict[str, Pair] = {}
     stored: dict[str, StoredWeight] = {}

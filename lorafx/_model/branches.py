@@ -1,6 +1,7 @@
 """The modules that hold adapters inside a model: branches beside linear calls, trained modules."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,7 +12,9 @@ from .._adapter.names import site_name, split_block
 from .._graph.modules import LorafxModule, is_bare, named_modules, submodule
 from .._graph.sites import Site
 from .._kernels.addend import Addend
-from .shards import spread_beside, spread_like
+from .shards import (
+    gathered_for_use, reduced_for_use, spread_beside, spread_evenly, spread_like, spread_parameter
+)
 
 
 class Factors(LorafxModule):
@@ -19,6 +22,8 @@ class Factors(LorafxModule):
 
     A stack has one for each expert. `rounding`, `dropout` and `share_dropout` are as in its config.
     """
+
+    gathers = False  # True: A and B are spread, and nobody else gathers them for forward
 
     def __init__(self, A: Tensor, B: Tensor, scale: float, config: LoRAConfig) -> None:
         super().__init__()
@@ -35,10 +40,10 @@ class Factors(LorafxModule):
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """A and B, by way of `forward` where something is hooked to it or patches it."""
-        if is_bare(self):
-            return self.A, self.B
-        found: tuple[Tensor, Tensor] = self()
-        return found
+        A, B = (self.A, self.B) if is_bare(self) else self()
+        if self.gathers:
+            return gathered_for_use(A), gathered_for_use(B)
+        return reduced_for_use(A), reduced_for_use(B)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -55,6 +60,12 @@ class Factors(LorafxModule):
         if A is not self.A:
             trains = self.A.requires_grad
             self.A, self.B = nn.Parameter(A, trains), nn.Parameter(B, trains)
+
+    def spread_apart(self, mesh: Any) -> None:
+        """Spread A and B evenly over the processes of a mesh, and gather them at each use."""
+        self.A = nn.Parameter(spread_evenly(self.A, mesh), self.A.requires_grad)
+        self.B = nn.Parameter(spread_evenly(self.B, mesh), self.B.requires_grad)
+        self.gathers = True
 
     def extra_repr(self) -> str:
         dropout = f", dropout={self.dropout:g}" if self.dropout else ""
@@ -123,6 +134,13 @@ class Trained(LorafxModule):
         """{adapter: {name: Parameter}}."""
         return {name: module._parameters  # type: ignore[misc]
                 for name, module in self._modules.items() if module is not None}
+
+    def spread(self, name: str, weight: Tensor) -> None:
+        """Spread all that stands in the place of one base tensor over processes as that is."""
+        for parameters in self.sets().values():
+            old = parameters.get(name)
+            if old is not None:
+                parameters[name] = spread_parameter(old, weight)
 
     def choose(self, adapters: Iterable[str]) -> str | None:
         """The adapter among these that has a set."""

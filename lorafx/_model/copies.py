@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 from .._errors import UnsupportedModelError
 from .._graph.modules import LorafxModule
 from .._kernels.private import make_subclass, storage_key
-from .regions import EJECTING, is_plain_graph
+from .fsdp import FSDPCopy, own_class, state_without_fsdp
+from .regions import EJECTING, is_plain_graph, users_class, users_state
 from .shards import local_part
 
 
@@ -51,23 +52,31 @@ def share(model: M, ejecting: bool = False) -> M:
 
     Its Parameters are new ones on the old storage, its other tensors are cloned. `ejecting` undoes
     `make_region` and `adapt_attribute` in the copy, and leaves out what lorafx added to these
-    modules.
+    modules. A model that FSDP2 shards is gathered, and the copy a plain one.
     """
     memo: dict[int, Any] = {}
+    fsdp = FSDPCopy(model, memo)
     for parameter in model.parameters():
-        memo[id(parameter)] = same_kind(parameter, parameter.detach())
+        if id(parameter) not in memo:
+            memo[id(parameter)] = same_kind(parameter, parameter.detach())
     storages = {storage_key(parameter.untyped_storage()) for parameter in model.parameters()}
     for buffer in model.buffers():  # a view of a parameter stays one
         if storage_key(buffer.untyped_storage()) in storages:
             memo[id(buffer)] = buffer.detach()
     graphs = [m for m in model.modules() if is_plain_graph(m)]
     for module in graphs:  # their own deepcopy drops hooks and plain attributes
-        memo[id(module)] = type(module).__new__(type(module))
+        cls = own_class(type(module))
+        memo[id(module)] = cls.__new__(cls)
+    sharded = [module for module in fsdp.modules if module not in graphs]
+    for module in sharded:
+        memo[id(module)] = object.__new__(users_class(module))
     token = EJECTING.set(ejecting)
     try:
         with _CopyNonLeaves():
             for module in graphs:
                 _copy_attributes(module, memo[id(module)], memo)
+            for module in sharded:
+                memo[id(module)].__dict__.update(copy.deepcopy(users_state(module), memo))
             twin = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
         raise UnsupportedModelError(
@@ -77,7 +86,8 @@ def share(model: M, ejecting: bool = False) -> M:
         EJECTING.reset(token)
     for module in graphs:
         memo[id(module)].recompile()
-    _check_shared(model, twin)
+    fsdp.finish(twin)
+    _check_shared(model, twin, fsdp.gathered)
     return twin
 
 
@@ -92,18 +102,18 @@ def same_kind(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
 
 
 def _copy_attributes(module: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
-    twin.__dict__.update(copy.deepcopy(module.__dict__, memo))
+    twin.__dict__.update(copy.deepcopy(state_without_fsdp(module), memo))
     twin.__dict__["_graph"].owning_module = twin
 
 
-def _check_shared(model: nn.Module, twin: nn.Module) -> None:
+def _check_shared(model: nn.Module, twin: nn.Module, gathered: set[nn.Parameter]) -> None:
     """Raise unless the copy has all weights of the model, on the same storage.
 
     A class with a __deepcopy__ of its own may have made new weights; training those would waste
     memory unseen.
     """
     twins = dict(twin.named_parameters(remove_duplicate=False))
-    ours: set[nn.Parameter] = set()
+    ours = set(gathered)
     for module in model.modules():
         if isinstance(module, LorafxModule):
             ours.update(module.parameters())

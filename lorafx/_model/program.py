@@ -17,6 +17,7 @@ from .._graph.rules import linear_call
 from .._graph.sites import Site, blocks_matching, sort_key
 from .._graph.trace import tracing
 from .._graph.watch import Unsound
+from .fsdp import settle
 from .places import Weight, Weights, base_parameters, places_of, tensor_at
 from .refusals import is_unsupported_torch_layer, unsupported_layer, why_not_site, why_packed
 from .regions import why_not_region
@@ -88,6 +89,7 @@ class Program:
 
 def read_program(model: nn.Module) -> Program:
     """Trace every module of a model that could make a linear call, and find the sites."""
+    settle(model)
     every_name = users_modules(model)
     paths = paths_of(every_name)
     modules = {names[0]: module for module, names in paths.items()}

@@ -27,6 +27,9 @@ READERS: dict[str, Answer] = {
     "torch.nn.modules.activation": Answer.SUM,
     "torch.nn.modules.transformer": Answer.SUM,
 }
+# Functions, (module, name), that hand a model to their caller's code for it to put parameters in
+# their places: whoever reads below such a call gets the answer.
+PLACING = {("torch.distributed.tensor._api", "distribute_module"): Answer.LAYER}
 GENERATED = "<lorafx "  # how the file names of generated code begin
 
 
@@ -53,7 +56,15 @@ def module_of(frame: types.FrameType | None) -> str:
 
 def answer(through: str = "") -> Answer:
     """Return what the code that asks lorafx, by way of the module `through`, gets."""
-    return answer_to(module_of(reader(through)))
+    frame = reader(through)
+    found = answer_to(module_of(frame))
+    if found is Answer.ADAPTED and any(module in sys.modules for module, _ in PLACING):
+        while frame is not None:
+            called = module_of(frame), frame.f_code.co_name
+            if called in PLACING:
+                return PLACING[called]
+            frame = frame.f_back
+    return found
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from .._adapter.config import LoRAConfig, is_number
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.modules import LorafxModule, named_modules, unwrapped
 from .branches import Trained, branches
+from .fsdp import settle
 
 
 @dataclasses.dataclass
@@ -92,6 +93,7 @@ def refresh(model: nn.Module) -> None:
 
 def set_trainable(model: nn.Module) -> None:
     """Let exactly the active adapters' tensors require grad."""
+    settle(model)
     active = injection(model).active
     for holder in holders(model):
         for name, module in holder._modules.items():

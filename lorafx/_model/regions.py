@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from .._graph.functions import package
 from .._graph.modules import LorafxModule
-from .branches import spread
+from .branches import Trained, spread
+from .fsdp import change_class, own_class, state_without_fsdp
 from .lower import LinearForward, forward_of, lower
 from .readers import GENERATED, Answer, answer
 from .reading import FROZEN_PREFIX, adapted, adapted_names, base_or_trained, branches_beside
@@ -52,18 +53,28 @@ class Adapted(nn.Module):
     def named_modules(
         self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """As ever; but who replaces the tensors of this very layer finds no adapter in it."""
-        if memo is None and answer(through=nn.Module.__module__) is Answer.LAYER:
-            yield prefix, self
-        else:
-            yield from super().named_modules(memo, prefix, remove_duplicate)
+        """As ever; but who replaces the tensors of layers finds nothing of lorafx's in them."""
+        hidden = _followers(self) if answer(nn.Module.__module__) is Answer.LAYER else ()
+        memo = set() if memo is None else memo
+        memo.update(hidden)
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As ever, but for the same."""
+        hidden = _followers(self) if answer(nn.Module.__module__) is Answer.LAYER else ()
+        for name, child in super().named_children():
+            if child not in hidden:
+                yield name, child
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As ever; where W is now spread over processes, the factors beside it are too."""
+        """As ever; where W is now spread over processes, what adapters have in its place is too."""
         super().register_parameter(name, param)
         if param is not None and name in self._adapted:
             for branch in branches_beside(self, name):
                 spread(branch, param)
+            trained = self._modules.get("trained")
+            if isinstance(trained, Trained):
+                trained.spread(name, param)
 
     def _replicate_for_data_parallel(self) -> Any:
         """As nn.Module does it, but for its call of __new__: a replica has no own parameters."""
@@ -83,16 +94,22 @@ class Adapted(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         if not EJECTING.get():
             return _blank, (self._user_class, self._adapted), self.__dict__
-        ours = (*_STATE, "_graph") if isinstance(self, Region) else ()
-        state = {name: value for name, value in self.__dict__.items() if name not in ours}
-        state["_modules"] = {name: child for name, child in self._modules.items()
-                             if not isinstance(child, LorafxModule)}
-        return object.__new__, (self._user_class,), state
+        return object.__new__, (self._user_class,), users_state(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if "_graph" in state:
             make_region(self, state["_graph"], state["_joining"])
+
+
+def _followers(module: nn.Module) -> set[nn.Module]:
+    """What lorafx added to a module and spreads over processes as the tensors beside it."""
+    found: set[nn.Module] = set()
+    for name in adapted_names(module):
+        if name in module._parameters:
+            found.update(branches_beside(module, name))
+            found.update(child for child in (module._modules.get("trained"),) if child is not None)
+    return found
 
 
 class Region(Adapted, fx.GraphModule):  # type: ignore[misc]  # copies are made in another way
@@ -113,6 +130,22 @@ class Region(Adapted, fx.GraphModule):  # type: ignore[misc]  # copies are made 
     __str__ = nn.Module.__repr__
 
 
+def users_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before lorafx and FSDP2 derived others from it."""
+    cls: type[nn.Module] = own_class(type(module))
+    return getattr(cls, "_user_class", cls)
+
+
+def users_state(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module but for those that lorafx and FSDP2 added."""
+    ours = (*_STATE, "_graph") if isinstance(module, Region) else ()
+    state = {name: value for name, value in state_without_fsdp(module).items()
+             if name not in ours}
+    state["_modules"] = {name: child for name, child in module._modules.items()
+                         if not isinstance(child, LorafxModule)}
+    return state
+
+
 def is_plain_graph(module: nn.Module) -> TypeGuard[fx.GraphModule]:
     """True for a GraphModule of the caller's, which is not a region."""
     return isinstance(module, fx.GraphModule) and not isinstance(module, Region)
@@ -131,25 +164,26 @@ def make_region(module: nn.Module, graph: fx.Graph, join: bool) -> None:
         module.__dict__.setdefault(name, make())
     module.__dict__.update(_graph=graph, _joining=join)
     graph.owning_module = module  # type: ignore[assignment]
-    cls: Any = type(module)
+    cls: Any = own_class(type(module))
     lowered = lower(module, graph, join)
     code = lowered.python_code(root_module="self")
     if lowered is not graph:
         code._lineno_map = {}  # from lines to nodes of `graph`, for a compiler's messages
     user_class = getattr(cls, "_user_class", cls)
-    module.__class__ = _derived(user_class, adapted_names(module), code, forward_of(lowered))
+    made = _derived(user_class, adapted_names(module), code, forward_of(lowered))
+    change_class(module, made)
 
 
 def adapt_attribute(module: nn.Module, attribute: str) -> None:
     """Let Python read this tensor of a module as adapted, and as it is under its frozen name."""
-    cls: Any = type(module)
+    cls: Any = own_class(type(module))
     if attribute in adapted_names(module):
         return
     names, user_class = (*adapted_names(module), attribute), getattr(cls, "_user_class", cls)
     if issubclass(cls, Region):
-        module.__class__ = _derived(user_class, names, cls._python_code, cls._linear)
+        change_class(module, _derived(user_class, names, cls._python_code, cls._linear))
     else:
-        module.__class__ = _derived(user_class, names)
+        change_class(module, _derived(user_class, names))
 
 
 def why_not_region(module: nn.Module) -> str | None:
@@ -158,7 +192,7 @@ def why_not_region(module: nn.Module) -> str | None:
     taken = sorted(_RESERVED & attributes)
     if taken:
         return f"its attribute '{taken[0]}' is one that a graph module needs"
-    return _why_not_defined(type(module), _RESERVED) or why_not_adapted(module)
+    return _why_not_defined(own_class(type(module)), _RESERVED) or why_not_adapted(module)
 
 
 def _why_not_defined(cls: type, names: frozenset[str]) -> str | None:
@@ -180,8 +214,7 @@ _STANDARD = ("torch", "typing", "builtins", "lorafx")
 
 def why_not_adapted(module: nn.Module) -> str | None:
     """Why no class can be derived from this module's, or None."""
-    cls: Any = type(module)
-    return _why_not_derived(cls)
+    return _why_not_derived(own_class(type(module)))
 
 
 @functools.lru_cache(maxsize=None)

@@ -3,7 +3,11 @@
 import sys
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from .._errors import UnsupportedModelError
+from .._kernels.calls import PLAIN
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -14,7 +18,67 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def gathered(tensor: Tensor) -> Tensor:
     """All of a tensor. For one that is spread over processes, each of them must ask."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return tensor
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    whole: Tensor = tensor.to(mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+    return whole
+
+
+def gathered_for_use(tensor: Tensor) -> Tensor:
+    """All of a tensor, for a forward pass of this process's part of a batch.
+
+    The gradient is the mean of those of all processes, each of which gets its part.
+    """
+    from torch.distributed.tensor import Partial
+
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    whole: Tensor = tensor.full_tensor(  # type: ignore[attr-defined]
+        grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: gradient / mesh.size())
+    return whole
+
+
+def reduced_for_use(tensor: Tensor) -> Tensor:
+    """The same tensor, for products whose gradient may be left as parts that are to be summed.
+
+    They are summed once, where torch would do it anew in each step of an optimizer.
+    """
+    if type(tensor) in PLAIN or not tensor.requires_grad or not torch.is_grad_enabled():
+        return tensor
+    if not is_sharded(tensor):
+        return tensor
+    made: Tensor = _Reduced.apply(tensor)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Reduced(torch.autograd.Function):
+    """DTensor -> the same, whose gradient is placed as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Any) -> Tensor:
+        ctx.placements = tensor.placements
+        same: Tensor = tensor.view_as(tensor)
+        return same
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Tensor:  # type: ignore[override]
+        placed: Tensor = gradient.redistribute(placements=ctx.placements)
+        return placed
+
+
+def spread_evenly(tensor: Tensor, mesh: Any) -> Tensor:
+    """A whole tensor, split along its first axis over the last axis of a mesh, as FSDP does it."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    return _distributed(tensor, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)])
+
+
+def gathered_beside(live: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor to put in the place of another, or beside it: all of it, unless that is spread."""
+    return tensor if is_sharded(live) else gathered(tensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -28,6 +92,28 @@ def spread_like(live: Tensor, tensor: Tensor) -> Tensor:
         return tensor
     mesh, placements = live.device_mesh, live.placements  # type: ignore[attr-defined]
     return _distributed(tensor.to(live.device), mesh, placements)
+
+
+def spread_parameter(parameter: nn.Parameter, weight: Tensor) -> nn.Parameter:
+    """The Parameter that holds another's values, spread as the weight in whose place it stands.
+
+    It is one for all names of the other, of which some may be spread later.
+    """
+    if not is_sharded(weight) or is_sharded(parameter):
+        return parameter
+    made: nn.Parameter | None = getattr(parameter, _SPREAD, None)
+    if made is None:
+        made = nn.Parameter(spread_like(weight, parameter.detach()), parameter.requires_grad)
+        setattr(parameter, _SPREAD, made)
+    elif made.placements != weight.placements:  # type: ignore[attr-defined]
+        raise UnsupportedModelError(
+            "A tensor that an adapter trains whole has two names, as a head tied to an embedding, "
+            f"and would be split over processes in two ways, {made.placements} and "  # type: ignore
+            f"{weight.placements}: choose one for both.")  # type: ignore[attr-defined]
+    return made
+
+
+_SPREAD = "_lorafx_spread"  # a Parameter's attribute: what stands in its place now
 
 
 def spread_beside(

@@ -13,6 +13,7 @@ from .._errors import ConfigError, MismatchError
 from . import generators
 from .attach import trained_whole
 from .branches import branches, factors_at
+from .fsdp import settle
 from .shards import gathered, spread_like
 
 NOT_OPTIONS = ("params", "param_names")  # of a parameter group: they are this process's own
@@ -20,6 +21,7 @@ NOT_OPTIONS = ("params", "param_names")  # of a parameter group: they are this p
 
 def live_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """Return the tensors of an adapter under the names that `extract` gives them."""
+    settle(model)
     found: dict[str, nn.Parameter] = {}
     for site, branch in branches(model).items():
         factors = factors_at(branch, adapter)
