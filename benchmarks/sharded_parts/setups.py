@@ -1,5 +1,6 @@
 """The set-ups: how each brings the model to its processes, in the way its users do."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -7,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import cpu_offload
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -18,7 +18,6 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel, RowwiseParallel, parallelize_module)
 from torch.nn.parallel import DistributedDataParallel
 
-import lorafx
 from common.minimind import Block, MiniMind
 from sharded_parts.traffic import Traffic
 from sharded_parts.training import (
@@ -52,6 +51,7 @@ def parallel(model: Any, layer_mesh: DeviceMesh) -> Any:
     return model
 
 
+@functools.cache
 def one() -> Found:
     """One process."""
     return train(adapted(), processes=1)
@@ -151,6 +151,8 @@ def pipeline() -> Found:
 
 def offloaded() -> Found:
     """The base's weights wait on the CPU, and are in their places while a layer runs."""
+    from accelerate import cpu_offload
+
     return train(adapted(cpu_offload(base(), torch.device("cpu"))), processes=1)
 
 
@@ -164,5 +166,5 @@ SETUPS: dict[str, tuple[Callable[[], Found], Callable[[], Found]]] = {
     "tensor parallel": (tensor_parallel, one),
     "FSDP2 on tensor parallel": (fsdp2_on_tensor_parallel, one),
     "pipeline": (pipeline, one),
-    "accelerate, offloaded": (offloaded, one),
+    "offloaded by accelerate": (offloaded, one),
 }
