@@ -26,6 +26,7 @@ from common.machine import in_words, machine
 from common.tables import aligned
 from sharded_parts.setups import SETUPS
 from sharded_parts.traffic import Kind
+from sharded_parts.training import adapter_bytes
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -52,7 +53,8 @@ def measure(names: Sequence[str]) -> list[dict[str, Any]]:
         setup, reference = SETUPS[name]
         losses, found = reference().losses, setup()
         differences = [abs(ours - theirs) for ours, theirs in zip(found.losses, losses)]
-        rows.append({"name": name, "difference": max(differences), **vars(found)})
+        rows.append({"name": name, "difference": max(differences),
+                     "adapter": adapter_bytes(), **vars(found)})
     return rows
 
 
@@ -91,14 +93,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 LEGEND = """\
-loss: the largest difference to one process's in five steps. reduced, gathered, activations: bytes
-of a step, exchanged by the first process. weights: bytes of parameters that it holds between steps,
-and at most in one."""
+loss: the largest difference to one process's in five steps (in bfloat16 to one process's that has
+the same policy). Then bytes: of A and B; of a step, exchanged by the first process: gradients
+reduced, weights gathered, activations (and buffers, those that DDP broadcasts); of the parameters
+that it holds between steps, and at most in one."""
 
 
 def table(results: Mapping[str, Any]) -> str:
     """A line for each set-up."""
-    header = ["", "processes", "loss", "adapter", "reduced", "gathered", "activations", "weights",
+    header = ["", "processes", "loss", "adapter", "reduced", "gathered", "activations", "held",
               "at most"]
     body = []
     for row in results["rows"]:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.minimind import Block, MiniMind
 from sharded_parts.traffic import Traffic
 from sharded_parts.training import (
-    RATE, STEPS, Found, adapted, adapter_bytes, base, batches, loss_of, train, with_counts)
+    RATE, STEPS, Found, adapted, base, batches, loss_of, train, with_counts)
 
 PLAN = {
     "attention.q_proj": ColwiseParallel(), "attention.k_proj": ColwiseParallel(),
@@ -133,7 +133,7 @@ def pipeline() -> Found:
                              n_microbatches=4, loss_fn=loss_of)
     trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE)
-    found = Found(count, [], adapter_bytes(model))
+    found = Found(count, [])
     traffic = Traffic(stage)
     for step, tokens in enumerate(batches(), 1):
         losses: list[Tensor] = []

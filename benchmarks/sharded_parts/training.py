@@ -27,7 +27,6 @@ class Found:
 
     processes: int
     losses: list[float]
-    adapter: int  # all of its bytes, wherever they are
     traffic: dict[str, int] = dataclasses.field(default_factory=dict)  # {kind: bytes of a step}
     held: int = 0  # bytes of parameters between steps
     most: int = 0
@@ -46,15 +45,16 @@ def adapted(model: nn.Module | None = None) -> Any:
     return lorafx.inject(model, RANK, targets=TARGETS)
 
 
-def adapter_bytes(model: nn.Module) -> int:
-    """Those of A and B at all sites, of whole tensors."""
-    return sum(parameter.nbytes for parameter in lorafx.parameters(model))
+def adapter_bytes() -> int:
+    """Those of A and B at all sites."""
+    return sum(parameter.nbytes for parameter in lorafx.parameters(adapted()))
 
 
 def batches() -> list[Tensor]:
-    """Tokens (BATCH, LENGTH + 1) of each step, of all processes together."""
+    """Tokens (BATCH, LENGTH + 1) of each step, of all processes together: always the same."""
     generator = torch.Generator().manual_seed(2)
-    return list(torch.randint(CONFIG.vocabulary, (STEPS, BATCH, LENGTH + 1), generator=generator))
+    tokens = torch.randint(CONFIG.vocabulary, (BATCH, LENGTH + 1), generator=generator)
+    return [tokens] * STEPS
 
 
 def loss_of(logits: Tensor, next_tokens: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def train(model: nn.Module, split: int = 1, parameters: Iterable[nn.Parameter] |
     """
     forward = forward or model
     optimizer = torch.optim.AdamW(list(parameters or lorafx.parameters(model)), lr=RATE)
-    found = Found(processes or dist.get_world_size(), [], adapter_bytes(model))
+    found = Found(processes or dist.get_world_size(), [])
     traffic = Traffic(model)
     for step, tokens in enumerate(batches(), 1):
         tokens = part(tokens, split)

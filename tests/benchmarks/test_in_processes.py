@@ -52,8 +52,8 @@ def test_sharded(tmp_path: Path) -> None:
     rows = {row["name"]: row for row in
             sharded.main(["--processes", "2", "--json", str(path)])["rows"]}
     assert rows.keys() == sharded.SETUPS.keys()
-    assert all(row["difference"] < 1e-5 for row in rows.values())
-    assert len({row["adapter"] for row in rows.values()}) == 1
+    for name, row in rows.items():
+        assert row["difference"] < (1e-3 if "bfloat16" in name else 1e-5), name
     for name in ("DDP", "FSDP2", "FSDP2, bfloat16"):
         assert rows[name]["traffic"]["gradients reduced"] == rows[name]["adapter"]
     assert rows["FSDP2"]["held"] == rows["one process"]["held"] // 2
