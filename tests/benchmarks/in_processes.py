@@ -126,14 +126,12 @@ def traffic_of_fsdp2() -> None:
 
 @setup
 def traffic_of_tensor_parallel() -> None:
-    """Two numbers a rank and row for the branches, and y and dx of the whole: none of a weight."""
+    """y is reduced, and the gradients of the factors that are whole in each process."""
     mesh = dist.init_device_mesh("cpu", (2,))
     model = parallelize_module(mlp(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    found = counts(model)
-    print("TP", found, file=sys.stderr)
-    # Split: W and W, B of the first, A of the second; the other two factors are whole.
-    held = WEIGHTS // 2 + 4 * 16 + 32 * 4 // 2 + 4 * 32 // 2 + 16 * 4
-    assert found["held"] == found["most"] == held and found["weights gathered"] == 0, found
+    found, in_whole = counts(model), 4 * 16 + 16 * 4  # A of the first layer, B of the second
+    held = (WEIGHTS + FACTORS - in_whole) // 2 + in_whole
+    assert found == expected(in_whole, 0, 6 * 16, held, held), found
 
 
 @setup
