@@ -3,8 +3,8 @@
 A small MiniMind with an adapter at every linear layer of its blocks is brought to several processes
 in each way that torch has, and by accelerate's offloading, and trained for five steps of AdamW; its
 losses are compared with those of one process. Bytes are counted by the operators of torch's process
-groups, in the last step and on the side of the first process: of a reduced or gathered tensor all of
-it, of a sent one what is sent. The processes are gloo's, on this machine, and nothing is timed.
+groups, in the last step and on the side of the first process: of a reduced or gathered tensor all
+of it, of a sent one what is sent. The processes are gloo's, on this machine; nothing is timed.
 
     python benchmarks/sharded.py [--processes 4] [--only WORD ...] [--json out/sharded.json]
 """
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.machine import in_words, machine
+from common.machine import machine
 from common.tables import aligned
 from sharded_parts.setups import SETUPS
 from sharded_parts.traffic import Kind
@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 LEGEND = """\
 loss: the largest difference to one process's in five steps (in bfloat16 to one process's that has
 the same policy). Then bytes: of A and B; of a step, exchanged by the first process: gradients
-reduced, weights gathered, activations (and buffers, those that DDP broadcasts); of the parameters
-that it holds between steps, and at most in one."""
+reduced (FSDP1 reduces a row of all weights of a block), weights gathered, activations (and buffers,
+which DDP broadcasts); of the parameters that it holds between steps, and at most in one."""
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -113,9 +113,11 @@ def table(results: Mapping[str, Any]) -> str:
 
 def readme(results: Mapping[str, Any]) -> list[str]:
     """The section of benchmarks/README.md, from what the JSON file holds."""
+    torch_version = results["machine"]["torch"].partition("+")[0]
     return [f"`benchmarks/sharded.py` trains one model with one adapter in {results['processes']} "
-            "gloo processes, brought to them in each way that torch has. "
-            f"{in_words(results['machine'])}:", table(results), " ".join(LEGEND.split())]
+            "gloo processes, brought to them in each way that torch has, and by accelerate. With "
+            f"torch {torch_version}, on {results['machine']['date']}:", table(results),
+            " ".join(LEGEND.split())]
 
 
 if __name__ == "__main__":

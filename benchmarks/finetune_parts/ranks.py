@@ -53,12 +53,15 @@ class Ranks:
         if self.count > 1:
             dist.barrier()
 
-    def save(self, model: MiniMind, path: Path, adapter: str | None = None, **training: Any) -> None:
+    def save(self, model: MiniMind, path: Path, adapter: str | None = None,
+             **training: Any) -> None:
         """lorafx.save: every process of a sharded model calls it, and of others the first."""
         save = partial(lorafx.save, model, path, adapter, **training)
         if self.sharded:
             save()
-        self.first_does(lambda: None if self.sharded else save())
+            self.first_does(lambda: None)
+        else:
+            self.first_does(save)
 
     def shard(self, model: MiniMind) -> None:
         """Leave to each process its part of the weights, if that is the way."""

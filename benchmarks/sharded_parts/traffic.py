@@ -28,7 +28,8 @@ REDUCED = {"allreduce_": 0, "_reduce_scatter_base_": 1, "all_reduce": 0, "reduce
 SENT = {"send": 0, "broadcast_": 0}
 GATHERED = {"allgather_": 0, "_allgather_base_": 0, "allgather_into_tensor_coalesced_": 0}
 GATHERED_AS_RESULT = ("all_gather_into_tensor", "all_to_all_single", "shard_dim_alltoall")
-FREE = ("wait_tensor", "_wrap_tensor_autograd", "recv_", "recv_any_source_", "barrier", "monitored_barrier_")
+FREE = ("wait_tensor", "_wrap_tensor_autograd", "recv_", "recv_any_source_", "barrier",
+        "monitored_barrier_")
 # The operators that use weights: while they run, these are in their places.
 MULTIPLYING = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm,
                torch.ops.aten.embedding}
