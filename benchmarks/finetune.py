@@ -12,6 +12,11 @@ per byte.
 takes one to two minutes on two CPU cores, prints one table, and writes adapters, results.json and
 finetune.png to out/. While an adapter trains, its state is kept in out/unfinished/; after a crash
 --resume goes on from there, to the same bits.
+
+    torchrun --nproc-per-node 2 benchmarks/finetune.py --parallel fsdp2
+
+does it in two processes, which share each batch, and prints the same losses: with ddp (the default)
+each has the whole model, with fsdp2 a part of each weight.
 """
 
 import argparse
@@ -28,6 +33,7 @@ import torch
 
 from finetune_parts import keep, picture, report, stages, texts
 from finetune_parts.bench import Bench, checkpoint, fresh_base, snapshot
+from finetune_parts.ranks import WAYS, together
 from finetune_parts.training import Run
 
 # LoRA's usual 1e-4 is for thousands of steps. This run has 80, so each must move A and B further.
@@ -62,6 +68,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
            "folder of the pre-trained base model, which later runs use again")
     option("--save-every", 10,
            "steps after which the training of an adapter is kept, so that --resume can go on")
+    parser.add_argument("--parallel", choices=WAYS, default=WAYS[0],
+                        help="how processes that torchrun starts train one model: each with all of "
+                             "it, or each with a part of its weights (default: %(default)s)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the adapters of a run that was stopped")
     parser.add_argument("--check-learning", action=argparse.BooleanOptionalAction, default=True,
@@ -73,8 +82,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(bench: Bench) -> tuple[list[float], Runs]:
     """All stages in order: the losses of pre-training, and the runs."""
     path = checkpoint(bench)
-    if not path.exists():
-        stages.pretrain(bench, path)
+    bench.ranks.first_does(lambda: None if path.exists() else stages.pretrain(bench, path))
     base = fresh_base(bench, path)
     before = snapshot(base)
     bench.add_row("base", base, path)
@@ -100,7 +108,8 @@ def record(bench: Bench, pretraining: Sequence[float],
         "options": options,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         "date": str(datetime.date.today()),
-        "threads": torch.get_num_threads(),
+        "processes": bench.ranks.count,
+        "threads": bench.ranks.threads(),
         "models": bench.rows,
         "checks": bench.checks,
         "pretraining": list(pretraining),
@@ -114,20 +123,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     read = [texts.read(write) for write in (texts.prose, texts.table, texts.code)]
-    bench = Bench(options, {text.name: text for text in read})
-    if not options.resume:
-        keep.forget(options)
-    results = record(bench, *run(bench))
+    with together(options.parallel, options.device, options.batch) as ranks:
+        bench = Bench(options, {text.name: text for text in read}, ranks)
+        if not options.resume:
+            ranks.first_does(lambda: keep.forget(options))
+        results = record(bench, *run(bench))
+        results["seconds"] = time.perf_counter() - began
+        ranks.first_does(lambda: write(bench, results))
+    return results
+
+
+def write(bench: Bench, results: dict[str, Any]) -> None:
+    """Print the table, write the picture and the numbers; what was kept is not needed any more."""
+    options = bench.options
     picture.draw(options.out / "finetune.png", results)
     print(report.summary(bench.rows, options.device))
     print(stages.check_learning(bench) if options.check_learning
           else "Whether the adapters learned was not checked (--no-check-learning).")
-    results["seconds"] = time.perf_counter() - began
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
     keep.forget(options)
     print(f"{len(bench.checks)} checks passed. {results['seconds']:.0f} s in all. "
           f"Files are in {options.out}/.")
-    return results
 
 
 if __name__ == "__main__":

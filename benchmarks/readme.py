@@ -3,8 +3,8 @@
     python benchmarks/readme.py [out]
 
 Each section is written whose JSON files are there: finetune.py's results.json, coverage.json
-(coverage.py --out), claims.json (claims.py --json), step.json and merge.json, stream.json,
-facts.json. The picture finetune.png is copied. Other sections stay as they are.
+(coverage.py --out), claims.json (claims.py --json), sharded.json, step.json and merge.json,
+stream.json, facts.json. The picture finetune.png is copied. Other sections stay as they are.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from common.readme import README, write
 SECTIONS = (
     ("facts", "facts", ("facts.json",)),
     ("finetune", "finetune_parts.report", ("results.json",)),
+    ("sharded", "sharded", ("sharded.json",)),
     ("performance", "step_parts.report", ("step.json", "merge.json")),
     ("stream", "stream", ("stream.json",)),
     ("coverage", "coverage_parts.report", ("coverage.json",)),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operators that compute nothing: allocation, and one view that its schema does not call a view.
@@ -38,19 +39,27 @@ def saved(model: nn.Module) -> Iterator[dict[int, int]]:
     """{address: bytes} of each distinct storage that autograd saves inside, but the model's own.
 
     Exact as long as what is saved lives on until the context ends: then no address is used twice.
+    Weights that FSDP gathered and let go of again do not count; the dict is filled at the end.
     """
     tensors = (*model.parameters(), *model.buffers())
-    own = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    own = {local(tensor).untyped_storage().data_ptr() for tensor in tensors}
     sizes: dict[int, int] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
+            storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield sizes
+    sizes.update({address: storage.nbytes() for address, storage in storages.items()})
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:

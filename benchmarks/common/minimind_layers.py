@@ -99,14 +99,14 @@ class Attention(nn.Module):
         These are (batch, kv_heads, past + length, head). `visible`, broadcast to (batch, heads,
         length, past + length), says which key each query sees; None is causal.
         """
-        batch, length, hidden = x.shape
+        batch, length, _ = x.shape
         q, k, v = (y.view(batch, length, -1, self.config.head).transpose(1, 2)
                    for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))  # (b, heads, l, head)
         q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         y = self.attend(q, k, v, visible)  # (batch, heads, length, head)
-        y = self.o_proj(y.transpose(1, 2).reshape(batch, length, hidden))
+        y = self.o_proj(y.transpose(1, 2).flatten(-2))
         return self.output_dropout(y), (k, v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import platform
 import zlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from common.minimind import MiniMind
 from common.minimind_layers import Config
+from finetune_parts.ranks import Ranks, whole
 from finetune_parts.texts import Text
 from finetune_parts.training import Plan, Run, evaluate
 
@@ -25,10 +27,14 @@ PHASES = {"code": 1, "prose": 2, "table": 3}
 
 @dataclasses.dataclass
 class Bench:
-    """The options and texts of one run, the claims checked so far, and a row for each model."""
+    """The options and texts of one run, the claims checked so far, and a row for each model.
+
+    Each of the processes that run it together has one, with the same in it.
+    """
 
     options: argparse.Namespace
     texts: Mapping[str, Text]
+    ranks: Ranks = Ranks()
     checks: list[str] = dataclasses.field(default_factory=list)
     rows: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -77,7 +83,7 @@ def checkpoint(bench: Bench) -> Path:
     o = bench.options
     rest = repr((bench.texts["code"].checksum, FULL_RATE, config(o)))
     # The number of threads decides the order of sums.
-    where = o.device if o.device != "cpu" else f"cpu{torch.get_num_threads()}"
+    where = o.device if o.device != "cpu" else f"cpu{bench.ranks.threads()}"
     return o.checkpoints / (
         f"minimind_{o.hidden}x{o.layers}_steps{o.pretrain_steps}_batch{o.batch}x{o.length}"
         f"_seed{o.seed}_python{platform.python_version()}_torch{torch.__version__}"
@@ -94,7 +100,8 @@ def fresh_base(bench: Bench, path: Path) -> MiniMind:
 def save_whole(bench: Bench, model: MiniMind, name: str) -> Path:
     """Write all weights of a model to a file."""
     path: Path = bench.options.out / f"{name}_{bench.options.hidden}.pth"
-    torch.save(model.state_dict(), path)
+    weights = {key: whole(tensor) for key, tensor in model.state_dict().items()}
+    bench.ranks.first_does(partial(torch.save, weights, path))
     return path
 
 

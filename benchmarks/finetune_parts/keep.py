@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import lorafx
+from common.minimind import MiniMind
+from finetune_parts.ranks import Ranks
 from finetune_parts.training import Run
 
 # What decides neither what is trained nor on what: these may differ between the run that was
 # stopped and this one.
-FREE = ("out", "checkpoints", "check_learning", "resume", "save_every")
+FREE = ("out", "checkpoints", "check_learning", "resume", "save_every", "parallel")
 
 
 def folder(options: argparse.Namespace) -> Path:
@@ -36,9 +37,9 @@ class AdapterKeeper:
     is cut to fit.
     """
 
-    def __init__(self, options: argparse.Namespace, model: nn.Module, adapter: str,
+    def __init__(self, options: argparse.Namespace, ranks: Ranks, model: MiniMind, adapter: str,
                  base: Path) -> None:
-        self.options, self.model, self.adapter = options, model, adapter
+        self.options, self.ranks, self.model, self.adapter = options, ranks, model, adapter
         self.path = folder(options) / f"{adapter}.safetensors"
         self.made_with = {"base": base.name}
         for name, value in vars(options).items():
@@ -59,7 +60,7 @@ class AdapterKeeper:
         step = lorafx.resume(self.model, optimizer, self.path, self.adapter)
         held_out = [(at, loss) for at, loss in record["held_out"] if at <= step]
         run = Run(record["training"][:step], held_out, memory=record["memory"])
-        print(f"Resumed {self.adapter} after step {step}.")
+        self.ranks.say(f"Resumed {self.adapter} after step {step}.")
         return step, run, record["seconds"][:step]
 
     def save(self, optimizer: torch.optim.Optimizer, step: int, run: Run,
@@ -68,8 +69,9 @@ class AdapterKeeper:
         if step % self.options.save_every and step != self.options.steps:
             return
         record = vars(run) | {"seconds": seconds, "made_with": self.made_with}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(record))
-        os.replace(unfinished, self.path.with_suffix(".json"))
-        lorafx.save(self.model, self.path, self.adapter, optimizer=optimizer, step=step)
+        if self.ranks.first:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = self.path.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(record))
+            os.replace(unfinished, self.path.with_suffix(".json"))
+        self.ranks.save(self.model, self.path, self.adapter, optimizer=optimizer, step=step)

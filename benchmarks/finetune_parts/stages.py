@@ -13,6 +13,7 @@ from common.minimind import MiniMind
 from finetune_parts.bench import (
     FULL_RATE, Bench, close, config, equal, fresh_base, frozen, parameters, save_whole, snapshot)
 from finetune_parts.keep import AdapterKeeper
+from finetune_parts.ranks import threads, whole
 from finetune_parts.training import Run, evaluate, train
 
 # An adapter has learned if its held-out loss is this much, in nats per byte, below the base's.
@@ -22,10 +23,11 @@ HALVES = {"prose": 0.5, "table": 0.5}
 
 
 def pretrain(bench: Bench, path: Path) -> None:
-    """Train the base model on code and save it with its losses."""
+    """Train the base model on code and save it with its losses: in one process, for all."""
     plan = bench.plan("code", bench.options.pretrain_steps, FULL_RATE)
     model = MiniMind(config(bench.options)).to(bench.options.device)
-    run = train(model, model.parameters(), bench.texts["code"], plan, "pre-train on code")
+    with threads(bench.ranks.threads()):
+        run = train(model, model.parameters(), bench.texts["code"], plan, "pre-train on code")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     torch.save({"model": model.state_dict(), "losses": run.training}, unfinished)
@@ -33,20 +35,20 @@ def pretrain(bench: Bench, path: Path) -> None:
 
 
 def adapt(bench: Bench, base: MiniMind, path: Path) -> tuple[MiniMind, dict[str, Run]]:
-    """Inject an adapter and train it, add another and train that; switch. `path` has the base."""
+    """Inject an adapter, add another, train one, then the other; switch. `path` has the base."""
     options = bench.options
-    runs = {}
-    plan = bench.plan("prose", options.steps, options.rate)
+    runs, plans = {}, {"prose": bench.plan("prose", options.steps, options.rate)}
     model = lorafx.inject(base, options.rank, targets=options.targets, adapter="prose")
     bench.check(torch.equal(bench.logits(model), bench.logits(frozen(base))),
                 "injection changes no output")
-    runs["prose"] = train(model, lorafx.parameters(model), bench.texts["prose"], plan,
-                          "LoRA on prose", AdapterKeeper(options, model, "prose", path))
-    plan = bench.plan("table", options.steps, options.rate)
+    plans["table"] = bench.plan("table", options.steps, options.rate)
     lorafx.add(model, "table", options.rank)
-    lorafx.activate(model, "table")
-    runs["table"] = train(model, lorafx.parameters(model), bench.texts["table"], plan,
-                          "LoRA on table", AdapterKeeper(options, model, "table", path))
+    bench.ranks.shard(model)  # with the adapters in it
+    for name, plan in plans.items():
+        lorafx.activate(model, name)
+        keeper = AdapterKeeper(options, bench.ranks, model, name, path)
+        runs[name] = train(model, lorafx.parameters(model), bench.texts[name], plan,
+                           f"LoRA on {name}", keeper, bench.ranks)
     for name in ("prose", "table", "prose"):
         lorafx.activate(model, name)
         bench.check(evaluate(model, bench.windows(name)) == runs[name].held_out[-1][1],
@@ -61,11 +63,11 @@ def save_and_load(bench: Bench, model: MiniMind, runs: Mapping[str, Run],
     for name, run in runs.items():
         native = bench.options.out / "lora" / f"{name}_{bench.options.hidden}.safetensors"
         minimind = native.with_suffix(".pth")
-        lorafx.save(model, native, name)
-        lorafx.save(model, minimind, name)
+        bench.ranks.save(model, native, name)
+        bench.ranks.save(model, minimind, name)
         loaded = lorafx.load(loaded, native)
         rounded = lorafx.load(fresh_base(bench, path), minimind)
-        saved = list(lorafx.parameters(model, name))
+        saved = [whole(tensor) for tensor in lorafx.parameters(model, name)]
         bench.check(equal(lorafx.parameters(loaded, name), saved),
                     f"{native.name} holds {name} bit for bit")
         halves = (tensor.half().float() for tensor in saved)
@@ -89,7 +91,7 @@ def compose(bench: Bench, model: MiniMind) -> None:
     bench.check(close(bench.logits(model), together),
                 "one composed adapter computes what both halves do")
     file = bench.options.out / "lora" / f"both_{bench.options.hidden}.safetensors"
-    lorafx.save(model, file)
+    bench.ranks.save(model, file)
     bench.add_row("composed, half of each", model, file)
 
 
@@ -112,7 +114,9 @@ def full_finetune(bench: Bench, base: MiniMind) -> dict[str, Run]:
     for name in HALVES:
         plan = bench.plan(name, bench.options.steps, FULL_RATE)
         model = copy.deepcopy(base)
-        runs[name] = train(model, model.parameters(), bench.texts[name], plan, f"full on {name}")
+        bench.ranks.shard(model)
+        runs[name] = train(model, model.parameters(), bench.texts[name], plan, f"full on {name}",
+                           ranks=bench.ranks)
         file = save_whole(bench, model, f"{name}_full")
         bench.add_row(f"full on {name}", model, file, runs[name], parameters(model))
     return runs

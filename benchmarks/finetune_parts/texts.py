@@ -13,6 +13,7 @@ The last tenth of each text, contiguous, is held out: never trained on.
 """
 
 import dataclasses
+import functools
 import html.entities
 import sysconfig
 import unicodedata
@@ -78,6 +79,7 @@ def _described(point: str) -> str:
     return f"U+{ord(point):04X} {unicodedata.name(point, 'CONTROL CHARACTER')}"
 
 
+@functools.cache
 def read(write: Callable[[], str]) -> Text:
     """The text that a function writes, under the function's name, cut into its two parts."""
     encoded = bytearray(write().encode())

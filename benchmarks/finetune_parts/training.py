@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.counting import saved
+from common.counting import local, saved
 from common.minimind import MiniMind
 from common.progress import progress
+from finetune_parts.ranks import Forward, Ranks
 from finetune_parts.texts import Text
 
 
@@ -50,10 +51,10 @@ class Run:
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def loss_of(model: MiniMind, windows: Tensor) -> Tensor:
+def loss_of(forward: Forward, windows: Tensor) -> Tensor:
     """The mean of -log p(next byte) in nats, a scalar: windows (batch, length + 1)."""
-    logits = model(windows[:, :-1]).logits  # (batch, length, vocabulary)
-    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()) + model.aux_loss
+    logits = forward(windows[:, :-1]).logits  # (batch, length, vocabulary)
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 def evaluate(model: MiniMind, windows: Tensor) -> float:
@@ -78,8 +79,11 @@ class Keeper(Protocol):
 
 
 def train(model: MiniMind, parameters: Iterable[nn.Parameter], text: Text, plan: Plan, label: str,
-          keeper: Keeper | None = None) -> Run:
-    """Train these parameters on a text, from where the keeper is; equal seeds, equal batches."""
+          keeper: Keeper | None = None, ranks: Ranks = Ranks()) -> Run:
+    """Train these parameters on a text, from where the keeper is; equal seeds, equal batches.
+
+    Several processes share each batch, and each takes the held-out loss by itself.
+    """
     device = model.embedding.weight.device
     held_out = text.evaluation(plan.length).to(device)  # (count, length + 1)
     optimizer = torch.optim.AdamW(list(parameters), plan.rate)
@@ -91,12 +95,15 @@ def train(model: MiniMind, parameters: Iterable[nn.Parameter], text: Text, plan:
     if not done:
         run.held_out = [(0, evaluate(model, held_out))]
     model.train()
+    forward = ranks.forward(model)
     start = gpu_start(device)
-    with progress(total=plan.steps, initial=done, desc=label, unit="step") as bar:
+    with progress(total=plan.steps, initial=done, desc=label, unit="step",
+                  disable=not ranks.first) as bar:
         for step in range(done + 1, plan.steps + 1):
-            windows = text.batch(plan.batch, plan.length, generator).to(device)
+            windows = ranks.part(text.batch(plan.batch, plan.length, generator)).to(device)
             began = time.perf_counter()
-            run.training.append(advance(model, windows, optimizer, run if step == 1 else None))
+            loss = advance(model, forward, windows, optimizer, run if step == 1 else None)
+            run.training.append(ranks.mean(loss))
             seconds.append(time.perf_counter() - began)
             schedule.step()
             if plan.evaluated(step):
@@ -121,20 +128,20 @@ def gpu_start(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def advance(model: MiniMind, windows: Tensor, optimizer: torch.optim.Optimizer,
-            measured: Run | None) -> float:
+def advance(model: MiniMind, forward: Forward, windows: Tensor, optimizer: torch.optim.Optimizer,
+            measured: Run | None) -> Tensor:
     """One step on windows (batch, length + 1): its loss. `measured` gets the bytes it holds."""
     optimizer.zero_grad()
     if measured is None:
-        loss = loss_of(model, windows)
+        loss = loss_of(forward, windows)
     else:
         with saved(model) as sizes:
-            loss = loss_of(model, windows)
+            loss = loss_of(forward, windows)
     loss.backward()
     optimizer.step()
     if measured is not None:
         measured.memory = {"saved for backward": sum(sizes.values()), **optimizer_bytes(optimizer)}
-    return loss.item()
+    return loss.detach()
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -142,8 +149,8 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     gradients = state = 0
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            gradients += 0 if parameter.grad is None else parameter.grad.nbytes
+            gradients += 0 if parameter.grad is None else local(parameter.grad).nbytes
     for entry in optimizer.state.values():
         values: list[Any] = list(entry.values())
-        state += sum(value.nbytes for value in values if isinstance(value, Tensor))
+        state += sum(local(value).nbytes for value in values if isinstance(value, Tensor))
     return {"gradients": gradients, "optimizer": state}

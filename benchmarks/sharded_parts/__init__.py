@@ -1,0 +1,1 @@
+"""What sharded.py is made of."""
