@@ -61,10 +61,6 @@ def extract_here(model: nn.Module, adapter: str) -> Adapter:
                 pairs[site] = Pair(A, B, factors.scale)
                 shape, start = tuple(tensor_at(place).shape), branch.rows[0] if branch.rows else 0
                 stored[site] = StoredWeight(shape, branch.transposed, start)
-        for _, _, held in trained_modules(model):
-            copies = held._modules.get(adapter)
-            if isinstance(copies, Copies):
-                copies.check([*copies.parameters()], None, _TAKING)
         whole = trained_whole(model, adapter)
         trained = {name: gathered(_value(model, adapter, name)) for name in whole}
     return Adapter(adapter, config, pairs, trained, stored)
@@ -74,7 +70,11 @@ def _value(model: nn.Module, adapter: str, name: str) -> Tensor:
     """What an adapter trains in the place of a base tensor."""
     path, _, attribute = name.rpartition(".")
     own = submodule(model, dotted(path, f"trained.{adapter}"))
-    return value_of(own, attribute, own._parameters[attribute].detach())  # type: ignore[union-attr]
+    parameter = own._parameters[attribute]
+    assert isinstance(own, Copies) and parameter is not None
+    value = value_of(own, attribute, parameter.detach())
+    own.check([value], None, _TAKING)
+    return value
 
 
 def _with_other_stages(here: Adapter, positions: Mapping[str, int]) -> Adapter:

@@ -17,6 +17,7 @@ from .branches import Factors
 from .record import holders
 from .shards import gathered, spread_like
 from .together import from_all, on_cpu
+from .zero import check_gathered
 
 
 class Chunk(NamedTuple):
@@ -127,6 +128,7 @@ def check_can_be_copied(model: nn.Module) -> None:
 
 def _check_whole(model: nn.Module) -> None:
     """Raise where factors are in chunks that nobody here knows the rest of."""
+    check_gathered(model)
     for path, module in named_modules(model):
         if isinstance(module, Factors) and module.shapes != (module.A.shape, module.B.shape):
             raise UnsupportedModelError(

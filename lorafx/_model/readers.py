@@ -23,6 +23,9 @@ READERS: dict[str, Answer] = {
     # libraries that put parameters in their places: that shard, gather, move and offload them
     "torch.distributed.": Answer.PARAMETER,
     "accelerate.": Answer.PARAMETER,
+    # torch.func and torch.export put tensors in the place of Parameters for one call
+    "torch.nn.utils._named_member_accessor": Answer.PARAMETER,
+    "torch.nn.utils.stateless": Answer.PARAMETER,
     # layers that read their children's weights for a fused kernel, and ask for plain tensors
     "torch.nn.modules.activation": Answer.SUM,
     "torch.nn.modules.transformer": Answer.SUM,

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from .._errors import AdaptedWeightError
 from .._kernels.addend import Addend
+from .._kernels.calls import PLAIN
+from .._kernels.private import is_transforming
 from .._kernels.weights import whole
 from .readers import Answer, answer_to, module_of, reader
 from .reading import adapted_names, branches_beside
-from .shards import is_sharded
 
 _SURE = 5.0  # standard deviations
 # Methods of nn.Module that register what was not read here, or was read as it is registered.
@@ -72,33 +73,32 @@ def _check_rebound(owner: nn.Module, name: str, old: Tensor | None, new: Tensor)
 def has_adapter(old: Tensor, new: Tensor, addends: Sequence[Addend]) -> bool:
     """True if a new tensor is nearer to W + s B A than to W, its rows scaled or not.
 
-    It is if the elements that are nearer are too many for chance, or if what B A adds is too much
-    for noise. False where that cannot be told: there are no values here, or the shapes differ.
+    With rows scaled to length 1 it is fitted by a W + c s B A. The adapter is in it if c is nearer
+    to a than to 0, by more than chance: by its standard error, whatever the noise of each element.
+    False where that cannot be told: there are no values here, or the shapes differ.
     """
     if type(new).dequantize is not Tensor.dequantize or new.is_quantized:
         new = new.dequantize()
-    if old.is_meta or new.is_meta or is_sharded(old) or is_sharded(new) or new.shape != old.shape:
+    plain = type(old) in PLAIN and type(new) in PLAIN and not is_transforming()
+    if not plain or old.is_meta or new.is_meta or new.shape != old.shape:
         return False
-    old = old.to(torch.promote_types(old.dtype, torch.float32))
-    base, summed, new = map(_sample, (old, whole(old, addends), new.to(old)))
+    rows = [_sample(tensor) for tensor in (old, whole(old, addends), new)]
+    base, summed, new = (tensor.double() for tensor in rows)
     kept = new != 0  # what was pruned says nothing
-    base, summed = base * kept, summed * kept
-    along_sum = _along(new, summed)
-    from_base, from_sum = (new - _along(new, base)).abs(), (new - along_sum).abs()
-    added = along_sum - _along(along_sum, base)  # what W does not explain
-    noise = 2 * from_sum.norm() / kept.sum().clamp(min=1).sqrt()  # on either side
-    nearer = torch.sign(from_base - from_sum).sum()  # as many more than those nearer to W
-    clear = added.norm() > _SURE * noise and from_sum.norm() < from_base.norm()
-    return bool(clear or nearer > _SURE * kept.sum().sqrt())
+    base, delta = base * kept, (summed - base) * kept
+    length, ours = new.norm(dim=-1, keepdim=True), base.norm(dim=-1, keepdim=True)
+    told = (length > 0) & (ours > 0)
+    base, delta, new = (torch.where(told, tensor / by, 0)
+                        for tensor, by in ((base, ours), (delta, ours), (new, length)))
+    beyond = delta - base * ((delta * base).sum() / base.square().sum())  # what W does not explain
+    strength = beyond.square().sum()
+    c = (new * beyond).sum() / strength
+    a = (new * base).sum() / base.square().sum() - c * (delta * base).sum() / base.square().sum()
+    noise = ((new - a * base - c * delta) * beyond).norm() / strength
+    return bool(strength > 0 and c > _SURE * noise and c > a / 2)
 
 
 def _sample(tensor: Tensor) -> Tensor:
     """All rows of a small matrix, a few hundred of a large one."""
     rows = tensor.flatten(0, -2)
     return rows[::max(rows.shape[0] // 256, 1)]
-
-
-def _along(tensor: Tensor, other: Tensor) -> Tensor:
-    """The part of each row that lies along the same row of another tensor."""
-    lengths = other.square().sum(-1, keepdim=True)
-    return other * ((tensor * other).sum(-1, keepdim=True) / lengths.clamp(min=1e-30))

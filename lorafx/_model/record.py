@@ -50,13 +50,13 @@ def injection(model: nn.Module) -> Injection:
     found = find_injection(model)
     if found is None:
         hint = ": call lorafx.inject(model) first"
+        if any(".lora." in f".{name}" for name, _ in model.named_parameters()):
+            hint = ("; if it was exported from one, pass that; of a pipeline with the modules of "
+                    "all other stages set to None")
         for path, module in named_modules(model):
             if find_injection(module) is not None:
                 hint = f"; its '{path}' is, so pass that"
                 break
-        if any(".lora." in f".{name}" for name, _ in model.named_parameters()):
-            hint = ("; if it was exported from one, pass that; of a pipeline with the modules of "
-                    "all other stages set to None")
         raise NotInjectedError(f"This {type(model).__name__} is not an injected model{hint}.")
     return found
 

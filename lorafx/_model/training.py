@@ -90,7 +90,8 @@ def _groups_and_state(
                     f"The optimizer keeps '{key}' {tuple(value.shape)} of '{name}' "
                     f"{tuple(parameter.shape)}: a state of that shape cannot be saved.")
         state[name] = entries
-    return groups, state
+    order = [names[id(parameter)] for parameter in optimizer.state]  # rather than that of `live`
+    return groups, {name: state[name] for name in (*order, *state) if name in state}
 
 
 def _of_all_stages(groups: Groups, state: State) -> tuple[Groups, State]:

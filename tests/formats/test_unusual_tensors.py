@@ -19,7 +19,6 @@ class Odd(torch.Tensor):
 
 NO_TENSORS = {
     "sparse": (lambda t: t.to_sparse(), "has dtype torch.float32 and layout torch.sparse_coo"),
-    "meta": (lambda t: t.to("meta"), "on the meta device and has no values"),
     "complex": (lambda t: t.to(torch.complex64), "has dtype torch.complex64"),
     "quantized": (
         lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "has dtype torch.qint8"

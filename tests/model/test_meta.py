@@ -105,7 +105,8 @@ def test_factors_are_drawn_with_the_memory_that_they_get(give):
 
 @pytest.mark.parametrize("move", [
     lambda model: model.to_empty(device="cpu"), nn.Module.double, nn.Module.share_memory,
-    lambda model: model.to(torch.float64), copy.deepcopy], ids=str)
+    lambda model: model.to(torch.float64), copy.deepcopy],
+    ids=["to_empty", "double", "share_memory", "to", "deepcopy"])
 def test_whatever_moves_an_adapter_keeps_its_values(move, path):
     model = lorafx.load(net(), path)
     before = {name: tensor.detach().clone() for name, tensor in lorafx.named_parameters(model)}
