@@ -178,10 +178,14 @@ class MergeLoRA(PassBase):
         adapters: str | Iterable[str] | Mapping[str, float] | None = None,
         *,
         untie: bool = False,
+        requantize: bool = False,
     ) -> None:
         self.adapters = adapters
         self.untie = untie
+        self.requantize = requantize
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Return the merged module; the given one is not touched."""
-        return PassResult(merge(graph_module, self.adapters, untie=self.untie), True)
+        merged = merge(
+            graph_module, self.adapters, untie=self.untie, requantize=self.requantize)
+        return PassResult(merged, True)

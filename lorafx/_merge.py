@@ -20,6 +20,7 @@ from ._model.places import places_of
 from ._model.reading import original_name
 from ._model.record import RECORD, injection, trained_modules, weights_of
 from ._model.regions import is_plain_graph
+from ._model.unpack import Unpacking, is_quantised
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,21 +75,27 @@ def merge(
     adapters: str | Iterable[str] | Mapping[str, float] | None = None,
     *,
     untie: bool = False,
+    requantize: bool = False,
 ) -> M:
     """Return a new model of the original class with adapters folded in: W + sum w s B A.
 
     The sum is computed in float32, or float64 where W, A or B are, and rounded once to W's dtype.
-    Weights that no adapter touches, and buffers of them, share storage with the base.
+    Weights that no adapter touches, and buffers of them, share storage with the base. Of a weight
+    that is quantised, the sum is that of the dequantised W, and a layer that packs it becomes a
+    plain nn.Linear, of the dtype that most other weights of the model have, else of its products.
 
     Args:
         model: an injected model.
         adapters: what to fold, as for `lorafx.activate`; the active adapters by default.
         untie: give an adapted weight that something else reads (a head tied to an embedding) a
             tensor of its own.
+        requantize: store the sum of a weight that is quantised in the same way again. The new
+            model's `requantize_error` is {site: norm of what this changed / norm of s B A}.
 
     Raises:
         TiedWeightError: such a weight exists and `untie` is false.
         AdapterError: an adapter's name is unknown.
+        UnsupportedModelError: how to quantise a weight again is not known.
 
     Example:
         >>> import torch, lorafx
@@ -115,10 +122,17 @@ def merge(
     by_weight: dict[tuple[str, ...], list[Addend]] = defaultdict(list)
     for site, (names, _) in owners.items():
         by_weight[tuple(names)] += held[site].addends(chosen, stored=True)
-    scratch = Scratch()
+    scratch, unpacking = Scratch(), Unpacking(twin, requantize)
     for aliases, addends in by_weight.items():
-        _fold([places[name] for name in aliases], addends, scratch)
-    return twin
+        found = [places[name] for name in aliases]
+        if is_quantised(found[0]):
+            unpacking.fold(aliases[0], found, addends)
+        else:
+            _fold(found, addends, scratch)
+    merged: Any = unpacking.model
+    if requantize:
+        merged.requantize_error = unpacking.errors
+    return merged  # type: ignore[no-any-return]
 
 
 def _place_trained(model: nn.Module, twin: nn.Module, chosen: Iterable[str]) -> None:

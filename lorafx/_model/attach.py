@@ -23,10 +23,12 @@ from .insert import Insertion, insert_branches
 from .lower import joins
 from .places import places_of, tensor_at
 from .program import Program
+from .quantised import is_packed
 from .reading import FROZEN_PREFIX, adapted_names
 from .record import RECORD, Injection, check_adapter, injection, set_trainable, trained_modules
 from .regions import (
-    Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
+    Region, adapt_attribute, adapt_layer, is_plain_graph, make_region, why_not_adapted,
+    why_not_region
 )
 from .shards import gathered
 
@@ -160,6 +162,8 @@ def _check_names_are_free(program: Program, sites: list[Site], adapter: Adapter)
         why = "it is a GraphModule" if is_plain_graph(owner) else why_not_adapted(owner)
         if why is None and Place(owner, attribute) in weights_in_attributes(owner):
             why = "its module also holds it in another attribute"
+        if is_packed(owner):
+            why = "its layer stores its weight packed, as quantised layers do"
         if why is not None:
             raise UnsupportedModelError(f"'{name}' cannot be trained whole: {why}.")
         needed.append(_Needed(owner, "trained", Trained, name))
@@ -184,7 +188,9 @@ def _branch(places: Mapping[str, Place], site: Site) -> Branch:
     for name in site.names:
         owner, attribute = places[split_block(name)[0]]
         owner._modules[branch_name(attribute, block)] = branch
-        if not in_graph_module and not is_plain_graph(owner):
+        if is_packed(owner):
+            adapt_layer(owner)
+        elif not in_graph_module and not is_plain_graph(owner):
             adapt_attribute(owner, attribute)
     return branch
 

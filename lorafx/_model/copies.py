@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from .._errors import UnsupportedModelError
 from .._graph.modules import LorafxModule
 from .._kernels.private import make_subclass, storage_key
+from .quantised import twins_of_records
 from .regions import EJECTING, is_plain_graph
 from .shards import local_part
 
@@ -60,6 +61,8 @@ def share(model: M, ejecting: bool = False) -> M:
     for buffer in model.buffers():  # a view of a parameter stays one
         if storage_key(buffer.untyped_storage()) in storages:
             memo[id(buffer)] = buffer.detach()
+    for module in model.modules():
+        memo |= twins_of_records(module)
     graphs = [m for m in model.modules() if is_plain_graph(m)]
     for module in graphs:  # their own deepcopy drops hooks and plain attributes
         memo[id(module)] = type(module).__new__(type(module))
@@ -77,6 +80,9 @@ def share(model: M, ejecting: bool = False) -> M:
         EJECTING.reset(token)
     for module in graphs:
         memo[id(module)].recompile()
+    for parameter in twin.parameters():  # a packed one knows its layer, and how it is packed
+        for name, value in vars(parameter).items():
+            vars(parameter)[name] = memo.get(id(value), value)
     _check_shared(model, twin)
     return twin
 

@@ -20,9 +20,10 @@ class Answer(enum.Enum):
 READERS: dict[str, Answer] = {
     # tensor parallelism replaces all tensors in a layer; the factors follow the weight beside them
     "torch.distributed.tensor.": Answer.LAYER,
-    # libraries that put parameters in their places: that shard, gather, move and offload them
+    # libraries that put parameters in their places: shard, gather, move, offload and quantise them
     "torch.distributed.": Answer.PARAMETER,
     "accelerate.": Answer.PARAMETER,
+    "torchao.": Answer.PARAMETER,
     # layers that read their children's weights for a fused kernel, and ask for plain tensors
     "torch.nn.modules.activation": Answer.SUM,
     "torch.nn.modules.transformer": Answer.SUM,

@@ -8,15 +8,19 @@ import itertools
 import linecache
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 from torch import Tensor, fx, nn
 
 from .._graph.functions import package
-from .._graph.modules import LorafxModule
+from .._graph.modules import LorafxModule, is_bare
+from .._kernels.linears import add_beside
+from .._kernels.through import through
 from .branches import spread
 from .lower import LinearForward, forward_of, lower
+from .packings import Packing, ReadsW, packing_of
+from .quantised import PackedLayer
 from .readers import GENERATED, Answer, answer
 from .reading import FROZEN_PREFIX, adapted, adapted_names, base_or_trained, branches_beside
 
@@ -82,7 +86,8 @@ class Adapted(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if not EJECTING.get():
-            return _blank, (self._user_class, self._adapted), self.__dict__
+            called = isinstance(self, Called)
+            return _blank, (self._user_class, self._adapted, called), self.__dict__
         ours = (*_STATE, "_graph") if isinstance(self, Region) else ()
         state = {name: value for name, value in self.__dict__.items() if name not in ours}
         state["_modules"] = {name: child for name, child in self._modules.items()
@@ -113,13 +118,46 @@ class Region(Adapted, fx.GraphModule):  # type: ignore[misc]  # copies are made 
     __str__ = nn.Module.__repr__
 
 
+class Called(Adapted, PackedLayer):
+    """A layer that computes x W^T + b by itself from a packed W: that, and what branches add.
+
+    Its class derives from the user's, whose forward it calls.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the user's class gives, differentiable in x, and sum s (x A^T) B^T."""
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+
+        def product(x: Tensor) -> Tensor:
+            given = (x, *args[1:]) if args else ()
+            named = kwargs if args else dict(zip(kwargs, (x, *list(kwargs.values())[1:])))
+            y: Tensor = self._user_class.forward(self, *given, **named)
+            return y
+
+        row = packing_of(self)
+        y = product(x) if row is None else through(x, product, _reader(self, row, x))
+        branches = branches_beside(self, "weight")
+        if all(map(is_bare, branches)):
+            return add_beside(x, y, [addend for branch in branches for addend in branch.addends()])
+        for branch in branches:
+            y = branch(x, y)
+        return y
+
+
+def _reader(layer: Called, row: Packing, x: Tensor) -> Callable[[], ReadsW]:
+    """What gives, when it is asked, what reads W in the dtype in which x is multiplied."""
+    return lambda: row.reads(layer, row.dtype(layer) or x.dtype)
+
+
 def is_plain_graph(module: nn.Module) -> TypeGuard[fx.GraphModule]:
     """True for a GraphModule of the caller's, which is not a region."""
     return isinstance(module, fx.GraphModule) and not isinstance(module, Region)
 
 
-def _blank(user_class: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    return object.__new__(_derived(user_class, names))
+def _blank(
+    user_class: type[nn.Module], names: tuple[str, ...], called: bool = False
+) -> nn.Module:
+    return object.__new__(_derived_call(user_class) if called else _derived(user_class, names))
 
 
 def make_region(module: nn.Module, graph: fx.Graph, join: bool) -> None:
@@ -150,6 +188,12 @@ def adapt_attribute(module: nn.Module, attribute: str) -> None:
         module.__class__ = _derived(user_class, names, cls._python_code, cls._linear)
     else:
         module.__class__ = _derived(user_class, names)
+
+
+def adapt_layer(module: nn.Module) -> None:
+    """Let a layer that computes x W^T + b by itself add what the branches beside W do."""
+    if not isinstance(module, Called):
+        module.__class__ = _derived_call(type(module))
 
 
 def why_not_region(module: nn.Module) -> str | None:
@@ -240,6 +284,16 @@ def _derived(
         _CLASSES[key] = made
         return made
     return _CLASSES[key]
+
+
+def _derived_call(user_class: type[nn.Module]) -> type[Adapted]:
+    """The class of a layer that computes by itself."""
+    key = user_class, (), Called
+    made = _CLASSES.get(key)
+    if made is None:
+        namespace = {"forward": Called.forward}
+        made = _CLASSES[key] = _make_class(user_class, Called, namespace)
+    return made
 
 
 def _compiled(user_class: type[nn.Module], code: fx.graph.PythonCode) -> dict[str, Any]:
