@@ -110,12 +110,8 @@ def merge(
         if any(factors_at(branch, adapter) for adapter in chosen):
             held[site] = branch
     owners = _owners(model, held)
-    for site, (_, others) in owners.items():
-        if others and not untie:
-            raise TiedWeightError(
-                f"The weight of '{site}' is tied to '{others[0]}', so that folding an adapter into "
-                f"it would change that too. lorafx.merge(model, untie=True) gives '{site}' a "
-                "tensor of its own.")
+    if not untie:
+        _check_untied(owners)
     twin = eject(model)
     _place_trained(model, twin, chosen)
     places = places_of(twin)
@@ -133,6 +129,16 @@ def merge(
     if requantize:
         merged.requantize_error = unpacking.errors
     return merged  # type: ignore[no-any-return]
+
+
+def _check_untied(owners: Mapping[str, tuple[list[str], list[str]]]) -> None:
+    """Raise if something without the branch has the weight too."""
+    for site, (_, others) in owners.items():
+        if others:
+            raise TiedWeightError(
+                f"The weight of '{site}' is tied to '{others[0]}', so that folding an adapter into "
+                f"it would change that too. lorafx.merge(model, untie=True) gives '{site}' a "
+                "tensor of its own.")
 
 
 def _place_trained(model: nn.Module, twin: nn.Module, chosen: Iterable[str]) -> None:

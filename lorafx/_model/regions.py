@@ -8,18 +8,16 @@ import itertools
 import linecache
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from torch import Tensor, fx, nn
 
 from .._graph.functions import package
-from .._graph.modules import LorafxModule, is_bare
-from .._kernels.linears import add_beside
-from .._kernels.through import through
+from .._graph.modules import LorafxModule
 from .branches import spread
+from .layer_calls import call_layer
 from .lower import LinearForward, forward_of, lower
-from .packings import Packing, ReadsW, packing_of
 from .quantised import PackedLayer
 from .readers import GENERATED, Answer, answer
 from .reading import FROZEN_PREFIX, adapted, adapted_names, base_or_trained, branches_beside
@@ -126,27 +124,7 @@ class Called(Adapted, PackedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the user's class gives, differentiable in x, and sum s (x A^T) B^T."""
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-
-        def product(x: Tensor) -> Tensor:
-            given = (x, *args[1:]) if args else ()
-            named = kwargs if args else dict(zip(kwargs, (x, *list(kwargs.values())[1:])))
-            y: Tensor = self._user_class.forward(self, *given, **named)
-            return y
-
-        row = packing_of(self)
-        y = product(x) if row is None else through(x, product, _reader(self, row, x))
-        branches = branches_beside(self, "weight")
-        if all(map(is_bare, branches)):
-            return add_beside(x, y, [addend for branch in branches for addend in branch.addends()])
-        for branch in branches:
-            y = branch(x, y)
-        return y
-
-
-def _reader(layer: Called, row: Packing, x: Tensor) -> Callable[[], ReadsW]:
-    """What gives, when it is asked, what reads W in the dtype in which x is multiplied."""
-    return lambda: row.reads(layer, row.dtype(layer) or x.dtype)
+        return call_layer(self, self._user_class.forward, args, kwargs)
 
 
 def is_plain_graph(module: nn.Module) -> TypeGuard[fx.GraphModule]:

@@ -1,0 +1,41 @@
+"""What a layer with a packed weight computes: x W^T + b in its own way, and what branches add."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._graph.modules import is_bare
+from .._kernels.linears import add_beside
+from .._kernels.through import through
+from .packings import Packing, ReadsW, packing_of
+from .reading import branches_beside
+
+
+def call_layer(
+    layer: nn.Module, forward: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """Return what the layer's own `forward` gives, and sum s (x A^T) B^T; x is the first argument.
+
+    The gradient for x is dY W of the dequantised W where the table knows how to read that, else
+    what the layer's operators give.
+    """
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    rest = {name: value for name, value in kwargs.items() if value is not x}
+
+    def product(x: Tensor) -> Tensor:
+        return forward(layer, x, *args[1:], **(kwargs if args else rest))
+
+    row = packing_of(layer)
+    y = product(x) if row is None else through(x, product, _reader(layer, row, x))
+    branches = branches_beside(layer, "weight")
+    if all(map(is_bare, branches)):
+        return add_beside(x, y, [addend for branch in branches for addend in branch.addends()])
+    for branch in branches:
+        y = branch(x, y)
+    return y
+
+
+def _reader(layer: nn.Module, row: Packing, x: Tensor) -> Callable[[], ReadsW]:
+    """What gives, when it is asked, what reads W in the dtype in which x is multiplied."""
+    return lambda: row.reads(layer, row.dtype(layer) or x.dtype)
