@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -12,13 +13,13 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from ._adapter.arguments import check_arguments, explain_unknown_arguments
 from ._adapter.config import LoRAConfig
 from ._adapter.names import check_name
-from ._graph.sites import Site, Targets, as_list, select
+from ._graph.sites import SELECTORS, Site, Targets, as_list, select
 from ._merge import merge
 from ._model.attach import attach, begin_injection, check_new_name, new_adapter
 from ._model.branches import branches
 from ._model.copies import share
 from ._model.guard import check_model
-from ._model.program import read_program
+from ._model.program import Program, read_program
 from ._model.record import find_injection
 from ._switch import activate
 
@@ -63,6 +64,9 @@ def inject(
         adapter: the name of this adapter.
         group: compute linear calls that share an input (query, key, value) together, for speed.
 
+    Warns:
+        UserWarning: "square" or "linear" was asked for, and most linear layers cannot be adapted.
+
     Raises:
         NoSiteError: a pattern matches nothing. ConfigError: a setting is out of its range.
         UnsupportedModelError: the model is wrapped, compiled, patched, lazy, or adapted already.
@@ -84,10 +88,26 @@ def inject(
     twin = share(model)
     program = read_program(twin)
     made = new_adapter(program, adapter, config)
+    _warn_of_left_alone(program, config)
     begin_injection(program, group)
     attach(program, made)
     activate(twin, adapter)
     return twin
+
+
+def _warn_of_left_alone(program: Program, config: LoRAConfig) -> None:
+    """Warn where all linear layers were asked for, but most of the model's cannot be adapted."""
+    patterns = as_list(config.targets)
+    if not any(isinstance(pattern, str) and pattern in SELECTORS for pattern in patterns):
+        return
+    left = program.linear_layers_left_alone
+    if len(left) <= len(program.sites):
+        return
+    name, reason = next(iter(left.items()))
+    warnings.warn(
+        f"{len(left)} of the {len(left) + len(program.sites)} linear layers of this "
+        f"{type(program.model).__name__} are left alone: '{name}', since {reason}. "
+        "lorafx.summary(model).skipped has them all.", UserWarning, stacklevel=5)
 
 
 def sites(model: nn.Module, targets: Targets = "linear") -> list[Site]:

@@ -116,15 +116,23 @@ def _check_shared(model: nn.Module, twin: nn.Module) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter in ours:
             continue
-        if name not in twins or _storage_of(twins[name]) != _storage_of(parameter):
+        if name not in twins or _storages_of(twins[name]) != _storages_of(parameter):
             raise UnsupportedModelError(
                 f"Copying this {type(model).__name__} did not keep the weight '{name}': some class "
                 "on the way has a __deepcopy__ that makes new weights. Let it pass `memo` on to "
                 "copy.deepcopy.")
 
 
-def _storage_of(tensor: Tensor) -> int:
-    return storage_key(local_part(tensor).untyped_storage())
+def _storages_of(tensor: Any) -> list[int]:
+    """The storage of a tensor, or those of the tensors that it is made of."""
+    tensor = local_part(tensor)
+    flatten = getattr(tensor, "__tensor_flatten__", None)  # torch's protocol of wrapping classes
+    if flatten is None:
+        return [storage_key(tensor.untyped_storage())]
+    found: list[int] = []
+    for name in flatten()[0]:
+        found += _storages_of(getattr(tensor, name))
+    return found
 
 
 class _CopyNonLeaves(TorchFunctionMode):

@@ -81,6 +81,19 @@ class Program:
         return reasons
 
     @property
+    def linear_layers_left_alone(self) -> dict[str, str]:
+        """{path: why} of the layers that declare in and out features and are no site."""
+        sites: set[str] = set()
+        for site in self.sites:
+            sites.update(split_block(name)[0] for name in site.names)
+        reasons, found = self.left_alone, dict[str, str]()
+        for module, paths in paths_of(users_modules(self.model)).items():
+            declared = {"in_features", "out_features"} <= vars(module).keys()
+            if declared and sites.isdisjoint(paths):
+                found[paths[0]] = reasons.get(paths[0], "no linear call of it was found")
+        return found
+
+    @property
     def fingerprint(self) -> str:
         """A short hash of the names and shapes of all sites."""
         lines = [f"{site.name} {site.out_features} {site.in_features}" for site in self.sites]

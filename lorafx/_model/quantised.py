@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._adapter.config import FLOATS
 from .._errors import UnsupportedModelError
+from .._graph.modules import LorafxModule
 from .packings import packing_of
 
 
@@ -25,7 +26,9 @@ def declares_packed(module: nn.Module) -> bool:
     They are a bit or more for each element of W.
     """
     width, out = vars(module).get("in_features"), vars(module).get("out_features")
-    if not (isinstance(width, int) and isinstance(out, int)) or module._modules:
+    if not (isinstance(width, int) and isinstance(out, int)):
+        return False
+    if not all(isinstance(child, LorafxModule) for child in module.children()):
         return False
     if type(module).forward is nn.Module.forward:
         return False
