@@ -20,7 +20,7 @@ from ._model.places import places_of
 from ._model.reading import original_name
 from ._model.record import RECORD, injection, trained_modules, weights_of
 from ._model.regions import is_plain_graph
-from ._model.unpack import Unpacking, is_quantised
+from ._model.unpack import Unpacking, declare_plain, is_quantised
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -128,6 +128,8 @@ def merge(
     merged: Any = unpacking.model
     if requantize:
         merged.requantize_error = unpacking.errors
+    else:
+        declare_plain(merged, owners)
     return merged  # type: ignore[no-any-return]
 
 

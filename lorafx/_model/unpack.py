@@ -1,7 +1,7 @@
 """Folding into weights that are stored packed or quantised: W + s B A, plain or packed again."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,33 @@ class Unpacking:
                     parent._modules[name] = made
 
 
+def declare_plain(model: nn.Module, names: Collection[str]) -> None:
+    """Let a model of transformers that says it is quantised say that these layers no longer are.
+
+    Else what it saves could not be loaded.
+    """
+    modules = users_modules(model)
+    for path, module in modules.items():
+        quantizer, config = vars(module).get("hf_quantizer"), vars(module).get("config")
+        if quantizer is None or config is None:
+            continue
+        prefix = f"{path}." if path else ""
+        below = [found for name, found in modules.items() if f"{name}.".startswith(prefix)]
+        if not any(is_quantised(Place(m, name)) for m in below for name in m._parameters):
+            for name in _SAYS_QUANTISED & vars(module).keys():
+                del vars(module)[name]
+            del config.quantization_config
+            continue
+        plain = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        left_plain = [*getattr(quantizer, "modules_to_not_convert", ()), *plain]
+        for name in _LEFT_PLAIN & vars(config.quantization_config).keys():
+            setattr(config.quantization_config, name, left_plain)
+
+
+# What transformers sets on a model that it quantised, and where it says what it left alone.
+_SAYS_QUANTISED = {"hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit",
+                   "is_loaded_in_8bit", "is_4bit_serializable", "is_8bit_serializable"}
+_LEFT_PLAIN = {"llm_int8_skip_modules", "modules_to_not_convert"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
