@@ -33,7 +33,8 @@ def case(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
 
 def far(a: Tensor, b: Tensor) -> float:
     """The largest difference, as a share of the largest of b."""
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max() / b.abs().max())
 
 
 def oracle(name: str, base: Any, factors: list[Tensor], x: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def test_merging_copies_and_ejecting(name: str) -> None:
     assert [type(layer) for layer in lorafx.eject(model)] == [type(layer) for layer in base]
     with lorafx.disabled(model):
         assert torch.equal(model(x), base(x))
-    if name not in NO_PICKLE:  # nor is the base to be pickled
+    if name not in NO_PICKLE:
         buffer = io.BytesIO()
         torch.save(model, buffer)
         buffer.seek(0)
@@ -130,9 +131,9 @@ def test_files_and_several_adapters(name: str, tmp_path: Path) -> None:
         assert far(lorafx.load(base, tmp_path / file)(x), y) < 1e-6
     lorafx.add(model, "other", rank=2)
     lorafx.activate(model, ["default", "other"])
-    assert torch.equal(model(x), y)
+    assert far(model(x), y) < 1e-6
     lorafx.remove(model, "default")
-    assert torch.equal(model(x), base(x))
+    assert far(model(x), base(x)) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8", "dynamic", "gptq"])

@@ -119,7 +119,8 @@ FORMATS = {
     "gptq": Format(Grouped, lambda layer: layer.dense().t()),
     "awq": Format(Interleaved, lambda layer: layer.dense().t()),
 }
-NO_PICKLE = {name for name in FORMATS if name.startswith("torchao i") or "float8" in name}
+# torchao's tensors refuse it, and torch.ao's warn
+NO_PICKLE = {"torchao int8", "torchao int4", "torchao float8", "dynamic"}
 
 
 def network(name: str) -> nn.Module:
