@@ -1,4 +1,4 @@
-"""What packed layers do besides: repacking, wrong layers, readers, requantising later, compiling."""
+"""What packed layers do besides: repacking, layers that are not linear, readers, compiling."""
 
 import copy
 import warnings
