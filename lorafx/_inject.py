@@ -48,9 +48,9 @@ def inject(
         model: any nn.Module. A `torch.fx.GraphModule` gets the branches as nodes of its own graph.
         rank: r, at least 1.
         alpha: the scale is s = alpha / rank, or 1 without it.
-        targets: "square" (in == out), "linear" (all; a layer of that name is "*linear"), a name,
-            suffix, glob or block of rows ("qkv[q]", "qkv[0:64]"), a compiled regular expression
-            that matches the whole name, a function of a Site, or a list of these.
+        targets: "square" (in == out), "linear" (all; a layer of that name is "*linear"; it warns if
+            most cannot be adapted), a name, suffix, glob or block of rows ("qkv[q]", "qkv[0:64]"),
+            a compiled regular expression for the whole name, a function of a Site, or several.
         exclude: sites to leave out, in the same forms.
         dropout: in training, the probability that an element of the branch's input is zeroed.
         rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
@@ -63,9 +63,6 @@ def inject(
         share_dropout: let branches computed together drop out the same elements, which is faster.
         adapter: the name of this adapter.
         group: compute linear calls that share an input (query, key, value) together, for speed.
-
-    Warns:
-        UserWarning: "square" or "linear" was asked for, and most linear layers cannot be adapted.
 
     Raises:
         NoSiteError: a pattern matches nothing. ConfigError: a setting is out of its range.

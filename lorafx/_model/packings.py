@@ -30,6 +30,10 @@ class Packing(NamedTuple):
     twins: Callable[[Any], dict[int, Any]]
     bias: Callable[[Any], Tensor | None] = lambda layer: layer.bias
 
+    def layers(self) -> Any:
+        """The class, or None where its module is not loaded."""
+        return getattr(sys.modules.get(self.module), self.name, None)
+
 
 # bitsandbytes 4-bit: nf4 and fp4, with scales that may be quantised too.
 
@@ -156,7 +160,7 @@ PACKINGS = (
 def packing_of(layer: nn.Module) -> Packing | None:
     """The row for a layer, or None."""
     for row in PACKINGS:
-        cls = getattr(sys.modules.get(row.module), row.name, None)
+        cls = row.layers()
         if cls is not None and isinstance(layer, cls):
             return row
     return None

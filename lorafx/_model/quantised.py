@@ -54,8 +54,12 @@ def why_not_linear(layer: Any) -> str | None:
 
     A layer that no row names is called with a few rows.
     """
-    if isinstance(layer, PackedLayer) or packing_of(layer) is not None:
+    if isinstance(layer, PackedLayer):
         return None
+    row = packing_of(layer)
+    if row is not None:
+        own = type(layer).forward is row.layers().forward
+        return None if own else f"its class has a forward that is not that of a {row.name}"
     kind, state = type(layer).__name__, torch.get_rng_state()
     try:
         return _why_not_affine(layer)

@@ -117,13 +117,9 @@ class Region(Adapted, fx.GraphModule):  # type: ignore[misc]  # copies are made 
 
 
 class Called(Adapted, PackedLayer):
-    """A layer that computes x W^T + b by itself from a packed W: that, and what branches add.
-
-    Its class derives from the user's, whose forward it calls.
-    """
+    """A layer that computes x W^T + b by itself from a packed W: that, and what branches add."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the user's class gives, differentiable in x, and sum s (x A^T) B^T."""
         return call_layer(self, self._user_class.forward, args, kwargs)
 
 

@@ -1,4 +1,4 @@
-"""QLoRA on a model that transformers loads in 4 bits: beside PEFT, files, saving what was merged."""
+"""QLoRA on a model that transformers loads in 4 bits: beside PEFT, files, what was merged."""
 
 import copy
 import json

@@ -104,6 +104,20 @@ def test_a_layer_that_is_not_shown_to_be_linear_is_left_alone(kind: Any, reason:
         lorafx.inject(nn.Sequential(kind(WIDTH, WIDTH)), targets="linear")
 
 
+class Scaled(bitsandbytes.nn.Linear4bit):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_class_that_overrides_the_forward_of_a_known_one_is_left_alone() -> None:
+    base = nn.Sequential(Scaled(WIDTH, WIDTH, compute_dtype=torch.float32).to("cpu"))
+    with pytest.raises(lorafx.NoSiteError, match="not that of a Linear4bit"):
+        lorafx.inject(base)
+    relu = torch.ao.nn.intrinsic.quantized.dynamic.LinearReLU(WIDTH, WIDTH)
+    with pytest.raises(lorafx.NoSiteError, match="not that of a Linear"):
+        lorafx.inject(nn.Sequential(relu))
+
+
 def test_looking_at_a_layer_draws_no_random_numbers() -> None:
     base = nn.Sequential(Grouped(WIDTH, WIDTH))
     torch.manual_seed(5)
