@@ -4,7 +4,7 @@
 
 Each section is written whose JSON files are there: finetune.py's results.json, coverage.json
 (coverage.py --out), claims.json (claims.py --json), step.json and merge.json, stream.json,
-facts.json. The picture finetune.png is copied. Other sections stay as they are.
+qlora.json, facts.json. The picture finetune.png is copied. Other sections stay as they are.
 """
 
 import argparse
@@ -22,6 +22,7 @@ SECTIONS = (
     ("finetune", "finetune_parts.report", ("results.json",)),
     ("performance", "step_parts.report", ("step.json", "merge.json")),
     ("stream", "stream", ("stream.json",)),
+    ("qlora", "qlora", ("qlora.json",)),
     ("coverage", "coverage_parts.report", ("coverage.json",)),
     ("claims", "claims", ("claims.json",)),
 )

@@ -27,7 +27,10 @@ def call_layer(
         return forward(layer, x, *args[1:], **(kwargs if args else rest))
 
     row = packing_of(layer)
-    y = product(x) if row is None else through(x, product, _reader(layer, row, x))
+    if row is None:
+        y = product(x)
+    else:
+        y = through(x, product, _reader(layer, row, x), row.derives(layer))
     branches = branches_beside(layer, "weight")
     if all(map(is_bare, branches)):
         return add_beside(x, y, [addend for branch in branches for addend in branch.addends()])

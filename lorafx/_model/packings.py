@@ -28,6 +28,8 @@ class Packing(NamedTuple):
     pack: Callable[[Any, Tensor], None]
     # {id: its twin} of what a layer keeps of its packing, of which a copy of the layer has its own
     twins: Callable[[Any], dict[int, Any]]
+    # whether the layer's product has a derivative for its input, as W is stored now
+    derives: Callable[[Any], bool]
     bias: Callable[[Any], Tensor | None] = lambda layer: layer.bias
 
     def layers(self) -> Any:
@@ -55,10 +57,15 @@ def _reads_4bit(layer: Any, dtype: torch.dtype) -> ReadsW:
     return functools.partial(_unpacked_4bit, data, copy.copy(state), dtype)
 
 
+def _is_reordered(state: Any) -> bool:
+    """True for the order in which CPUs with AVX512 multiply; then no derivative is known."""
+    return bool(state is not None and vars(state).get("packing_format_for_cpu"))
+
+
 def _unpacked_4bit(data: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     functional = sys.modules["bitsandbytes.functional"]
     state = copy.copy(state)
-    if vars(state).get("packing_format_for_cpu"):  # the order in which CPUs with AVX512 multiply
+    if _is_reordered(state):
         state.original_nested = False  # its scales were unpacked, which needs no undoing
         data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
         state.absmax = state.absmax.T.reshape(-1).float()
@@ -148,12 +155,13 @@ def _twins_dynamic(layer: Any) -> dict[int, Any]:
 
 PACKINGS = (
     Packing("bitsandbytes.nn.modules", "Linear4bit",
-            _dtype_4bit, _reads_4bit, _pack_4bit, _twins_4bit),
+            _dtype_4bit, _reads_4bit, _pack_4bit, _twins_4bit,
+            lambda layer: not _is_reordered(_state_4bit(layer))),
     Packing("bitsandbytes.nn.modules", "Linear8bitLt",
-            lambda layer: None, _reads_8bit, _pack_8bit, _twins_8bit),
+            lambda layer: None, _reads_8bit, _pack_8bit, _twins_8bit, lambda layer: True),
     Packing("torch.ao.nn.quantized.dynamic.modules.linear", "Linear",
             lambda layer: torch.float32, _reads_dynamic, _pack_dynamic, _twins_dynamic,
-            lambda layer: layer.bias()),
+            lambda layer: False, lambda layer: layer.bias()),
 )
 
 
