@@ -237,3 +237,20 @@ def test_compiled_as_far_as_the_layer_is() -> None:
     model(x).square().sum().backward()
     for factor, gradient in zip(lorafx.parameters(model), gradients):
         assert far(gradient, factor.grad) < 1e-5
+
+
+# dynamo asks it of what the graph before a break gave
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_where_the_product_has_no_derivative() -> None:
+    base = network("nf4")
+    model = fill(lorafx.inject(base, rank=2, targets="linear"))
+    x = torch.randn(3, WIDTH)
+    with torch.no_grad():
+        model.eval()(x)  # packs it for a CPU
+    model.train()
+    gradients = []
+    for run in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        gradients.append([f.grad.clone() for f in lorafx.parameters(model)])
+    assert all(far(a, b) < 1e-5 for a, b in zip(*gradients))
