@@ -114,11 +114,18 @@ def merge(
         _check_untied(owners)
     twin = eject(model)
     _place_trained(model, twin, chosen)
-    places = places_of(twin)
-    by_weight: dict[tuple[str, ...], list[Addend]] = defaultdict(list)
+    addends: dict[tuple[str, ...], list[Addend]] = defaultdict(list)
     for site, (names, _) in owners.items():
-        by_weight[tuple(names)] += held[site].addends(chosen, stored=True)
-    scratch, unpacking = Scratch(), Unpacking(twin, requantize)
+        addends[tuple(names)] += held[site].addends(chosen, stored=True)
+    merged: M = _fold_all(twin, addends, requantize)
+    return merged
+
+
+def _fold_all(
+    twin: Any, by_weight: Mapping[tuple[str, ...], list[Addend]], requantize: bool
+) -> Any:
+    """Fold into each weight, which goes by these names, what is added to it."""
+    places, scratch, unpacking = places_of(twin), Scratch(), Unpacking(twin, requantize)
     for aliases, addends in by_weight.items():
         found = [places[name] for name in aliases]
         if is_quantised(found[0]):
@@ -129,8 +136,8 @@ def merge(
     if requantize:
         merged.requantize_error = unpacking.errors
     else:
-        declare_plain(merged, owners)
-    return merged  # type: ignore[no-any-return]
+        declare_plain(merged, [name for aliases in by_weight for name in aliases])
+    return merged
 
 
 def _check_untied(owners: Mapping[str, tuple[list[str], list[str]]]) -> None:
