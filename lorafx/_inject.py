@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -12,13 +13,13 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from ._adapter.arguments import check_arguments, explain_unknown_arguments
 from ._adapter.config import LoRAConfig
 from ._adapter.names import check_name
-from ._graph.sites import Site, Targets, as_list, select
+from ._graph.sites import SELECTORS, Site, Targets, as_list, select
 from ._merge import merge
 from ._model.attach import attach, begin_injection, check_new_name, new_adapter
 from ._model.branches import branches
 from ._model.copies import share
 from ._model.guard import check_model
-from ._model.program import read_program
+from ._model.program import Program, read_program
 from ._model.record import check_adapter, find_injection, injection
 from ._model.reset import reset
 from ._switch import activate
@@ -48,9 +49,9 @@ def inject(
         model: any nn.Module. A `torch.fx.GraphModule` gets the branches as nodes of its own graph.
         rank: r, at least 1.
         alpha: the scale is s = alpha / rank, or 1 without it.
-        targets: "square" (in == out), "linear" (all; a layer of that name is "*linear"), a name,
-            suffix, glob or block of rows ("qkv[q]", "qkv[0:64]"), a compiled regular expression
-            that matches the whole name, a function of a Site, or a list of these.
+        targets: "square" (in == out), "linear" (all; a layer of that name is "*linear"; it warns if
+            most cannot be adapted), a name, suffix, glob or block of rows ("qkv[q]", "qkv[0:64]"),
+            a compiled regular expression for the whole name, a function of a Site, or several.
         exclude: sites to leave out, in the same forms.
         dropout: in training, the probability that an element of the branch's input is zeroed.
         rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
@@ -85,10 +86,26 @@ def inject(
     twin = share(model)
     program = read_program(twin)
     made = new_adapter(program, adapter, config)
+    _warn_of_left_alone(program, config)
     begin_injection(program, group)
     attach(program, made)
     activate(twin, adapter)
     return twin
+
+
+def _warn_of_left_alone(program: Program, config: LoRAConfig) -> None:
+    """Warn where all linear layers were asked for, but most of the model's cannot be adapted."""
+    patterns = as_list(config.targets)
+    if not any(isinstance(pattern, str) and pattern in SELECTORS for pattern in patterns):
+        return
+    left = program.linear_layers_left_alone
+    if len(left) <= len(program.sites):
+        return
+    name, reason = next(iter(left.items()))
+    warnings.warn(
+        f"{len(left)} of the {len(left) + len(program.sites)} linear layers of this "
+        f"{type(program.model).__name__} are left alone: '{name}', since {reason}. "
+        "lorafx.summary(model).skipped has them all.", UserWarning, stacklevel=5)
 
 
 def sites(model: nn.Module, targets: Targets = "linear") -> list[Site]:
@@ -211,10 +228,14 @@ class MergeLoRA(PassBase):
         adapters: str | Iterable[str] | Mapping[str, float] | None = None,
         *,
         untie: bool = False,
+        requantize: bool = False,
     ) -> None:
         self.adapters = adapters
         self.untie = untie
+        self.requantize = requantize
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Return the merged module; the given one is not touched."""
-        return PassResult(merge(graph_module, self.adapters, untie=self.untie), True)
+        merged = merge(
+            graph_module, self.adapters, untie=self.untie, requantize=self.requantize)
+        return PassResult(merged, True)

@@ -25,6 +25,7 @@ from ._model.record import RECORD, injection, trained_modules, weights_of
 from ._model.regions import is_plain_graph
 from ._model.zero import check_gathered
 from ._model.shards import gathered_beside
+from ._model.unpack import Unpacking, declare_plain, is_quantised
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -82,21 +83,27 @@ def merge(
     adapters: str | Iterable[str] | Mapping[str, float] | None = None,
     *,
     untie: bool = False,
+    requantize: bool = False,
 ) -> M:
     """Return a new model of the original class with adapters folded in: W + sum w s B A.
 
     The sum is computed in float32, or float64 where W, A or B are, and rounded once to W's dtype.
-    Weights that no adapter touches, and buffers of them, share storage with the base.
+    Weights that no adapter touches, and buffers of them, share storage with the base. Of a weight
+    that is quantised, the sum is that of the dequantised W, and a layer that packs it becomes a
+    plain nn.Linear, of the dtype that most other weights of the model have, else of its products.
 
     Args:
         model: an injected model.
         adapters: what to fold, as for `lorafx.activate`; the active adapters by default.
         untie: give an adapted weight that something else reads (a head tied to an embedding) a
             tensor of its own.
+        requantize: store the sum of a weight that is quantised in the same way again. The new
+            model's `requantize_error` is {site: norm of what this changed / norm of s B A}.
 
     Raises:
         TiedWeightError: such a weight exists and `untie` is false.
         AdapterError: an adapter's name is unknown.
+        UnsupportedModelError: how to quantise a weight again is not known.
 
     Example:
         >>> import torch, lorafx
@@ -114,22 +121,44 @@ def merge(
         if any(factors_at(branch, adapter) for adapter in chosen):
             held[site] = branch
     owners = _owners(model, held)
+    if not untie:
+        _check_untied(owners)
+    twin = eject(model)
+    _place_trained(model, twin, chosen)
+    addends: dict[tuple[str, ...], list[Addend]] = defaultdict(list)
+    for site, (names, _) in owners.items():
+        addends[tuple(names)] += held[site].addends(None, chosen, stored=True)
+    merged: M = _fold_all(twin, addends, requantize)
+    return merged
+
+
+def _fold_all(
+    twin: Any, by_weight: Mapping[tuple[str, ...], list[Addend]], requantize: bool
+) -> Any:
+    """Fold into each weight, which goes by these names, what is added to it."""
+    places, scratch, unpacking = places_of(twin), Scratch(), Unpacking(twin, requantize)
+    for aliases, addends in by_weight.items():
+        found = [places[name] for name in aliases]
+        if is_quantised(found[0]):
+            unpacking.fold(aliases[0], found, addends)
+        else:
+            _fold(found, addends, scratch)
+    merged: Any = unpacking.model
+    if requantize:
+        merged.requantize_error = unpacking.errors
+    else:
+        declare_plain(merged, [name for aliases in by_weight for name in aliases])
+    return merged
+
+
+def _check_untied(owners: Mapping[str, tuple[list[str], list[str]]]) -> None:
+    """Raise if something without the branch has the weight too."""
     for site, (_, others) in owners.items():
-        if others and not untie:
+        if others:
             raise TiedWeightError(
                 f"The weight of '{site}' is tied to '{others[0]}', so that folding an adapter into "
                 f"it would change that too. lorafx.merge(model, untie=True) gives '{site}' a "
                 "tensor of its own.")
-    twin = eject(model)
-    _place_trained(model, twin, chosen)
-    places = places_of(twin)
-    by_weight: dict[tuple[str, ...], list[Addend]] = defaultdict(list)
-    for site, (names, _) in owners.items():
-        by_weight[tuple(names)] += held[site].addends(None, chosen, stored=True)
-    scratch = Scratch()
-    for aliases, addends in by_weight.items():
-        _fold([places[name] for name in aliases], addends, scratch)
-    return twin
 
 
 def _place_trained(model: nn.Module, twin: nn.Module, chosen: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .._errors import FormatError
 from .._storage.json_files import read_json
 from .._storage.safetensors_files import SafetensorsFile
 from .find import INDEX, MODEL_CONFIG, read_config, shards_of
@@ -19,6 +20,7 @@ from .safetensors_base import checkpoint_of
 def prepare_folder(base: Path, request: MergeRequest) -> PreparedMerge:
     """Return how a folder is merged, shards first; other files are carried along."""
     shards, config, dtype = shards_of(base), read_config(base), request.dtype
+    _check_dense(base, config)
     plan = plan_merge(request, checkpoint_of(base, shards, config))
     jobs = {}
     for shard in shards:
@@ -34,6 +36,18 @@ def prepare_folder(base: Path, request: MergeRequest) -> PreparedMerge:
             jobs[name] = copy_job(path, name)
     tensors = sum(len(shard.entries) for shard in shards)
     return PreparedMerge(list(jobs.values()), plan, tensors)
+
+
+def _check_dense(base: Path, config: Mapping[str, Any] | None) -> None:
+    """Raise if the weights of a folder are quantised, as its config says."""
+    configs = [config, *config.values()] if config else []
+    for found in configs:
+        if isinstance(found, dict) and found.get("quantization_config"):
+            way = dict(found["quantization_config"]).get("quant_method", "quantised")
+            raise FormatError(
+                f"The weights in '{base}' are stored quantised ({way}, says its {MODEL_CONFIG}), "
+                "and nothing can be folded into them on a disk: name the checkpoint that they were "
+                "made from, or load the model and use lorafx.merge.")
 
 
 def _new_config(

@@ -13,6 +13,7 @@ from .._adapter.names import dotted, split_block
 from .._errors import ConfigError
 from .._graph.modules import LorafxModule, named_modules, submodule, users_modules
 from .._model.branches import Branch
+from .._model.quantised import is_packed
 from .adapter_file import INSTEAD
 
 
@@ -47,7 +48,7 @@ def peft_pairs(adapter: Adapter, model: nn.Module) -> list[PeftPair]:
             attentions[owner]["in_proj"] = pair
         elif last == "out_proj" and isinstance(submodule(model, above), nn.MultiheadAttention):
             attentions[above]["out_proj"] = pair
-        elif attribute == "weight" and isinstance(module, (nn.Linear, *conv1d())):
+        elif attribute == "weight" and _is_layer(module):
             found.append(PeftPair(owner, owner, None, pair))
         elif not owner:
             raise ConfigError(f"PEFT's format has no place for an adapter of '{name}', a parameter "
@@ -62,6 +63,11 @@ def peft_pairs(adapter: Adapter, model: nn.Module) -> list[PeftPair]:
         found += _attention(model, owner, halves)
     _check_together(adapter, model, found)
     return found
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """True for a layer that PEFT adapts as one, whose weight goes by the layer's name."""
+    return isinstance(module, (nn.Linear, *conv1d())) or is_packed(module)
 
 
 def _whole_weights(adapter: Adapter) -> dict[str, tuple[Pair, StoredWeight]]:

@@ -34,15 +34,18 @@ class CallPlan(NamedTuple):
     addends: tuple[tuple[tuple[float, int], ...], ...]  # (scale, start) of each call's
     dropout: float
     merged: bool
+    beside: bool = False  # who calls computed x W^T + b, which stands in W's place
 
     @staticmethod
-    def of(calls: Sequence[AdaptedCall], merged: bool, dropout: float) -> "CallPlan":
+    def of(
+        calls: Sequence[AdaptedCall], merged: bool, dropout: float, beside: bool = False
+    ) -> "CallPlan":
         """The plan of calls whose addends drop out alike; `merged` forms W + sum s B A."""
         scales = []
         for call in calls:
             scales.append(tuple([(a.scale / (1 - dropout), a.start) for a in call.addends]))
         biased = tuple([call.bias is not None for call in calls])
-        return CallPlan(biased, tuple(scales), dropout, merged)
+        return CallPlan(biased, tuple(scales), dropout, merged, beside)
 
     @staticmethod
     def tensors(calls: Sequence[AdaptedCall]) -> list[Tensor]:
@@ -65,15 +68,26 @@ class CallPlan(NamedTuple):
             calls.append(AdaptedCall(weight, bias, addends))
         return calls
 
-    def in_places(self, gradients: Iterable[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of B, A, B, A, ..., each in the place of its factor among all tensors."""
-        rest = iter(gradients)
+    def in_places(
+        self, factors: Iterable[Tensor | None], outputs: Iterable[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The gradients of B, A, B, A, ..., each in the place of its factor among all tensors.
+
+        An output's gradient is that of what stands in W's place too, if W does not.
+        """
+        rest = iter(factors)
         places: list[Tensor | None] = []
-        for biased, scales in zip(self.biased, self.addends):
-            places += [None] * (1 + biased)
+        for biased, scales, output in zip(self.biased, self.addends, outputs):
+            places += [output if self.beside else None] + [None] * biased
             for _ in scales:
                 places += next(rest), next(rest)
         return places
+
+    def output(self, x: Tensor, call: AdaptedCall) -> Tensor:
+        """x W^T + b, or with W + sum s B A if that is the plan, in memory of its own."""
+        if self.beside:
+            return call.weight.clone(memory_format=torch.contiguous_format)
+        return _not_a_view(F.linear(x, self.weight(call), call.bias))
 
     def weight(self, call: AdaptedCall) -> Tensor:
         """W, or W + sum s B A if that is the plan."""
@@ -102,6 +116,8 @@ class _Linears(torch.autograd.Function):
         outputs, h, mask = _compute(x, plan, plan.calls(tensors), saving=True)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
+        if plan.beside:  # of y, its shape is enough
+            tensors = (tensors[0].new_zeros(()).expand_as(tensors[0]), *tensors[1:])
         ctx.save_for_backward(x, h, None if mask is None else packed(mask), *tensors)
         return tuple(outputs)
 
@@ -116,7 +132,7 @@ class _Linears(torch.autograd.Function):
         calls = plan.calls(tensors)
         with no_autocast() if any_autocast() else contextlib.nullcontext():
             dX, factors = _gradients(x, plan, calls, h, mask, gradients, needs_dx)
-        return dX, None, *plan.in_places(factors)
+        return dX, None, *plan.in_places(factors, gradients)
 
 
 _apply: Any = apply_of(_Linears)  # `linears` has asked about transforms
@@ -126,7 +142,7 @@ def _compute(
     x: Tensor, plan: CallPlan, calls: Sequence[AdaptedCall], saving: bool
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """The results, none of them a view; h (N, R) and dropout's mask (N, in), where needed."""
-    outputs = [_not_a_view(F.linear(x, plan.weight(call), call.bias)) for call in calls]
+    outputs = [plan.output(x, call) for call in calls]
     if plan.merged and not saving:
         return outputs, None, None
     rows = x.reshape(-1, x.shape[-1])  # (N, in)
@@ -161,7 +177,9 @@ def _gradients(
         dY = None  # (N, out)
         if gradient is not None:
             dY = gradient.reshape(-1, gradient.shape[-1]).contiguous()
-        if dY is not None and needs_dx:
+        if dY is not None and needs_dx and plan.beside:
+            dX = dY.new_zeros(len(h), x.shape[-1])
+        elif dY is not None and needs_dx:
             weight = plan.weight(call)
             dX = dY @ weight if dX is None else dX.addmm_(dY, weight)
         for addend, (g, half, B) in zip(call.addends, parts):
@@ -208,7 +226,7 @@ def _differentiable(
         x, *tensors = (t.view_as(t) if isinstance(t, Tensor) else t for t in (x, *tensors))
         used, given = [], []
         for call, gradient in zip(plan.calls(tensors), gradients):
-            y = F.linear(x, call.weight, call.bias)
+            y = call.weight if plan.beside else F.linear(x, call.weight, call.bias)
             for addend in call.addends:
                 h = F.linear(masked(x, mask), addend.right.to(x.dtype))
                 y = addend.add_half(y, h)

@@ -6,6 +6,7 @@ tensor subclasses, trained base weights) plain operators compute the same. For m
 W + sum s B A is formed.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,33 @@ def linears(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
     return _fastest(x, calls)
 
 
+def add_beside(x: Tensor, y: Tensor, addends: Sequence[Addend]) -> Tensor:
+    """Return y + sum s (x A^T) B^T, (..., out), in y's dtype, for a y that who calls computed.
+
+    A and B may be wider than x (..., in) and y.
+    """
+    if not addends:
+        return y
+    call = AdaptedCall(y, None, addends)
+    rates = {addend.dropout for addend in addends}
+    masks = rates != {0.0} and len(addends) > 1  # more than one is needed
+    if masks or not _fits_beside(x, y, addends):
+        for addend in addends:
+            y = addend.add_to_output(y, x.to(y.dtype))
+        return y
+    plan = CallPlan.of([call], False, addends[0].dropout, True)
+    tensors = CallPlan.tensors([call])
+    needs = x.requires_grad or y.requires_grad or _any_requires_grad(addends)
+    with no_autocast() if any_autocast() else contextlib.nullcontext():
+        return fused(x.to(y.dtype), plan, tensors, torch.is_grad_enabled() and needs)[0]
+
+
+def _fits_beside(x: Tensor, y: Tensor, addends: Sequence[Addend]) -> bool:
+    """True if y is the plain result of rows x, to which a plain product can be added."""
+    plain = _is_plain(x, [AdaptedCall(x.detach(), None, addends)]) and type(y) in PLAIN
+    return plain and y.is_floating_point() and y.shape[:-1] == x.shape[:-1] and x.numel() > 0
+
+
 def _is_plain(x: Tensor, calls: Sequence[AdaptedCall]) -> bool:
     """True for plain tensors on one device, a frozen base, no transform and no tracer."""
     if torch.compiler.is_compiling() or type(x) not in PLAIN:
@@ -89,7 +117,7 @@ def _fastest(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
     merged = rates == {0.0} and merges(x, calls)
     if len(calls) == 1 and not merged and is_small(x, calls[0]):
         return [in_place(x, calls[0])]
-    plan, tensors = CallPlan.of(calls, merged, *rates), CallPlan.tensors(calls)
+    plan, tensors = CallPlan.of(calls, merged, max(rates)), CallPlan.tensors(calls)
     differentiable = torch.is_grad_enabled() and (x.requires_grad or _any_requires_grad(addends))
     return fused(x, plan, tensors, differentiable)
 

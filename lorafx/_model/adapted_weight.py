@@ -20,6 +20,7 @@ from .._graph.rules import RULES, Rule
 from .._kernels.addend import Addend
 from .._kernels.private import grouped_mm, tree_iter, tree_map, wrapper_subclass, writes
 from .._kernels.weights import rows_of, whole
+from .quantised_tensors import dense
 from .readers import Answer, answer, reader
 from .sums import SPREADING_IS_LOST, WRITING_IS_LOST, plainly
 from .torch_functions import Args, Kwargs, functions_named, without_override, writes_in_place
@@ -60,7 +61,7 @@ class AdaptedWeight(Tensor):
             raise AdaptedWeightError(
                 f"Python needs {self.label} as a whole, where there is no input of which an "
                 "adapter could drop elements: exclude this site, or inject with dropout=0.")
-        return whole(self.matrix, self.addends)
+        return whole(dense(self.matrix), self.addends)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.whole().detach().clone()

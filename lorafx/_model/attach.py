@@ -23,9 +23,11 @@ from .flat import check_takes_parameters
 from .fsdp import check_beside, managed_modules
 from .guard import check_each_in_its_place, check_graphs_not_dispatched
 from .insert import Insertion, insert_branches
+from .layer_calls import adapt_layer
 from .lower import joins
 from .places import base_parameters
 from .program import Program
+from .quantised import is_packed
 from .reading import FROZEN_PREFIX, adapted_names
 from .record import RECORD, Injection, injection, set_trainable
 from .regions import (
@@ -178,6 +180,8 @@ def _check_names_are_free(program: Program, sites: list[Site], adapter: Adapter)
         why = "it is a GraphModule" if is_plain_graph(owner) else why_not_adapted(owner)
         if why is None and Place(owner, attribute) in weights_in_attributes(owner):
             why = "its module also holds it in another attribute"
+        if is_packed(owner):
+            why = "its layer stores its weight packed, as quantised layers do"
         if why is not None:
             raise UnsupportedModelError(f"'{name}' cannot be trained whole: {why}.")
         needed.append(_Needed(owner, "trained", Trained, name))
@@ -214,7 +218,9 @@ def _branch(places: Mapping[str, Place], site: Site) -> Branch:
     for name in site.names:
         owner, attribute = places[split_block(name)[0]]
         owner._modules[branch_name(attribute, block)] = branch
-        if not in_graph_module and not is_plain_graph(owner):
+        if is_packed(owner):
+            adapt_layer(owner)
+        elif not in_graph_module and not is_plain_graph(owner):
             adapt_attribute(owner, attribute)
     return branch
 

@@ -12,6 +12,7 @@ from .._graph.dispatched import rebind_copy, shared_by_copies
 from .._graph.modules import LorafxModule
 from .._kernels.private import make_subclass, storage_key
 from .fsdp import FSDPCopy, own_class, state_without_fsdp
+from .quantised import twins_of_records
 from .regions import EJECTING, is_plain_graph, users_class, users_state
 from .shards import local_part
 
@@ -66,6 +67,8 @@ def share(model: M, ejecting: bool = False) -> M:
             memo[id(buffer)] = buffer.detach()
     for value in shared_by_copies(model):
         memo[id(value)] = value
+    for module in model.modules():
+        memo |= twins_of_records(module)
     graphs = [m for m in model.modules() if is_plain_graph(m)]
     for module in graphs:  # their own deepcopy drops hooks and plain attributes
         cls = own_class(type(module))
@@ -93,6 +96,9 @@ def share(model: M, ejecting: bool = False) -> M:
     for copied in model.modules():
         if id(copied) in memo:
             rebind_copy(copied, memo[id(copied)], memo)
+    for parameter in twin.parameters():  # a packed one knows its layer, and how it is packed
+        for name, value in vars(parameter).items():
+            vars(parameter)[name] = memo.get(id(value), value)
     _check_shared(model, twin, fsdp.gathered)
     return twin
 
@@ -126,15 +132,23 @@ def _check_shared(model: nn.Module, twin: nn.Module, gathered: set[nn.Parameter]
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter in ours:
             continue
-        if name not in twins or _storage_of(twins[name]) != _storage_of(parameter):
+        if name not in twins or _storages_of(twins[name]) != _storages_of(parameter):
             raise UnsupportedModelError(
                 f"Copying this {type(model).__name__} did not keep the weight '{name}': some class "
                 "on the way has a __deepcopy__ that makes new weights. Let it pass `memo` on to "
                 "copy.deepcopy.")
 
 
-def _storage_of(tensor: Tensor) -> int:
-    return storage_key(local_part(tensor).untyped_storage())
+def _storages_of(tensor: Any) -> list[int]:
+    """The storage of a tensor, or those of the tensors that it is made of."""
+    tensor = local_part(tensor)
+    flatten = getattr(tensor, "__tensor_flatten__", None)  # torch's protocol of wrapping classes
+    if flatten is None:
+        return [storage_key(tensor.untyped_storage())]
+    found: list[int] = []
+    for name in flatten()[0]:
+        found += _storages_of(getattr(tensor, name))
+    return found
 
 
 class _CopyNonLeaves(TorchFunctionMode):

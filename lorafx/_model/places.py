@@ -10,6 +10,8 @@ from torch.nn.utils import parametrize
 
 from .._adapter.names import dotted, site_name
 from .._graph.modules import Place, tensor_names, users_modules
+from .quantised import is_packed, stand_in
+from .quantised_tensors import why_no_derivative
 from .reading import base_tensor
 
 
@@ -17,7 +19,7 @@ def places_of(model: nn.Module) -> dict[str, Place]:
     """{site of a whole tensor: Place} of every tensor that could be a site, by all its names."""
     places: dict[str, Place] = {}
     for path, module in users_modules(model).items():
-        for attribute in tensor_names(module):
+        for attribute in ["weight"] if is_packed(module) else tensor_names(module):
             places[site_name(path, attribute)] = Place(module, attribute)
     return places
 
@@ -35,9 +37,12 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def tensor_at(place: Place) -> Any:
     """Return what a module has under this name; None for a property.
 
-    A parametrized tensor is computed on a copy of its module, which leaves the module as it is.
+    A packed weight is a stand-in of W's shape, dtype and device. A parametrized tensor is computed
+    on a copy of its module, which leaves the module as it is.
     """
     module, attribute = place
+    if attribute == "weight" and is_packed(module):
+        return stand_in(module)
     if parametrize.is_parametrized(module, attribute):
         with torch.no_grad():
             return base_tensor(copy.deepcopy(module).eval(), attribute)
@@ -51,6 +56,7 @@ class Weight:
     def __init__(self, tensor: Tensor, registered: bool) -> None:
         self.shape, self.dtype = tensor.shape, tensor.dtype
         self.registered = registered  # as a Parameter
+        self.no_derivative = why_no_derivative(tensor)  # in its products, or None
         self.places: dict[str, Place] = {}
 
     @property
@@ -71,10 +77,14 @@ class Weights:
         self._of_parameters: dict[nn.Parameter, Weight] = {}
         self._of_places: dict[Place, Weight] = {}
         for path, module in modules.items():
+            packed = is_packed(module)
+            if packed and module._parameters.get("weight") is None:
+                self.at(Place(module, "weight"))  # it is in buffers, or in no tensor
             for attribute, parameter in module._parameters.items():
-                if parameter is not None:
+                if parameter is not None and (attribute == "weight" or not packed):
                     if parameter not in self._of_parameters:
-                        self._of_parameters[parameter] = Weight(parameter, registered=True)
+                        tensor = stand_in(module) if packed else parameter
+                        self._of_parameters[parameter] = Weight(tensor, registered=True)
                     self._name(self._of_parameters[parameter], path, Place(module, attribute))
 
     def __iter__(self) -> Iterator[Weight]:

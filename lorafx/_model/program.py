@@ -22,11 +22,12 @@ from .._graph.watch import Unsound
 from .fsdp import settle
 from .homes import home
 from .places import Weight, Weights, base_parameters, places_of, tensor_at
+from .quantised import is_packed, why_not_linear
 from .refusals import is_unsupported_torch_layer, unsupported_layer, why_not_site, why_packed
 from .regions import why_not_region
 from .uses import (
-    GraphUses, LinearUse, Usage, missed_uses, moves_into_caller, splits_of_modules, uses_in_graphs,
-    uses_in_python
+    GraphUses, LinearUse, Usage, missed_uses, moves_into_caller, splits_of_modules, uses_by_layers,
+    uses_in_graphs, uses_in_python
 )
 from .zero import check_gathered
 
@@ -96,6 +97,19 @@ class Program:
         return reasons
 
     @property
+    def linear_layers_left_alone(self) -> dict[str, str]:
+        """{path: why} of the layers that declare in and out features and are no site."""
+        sites: set[str] = set()
+        for site in self.sites:
+            sites.update(split_block(name)[0] for name in site.names)
+        reasons, found = self.left_alone, dict[str, str]()
+        for module, paths in paths_of(users_modules(self.model)).items():
+            declared = {"in_features", "out_features"} <= vars(module).keys()
+            if declared and sites.isdisjoint(paths):
+                found[paths[0]] = reasons.get(paths[0], "no linear call of it was found")
+        return found
+
+    @property
     def fingerprint(self) -> str:
         """A short hash of the names and shapes of all sites."""
         lines = [f"{site.name} {site.out_features} {site.in_features}" for site in self.sites]
@@ -110,14 +124,18 @@ def read_program(model: nn.Module) -> Program:
     paths = paths_of(every_name)
     modules = {names[0]: module for module, names in paths.items()}
     weights = Weights(every_name)
-    graphs, breaks = _trace(modules)
+    layers = {path: why_not_linear(module) for path, module in modules.items() if is_packed(module)}
+    graphs, breaks = _trace({path: m for path, m in modules.items() if path not in layers})
     in_graphs = uses_in_graphs(graphs, modules, weights)
-    splits = [*in_graphs.splits, *splits_of_modules(in_graphs.linear, graphs, modules, paths)]
+    sound = [modules[path] for path, reason in layers.items() if reason is None]
+    by_layers = uses_by_layers(sound, weights)
+    calls = [*in_graphs.linear, *by_layers]
+    splits = [*in_graphs.splits, *splits_of_modules(calls, graphs, modules, paths)]
     in_python: list[LinearUse] = []
     for path in breaks:
         in_python += uses_in_python(modules[path], weights)
     missed = missed_uses(modules, breaks, weights)
-    usages = _fold(weights, in_graphs, splits, in_python, missed)
+    usages = _fold(weights, in_graphs, splits, [*by_layers, *in_python], missed)
     for region, weight, uses in moves_into_caller(model, usages, graphs, paths):
         del graphs[region]
         usages[weight].linear = uses
@@ -130,7 +148,7 @@ def read_program(model: nn.Module) -> Program:
         elif weight.is_matrix and (usage.linear or weight.registered):
             skipped[next(iter(weight.places))] = reason
     for path, module in modules.items():
-        packed = why_packed(module)
+        packed = layers[path] if path in layers else why_packed(module)
         if packed is not None:
             skipped[path] = packed
     sites.sort(key=sort_key(weights.names))

@@ -20,9 +20,10 @@ class Answer(enum.Enum):
 READERS: dict[str, Answer] = {
     # tensor parallelism replaces all tensors in a layer; the factors follow the weight beside them
     "torch.distributed.tensor.": Answer.LAYER,
-    # libraries that put parameters in their places: that shard, gather, move and offload them
+    # libraries that put parameters in their places: shard, gather, move, offload and quantise them
     "torch.distributed.": Answer.PARAMETER,
     "accelerate.": Answer.PARAMETER,
+    "torchao.": Answer.PARAMETER,
     # torch.func and torch.export put tensors in the place of Parameters for one call
     "torch.nn.utils._named_member_accessor": Answer.PARAMETER,
     "torch.nn.utils.stateless": Answer.PARAMETER,

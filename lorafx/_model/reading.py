@@ -14,6 +14,7 @@ from .._kernels.private import is_transforming
 from .._kernels.weights import whole
 from .adapted_weight import NARROW, AdaptedWeight
 from .branches import Branch, Copies, Trained, refuse_gradients
+from .quantised_tensors import dense
 from .readers import Answer, answer as answer_to_reader
 from .shards import check_all_spread, check_spread, gathered_for_use, is_sharded
 
@@ -119,7 +120,7 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     if matrix.dtype not in NARROW and not any(addend.dropout for addend in addends):
         plain = compiling or is_transforming()
         if plain or answer is Answer.SUM and not _trains(addends):
-            return whole(matrix, addends)
+            return whole(dense(matrix), addends)
     make = AdaptedWeight.of
     if compiling:  # the compiler cannot make the tensor: its graph ends here
         make = torch.compiler.disable(  # type: ignore[no-untyped-call]

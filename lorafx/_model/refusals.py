@@ -9,7 +9,7 @@ from torch import nn
 from .._adapter.config import FLOATS
 from .places import Weight
 from .regions import is_plain_graph, why_not_adapted
-from .uses import Usage
+from .uses import LAYER, Usage
 
 
 # Layers of torch that compute something else than x W^T with their weights.
@@ -77,6 +77,10 @@ def why_not_site(
         return f"its weight is also read by {other} in a GraphModule"
     if usage.missed is not None:
         return usage.missed
+    if usage.kind == LAYER and (usage.other or any(use.kind != LAYER for use in usage.linear)):
+        return "its packed weight is also read outside of its layer, which no adapter reaches"
+    if weight.no_derivative is not None:
+        return weight.no_derivative
     for owner in owners:
         reason = None if is_plain_graph(owner) else why_not_adapted(owner)
         if reason is not None:

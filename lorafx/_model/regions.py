@@ -230,13 +230,14 @@ def _why_not_derived(user_class: type) -> str | None:
         return defined
     try:
         blank = object.__new__(user_class)
-        blank.__class__ = _make_class(user_class, Region, {})
+        blank.__class__ = make_class(user_class, Region, {})
     except TypeError as error:
         return f"its class cannot be derived from ({error})"
     return None
 
 
-def _make_class(user_class: type, base: type[Adapted], namespace: dict[str, Any]) -> type[Adapted]:
+def make_class(user_class: type, base: type[Adapted], namespace: dict[str, Any]) -> type[Adapted]:
+    """A class of the same name that derives from the user's and, in second place, from a base."""
     contents = {name: value for name, value in vars(Adapted).items() if name in _COPYING}
     contents |= {"__module__": user_class.__module__, "__qualname__": user_class.__qualname__,
                  "__doc__": user_class.__doc__, "_user_class": user_class, **namespace}
@@ -270,7 +271,7 @@ def _derived(
             namespace["reset_parameters"] = resetting_base(reset)
         if code is not None:
             namespace |= compiled(user_class, code) | {"_linear": forward}
-        made = _make_class(user_class, Adapted if code is None else Region, namespace)
+        made = make_class(user_class, Adapted if code is None else Region, namespace)
         if code is not None:
             filename = namespace["forward"].__code__.co_filename
             weakref.finalize(made, linecache.cache.pop, filename, None)

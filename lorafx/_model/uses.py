@@ -68,8 +68,8 @@ class Usage:
 
     @property
     def kind(self) -> str:
-        """The kind of the first call site."""
-        return next((use.kind for use in self.linear if use.call is not None), "")
+        """The kind of the first call site, or of the layer that computes by itself."""
+        return next((use.kind for use in self.linear if use.kind), "")
 
     @property
     def equal_blocks(self) -> tuple[str, ...]:
@@ -150,7 +150,9 @@ def splits_of_modules(
     """The blocks into which graphs split the results of linear modules that they call."""
     weight_of: dict[str, Weight] = {}  # of modules whose forward is one linear call
     for use in linear:
-        if use.call is not None:
+        if use.kind == LAYER:
+            weight_of[paths[use.place.module][0]] = use.weight
+        elif use.call is not None:
             region = use.call.region
             last = after_branches(modules[region], use.call.node)
             if _only_linear(graphs[region], last):
@@ -163,6 +165,20 @@ def splits_of_modules(
             if weight is not None:
                 splits.append((weight, blocks_of(node, weight.shape[0])))
     return splits
+
+
+LAYER = "layer"  # the kind of a site of which a layer computes x W^T + b by itself, from a packed W
+
+
+def uses_by_layers(layers: Iterable[nn.Module], weights: Weights) -> list[LinearUse]:
+    """The linear calls of layers that store W packed."""
+    found: list[LinearUse] = []
+    for layer in layers:
+        place = Place(layer, "weight")
+        weight = weights.at(place)
+        if weight is not None:
+            found.append(LinearUse(weight, place, False, kind=LAYER))
+    return found
 
 
 def uses_in_python(module: nn.Module, weights: Weights) -> list[LinearUse]:

@@ -11,6 +11,7 @@ import coverage
 import facts
 import finetune
 import pytest
+import qlora
 import readme
 import stream
 import torch
@@ -107,6 +108,15 @@ def test_stream(tmp_path, capsys):
     assert found["sites"] == 105 and found["shards"] > 2 and len(found["ratios"]) == 1
     assert json.loads((tmp_path / "stream.json").read_text()) == found
     assert "was left out: --no-peft" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_qlora(tmp_path, capsys):
+    found = qlora.main(["--tiny", "--json", str(tmp_path / "qlora.json")])
+    ours, theirs = found["rows"]["lorafx"], found["rows"]["PEFT"]
+    assert ours["trained"] == theirs["trained"] and ours["losses"][0] == theirs["losses"][0]
+    assert json.loads((tmp_path / "qlora.json").read_text()) == found
+    assert qlora.table(found) in capsys.readouterr().out
 
 
 def test_claims(tmp_path, capsys):

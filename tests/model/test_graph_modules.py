@@ -182,7 +182,7 @@ def test_breaks_and_skipped_are_named():
     "ignore:torch.quantize_per_tensor, torch.quantize_per_channel and other"
 )
 def test_quantised_layers_are_named():
-    model = nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(4, 4), nn.Linear(4, 4))
+    model = nn.Sequential(torch.ao.nn.quantized.Linear(4, 4), nn.Linear(4, 4))
     assert "its weight is packed" in lorafx.summary(lorafx.inject(model)).skipped["0"]
     with pytest.raises(lorafx.NoSiteError, match="'0' cannot be adapted: its weight is packed"):
         lorafx.inject(model, targets="0")
