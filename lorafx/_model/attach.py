@@ -31,13 +31,15 @@ from .regions import (
 from .shards import gathered
 
 
-def begin_injection(program: Program, group: bool = True) -> None:
+def begin_injection(
+    program: Program, group: bool = True, recompute: bool = True
+) -> None:
     """Freeze a copy of the user's model and give it a record; no adapter yet."""
     model = program.model
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     model.__dict__[RECORD] = Injection(
-        flags, program.skipped, program.breaks, group, program.fingerprint)
+        flags, program.skipped, program.breaks, group, program.fingerprint, recompute)
     if is_plain_graph(model):
         keep_attributes(model)
 
@@ -121,7 +123,7 @@ def attach(program: Program, adapter: Adapter) -> None:
                 path = dotted(call.owner, branch_name(call.attribute, block))
                 reverse = call.transposed != site.transposed
                 insertions[call.region].append(Insertion(call, path, reverse))
-        branch = _branch(program.places, site)
+        branch = _branch(program.places, site, record.recompute)
         factors = Factors(*adapter.pairs[site.name], adapter.config).train(branch.training)
         branch._modules[adapter.name] = factors
         spread(branch, program.weight(site))
@@ -173,13 +175,13 @@ def _check_names_are_free(program: Program, sites: list[Site], adapter: Adapter)
                                         "exclude this site.")
 
 
-def _branch(places: Mapping[str, Place], site: Site) -> Branch:
+def _branch(places: Mapping[str, Place], site: Site, recompute: bool) -> Branch:
     """The branch at a site, registered under all of its names with the owners of its weight."""
     name, block = split_block(site.name)
     first, attribute = places[name]
     branch = first._modules.get(branch_name(attribute, block))
     if not isinstance(branch, Branch):
-        branch = Branch(site.transposed, site.rows).train(first.training)
+        branch = Branch(site.transposed, site.rows, recompute).train(first.training)
     in_graph_module = any(call.node.op == "call_module" for call in site.calls)
     for name in site.names:
         owner, attribute = places[split_block(name)[0]]

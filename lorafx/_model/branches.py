@@ -11,6 +11,7 @@ from .._adapter.names import site_name, split_block
 from .._graph.modules import LorafxModule, is_bare, named_modules, submodule
 from .._graph.sites import Site
 from .._kernels.addend import Addend
+from .._kernels.again import Proven
 from .shards import spread_beside, spread_like
 
 
@@ -75,9 +76,15 @@ class Branch(LorafxModule):
     goes to (or, in reverse, x comes from) those features only.
     """
 
-    def __init__(self, transposed: bool = False, rows: tuple[int, int] | None = None) -> None:
+    proven: Proven | None = None  # of x at this site; None: it is kept for the backward pass
+
+    def __init__(
+        self, transposed: bool = False, rows: tuple[int, int] | None = None,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         self.transposed, self.rows = transposed, rows  # as in the Site
+        self.proven = Proven() if recompute else None
         self._active: tuple[tuple[str, float], ...] = ()
 
     def forward(self, x: Tensor, y: Tensor, reverse: bool = False) -> Tensor:
@@ -98,13 +105,14 @@ class Branch(LorafxModule):
         start = self.rows[0] if self.rows else 0
         chosen = self._active if weights is None else weights.items()
         found = []
+        proven = None if torch.compiler.is_compiling() else self.proven
         for name, weight in chosen:
             if name not in self._modules:
                 continue
             factors: Factors = self._modules[name]  # type: ignore[assignment]
             A, B = factors.tensors()
             addend = Addend(B, A, weight * factors.scale, -2, start,
-                            factors.dropping, factors.share_dropout, factors.rounding)
+                            factors.dropping, factors.share_dropout, factors.rounding, proven)
             found.append(addend.transposed if stored and self.transposed else addend)
         return found
 
