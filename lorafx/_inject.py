@@ -62,9 +62,8 @@ def inject(
         share_dropout: let branches computed together drop out the same elements, which is faster.
         adapter: the name of this adapter.
         group: compute linear calls that share an input (query, key, value) together, for speed.
-        recompute: compute the inputs that A's gradient needs again in the backward pass, for
-            memory, where they are a cheap function of what autograd keeps anyway (a norm's output,
-            silu(g) * u), with the same bits; False keeps them. For all adapters of the model.
+        recompute: compute inputs that autograd would keep for A's gradient again, to the same
+            bits, from what it keeps anyway (silu(g) * u from both), for memory; False keeps them.
 
     Raises:
         NoSiteError: a pattern matches nothing. ConfigError: a setting is out of its range.

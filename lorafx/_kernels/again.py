@@ -19,6 +19,9 @@ from .recipes import Recipe, recipe_of
 
 MOST_KINDS = 256  # of x at one site of which is known whether recipes give it
 
+# An x of fewer bytes is kept: its memory is not worth the time that the search takes.
+KEPT_BELOW = 1 << 17
+
 
 class Proven:
     """Which recipes gave the x of a site, by which choice of their functions.
@@ -49,7 +52,8 @@ def _proof(recipe: Recipe, x: Tensor) -> int | None:
     with no_autocast():
         if _gives(recipe, tensors, 0, x):
             return 0
-        found = [choice for choice in range(1, recipe.choices) if _gives(recipe, tensors, choice, x)]
+        guesses = range(1, recipe.choices)
+        found = [choice for choice in guesses if _gives(recipe, tensors, choice, x)]
     return found[0] if len(found) == 1 else None  # of two guesses, x does not tell which is right
 
 
@@ -165,8 +169,10 @@ _last = _Last()
 
 def again(x: Tensor, proven: Proven | None) -> Again | None:
     """Return what may stand in the place of x at the site that proved it; None: x is to be kept."""
+    if proven is None or x.grad_fn is None or x.untyped_storage().nbytes() < KEPT_BELOW:
+        return None
     # what was written into, be it without autograd's knowledge, may not be what its node gave
-    if proven is None or x.grad_fn is None or x._version or is_keeping_by_hooks():
+    if x._version or is_keeping_by_hooks():
         return None
     value = _last.value(x)
     if value is None:

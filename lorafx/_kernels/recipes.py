@@ -106,7 +106,22 @@ def _computed(step: Step, tensors: list[Tensor], choice: int) -> Tensor:
         else:
             operands.append(None if operand is None else tensors[operand])
     function = row.guesses[choice - 1] if choice and row.guesses else row.function
+    if row.out:
+        for operand, value in zip(step.operands, operands):
+            if isinstance(operand, Step) and not ROWS[operand.node].arranges:
+                assert value is not None
+                if all([_fits(other, value) for other in operands]):
+                    return function(*operands, *step.constants, out=value)
     return function(*operands, *step.constants)
+
+
+def _fits(operand: Tensor | None, target: Tensor) -> bool:
+    """True if what an operator makes of the target and this operand can stand in the target."""
+    if operand is None or operand.ndim and operand.dtype != target.dtype:
+        return False
+    longest = max(operand.ndim, target.ndim)
+    shapes = [(1,) * (longest - tensor.ndim) + tuple(tensor.shape) for tensor in (operand, target)]
+    return all([length in (1, goal) for length, goal in zip(*shapes)])
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

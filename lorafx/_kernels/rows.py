@@ -34,25 +34,29 @@ class Row(NamedTuple):
     """The value of a node: function(*operands, *constants).
 
     Constants are attributes of the node, or `.shape`, `.dtype` and `.output` of the value. Where
-    the node does not tell which function it was, `guesses` are what it may have been.
+    the node does not tell which function it was, `guesses` are what it may have been. A value may
+    be put in the memory of an operand that was computed for it (`out`), unless that is a view of
+    something else (`arranges`).
     """
 
     function: Callable[..., Tensor]
     operands: tuple[Operand, ...]
     constants: tuple[str, ...] = ()
     guesses: tuple[Callable[..., Tensor], ...] = ()
+    out: bool = False
+    arranges: bool = False
 
 
 def _itself(value: Tensor) -> Tensor:
     return value
 
 
-def _add(left: Tensor, right: Tensor, alpha: float) -> Tensor:
-    return torch.add(left, right, alpha=alpha)
+def _add(left: Tensor, right: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
+    return torch.add(left, right, alpha=alpha, out=out)
 
 
-def _sub(left: Tensor, right: Tensor, alpha: float) -> Tensor:
-    return torch.sub(left, right, alpha=alpha)
+def _sub(left: Tensor, right: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
+    return torch.sub(left, right, alpha=alpha, out=out)
 
 
 def _gelu(value: Tensor, approximate: str) -> Tensor:
@@ -76,9 +80,11 @@ def _item(value: Tensor, dim: int, output: int) -> Tensor:
 
 
 def _dropped(value: Tensor, mask: Tensor, p: float) -> Tensor:
-    scale = 0.0 if p == 1 else 1 / (1 - p)
-    return torch.ops.aten.native_dropout_backward(  # type: ignore[no-any-return]
-        value, mask, scale)  # the same product, value * mask * scale
+    """value * mask / (1 - p); its node does not tell if that was in training."""
+    if not 2 ** -8 <= p < 1:  # in training, some of many elements are dropped
+        raise NotImplementedError
+    scaled = torch.ops.aten.native_dropout_backward(value, mask, 1 / (1 - p))  # the same product
+    return torch.where(mask.all(), value, scaled)
 
 
 def _layer_norm(
@@ -95,7 +101,7 @@ def _layer_norm(
         return (normed if bias is None else normed.add_(bias)).to(dtype)
     if bias is None:
         return normed.mul_(weight).to(dtype)
-    return torch.addcmul(bias.to(wide), normed, weight.to(wide)).to(dtype)
+    return torch.addcmul(bias.to(wide), normed, weight.to(wide), out=normed).to(dtype)
 
 
 def _layer_norm_of(
@@ -116,6 +122,12 @@ def _rms_norm(
     return (normed if weight is None else normed.mul_(weight)).to(value.dtype)
 
 
+def _arranged(
+    function: Callable[..., Tensor], operands: tuple[Operand, ...], constants: tuple[str, ...] = ()
+) -> Row:
+    return Row(function, operands, constants, arranges=True)
+
+
 _FIRST, _SECOND = Operand(edge=0), Operand(edge=1)
 _BOTH = Operand("self", 0), Operand("other", 1)  # each is kept if the other has a gradient
 _INPUT, _RESULT, _OUTPUT = (Operand("self"),), (Operand("result"),), (Operand("output"),)
@@ -123,11 +135,11 @@ _STATISTICS = Operand("result1"), Operand("result2")
 
 ROWS: dict[str, Row] = {
     # sums and products
-    "AddBackward0": Row(_add, (_FIRST, _SECOND), ("alpha",)),
-    "SubBackward0": Row(_sub, (_FIRST, _SECOND), ("alpha",)),
-    "MulBackward0": Row(torch.mul, _BOTH),
-    "DivBackward0": Row(torch.div, _BOTH),
-    "NegBackward0": Row(torch.neg, (_FIRST,)),
+    "AddBackward0": Row(_add, (_FIRST, _SECOND), ("alpha",), out=True),
+    "SubBackward0": Row(_sub, (_FIRST, _SECOND), ("alpha",), out=True),
+    "MulBackward0": Row(torch.mul, _BOTH, out=True),
+    "DivBackward0": Row(torch.div, _BOTH, out=True),
+    "NegBackward0": Row(torch.neg, (_FIRST,), out=True),
     # functions that keep their input
     "SiluBackward0": Row(F.silu, _INPUT),
     "GeluBackward0": Row(_gelu, _INPUT, ("approximate",)),
@@ -142,18 +154,18 @@ ROWS: dict[str, Row] = {
     "SoftplusBackward0": Row(F.softplus, _INPUT, ("beta", "threshold")),
     "GluBackward0": Row(F.glu, _INPUT, ("dim",)),
     # functions that keep their result
-    "ReluBackward0": Row(_itself, _RESULT),
-    "TanhBackward0": Row(_itself, _RESULT),
-    "SigmoidBackward0": Row(_itself, _RESULT),
-    "ExpBackward0": Row(_itself, _RESULT),
-    "RsqrtBackward0": Row(_itself, _RESULT),
-    "SqrtBackward0": Row(_itself, _RESULT),
-    "SoftmaxBackward0": Row(_itself, _RESULT),
-    "LogSoftmaxBackward0": Row(_itself, _RESULT),
-    "ScaledDotProductFlashAttentionForCpuBackward0": Row(_itself, _OUTPUT),
-    "ScaledDotProductFlashAttentionBackward0": Row(_itself, _OUTPUT),
-    "ScaledDotProductEfficientAttentionBackward0": Row(_itself, _OUTPUT),
-    "ScaledDotProductCudnnAttentionBackward0": Row(_itself, _OUTPUT),
+    "ReluBackward0": _arranged(_itself, _RESULT),
+    "TanhBackward0": _arranged(_itself, _RESULT),
+    "SigmoidBackward0": _arranged(_itself, _RESULT),
+    "ExpBackward0": _arranged(_itself, _RESULT),
+    "RsqrtBackward0": _arranged(_itself, _RESULT),
+    "SqrtBackward0": _arranged(_itself, _RESULT),
+    "SoftmaxBackward0": _arranged(_itself, _RESULT),
+    "LogSoftmaxBackward0": _arranged(_itself, _RESULT),
+    "ScaledDotProductFlashAttentionForCpuBackward0": _arranged(_itself, _OUTPUT),
+    "ScaledDotProductFlashAttentionBackward0": _arranged(_itself, _OUTPUT),
+    "ScaledDotProductEfficientAttentionBackward0": _arranged(_itself, _OUTPUT),
+    "ScaledDotProductCudnnAttentionBackward0": _arranged(_itself, _OUTPUT),
     # norms, and dropout by its mask
     "NativeLayerNormBackward0": Row(
         _layer_norm, (Operand("input"), *_STATISTICS, Operand("weight"), Operand("bias")),
@@ -163,22 +175,22 @@ ROWS: dict[str, Row] = {
         ("normalized_shape",)),
     "NativeDropoutBackward0": Row(_dropped, (_FIRST, Operand("result1")), ("p",)),
     # casts and other arrangements of the same elements
-    "ToCopyBackward0": Row(Tensor.to, (_FIRST,), (".dtype",)),
-    "CloneBackward0": Row(_itself, (_FIRST,)),
-    "AliasBackward0": Row(_itself, (_FIRST,)),
-    "ViewBackward0": Row(torch.reshape, (_FIRST,), (".shape",)),
-    "UnsafeViewBackward0": Row(torch.reshape, (_FIRST,), (".shape",)),
-    "ReshapeAliasBackward0": Row(torch.reshape, (_FIRST,), (".shape",)),
-    "SqueezeBackward0": Row(torch.reshape, (_FIRST,), (".shape",)),
-    "SqueezeBackward1": Row(torch.reshape, (_FIRST,), (".shape",)),
-    "UnsqueezeBackward0": Row(torch.unsqueeze, (_FIRST,), ("dim",)),
-    "ExpandBackward0": Row(Tensor.expand, (_FIRST,), (".shape",)),
-    "TBackward0": Row(torch.t, (_FIRST,)),
-    "TransposeBackward0": Row(torch.transpose, (_FIRST,), ("dim0", "dim1")),
-    "PermuteBackward0": Row(torch.permute, (_FIRST,), ("dims",)),
-    "SliceBackward0": Row(_slice, (_FIRST,), ("dim", "start", "end", "step")),
-    "SelectBackward0": Row(torch.select, (_FIRST,), ("dim", "index")),
-    "SplitBackward0": Row(_part, (_FIRST,), ("split_size", "dim", ".output")),
-    "SplitWithSizesBackward0": Row(_part, (_FIRST,), ("split_sizes", "dim", ".output")),
-    "UnbindBackward0": Row(_item, (_FIRST,), ("dim", ".output")),
+    "ToCopyBackward0": _arranged(Tensor.to, (_FIRST,), (".dtype",)),
+    "CloneBackward0": _arranged(_itself, (_FIRST,)),
+    "AliasBackward0": _arranged(_itself, (_FIRST,)),
+    "ViewBackward0": _arranged(torch.reshape, (_FIRST,), (".shape",)),
+    "UnsafeViewBackward0": _arranged(torch.reshape, (_FIRST,), (".shape",)),
+    "ReshapeAliasBackward0": _arranged(torch.reshape, (_FIRST,), (".shape",)),
+    "SqueezeBackward0": _arranged(torch.reshape, (_FIRST,), (".shape",)),
+    "SqueezeBackward1": _arranged(torch.reshape, (_FIRST,), (".shape",)),
+    "UnsqueezeBackward0": _arranged(torch.unsqueeze, (_FIRST,), ("dim",)),
+    "ExpandBackward0": _arranged(Tensor.expand, (_FIRST,), (".shape",)),
+    "TBackward0": _arranged(torch.t, (_FIRST,)),
+    "TransposeBackward0": _arranged(torch.transpose, (_FIRST,), ("dim0", "dim1")),
+    "PermuteBackward0": _arranged(torch.permute, (_FIRST,), ("dims",)),
+    "SliceBackward0": _arranged(_slice, (_FIRST,), ("dim", "start", "end", "step")),
+    "SelectBackward0": _arranged(torch.select, (_FIRST,), ("dim", "index")),
+    "SplitBackward0": _arranged(_part, (_FIRST,), ("split_size", "dim", ".output")),
+    "SplitWithSizesBackward0": _arranged(_part, (_FIRST,), ("split_sizes", "dim", ".output")),
+    "UnbindBackward0": _arranged(_item, (_FIRST,), ("dim", ".output")),
 }
