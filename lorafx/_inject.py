@@ -62,8 +62,7 @@ def inject(
         share_dropout: let branches computed together drop out the same elements, which is faster.
         adapter: the name of this adapter.
         group: compute linear calls that share an input (query, key, value) together, for speed.
-        recompute: compute inputs that autograd would keep for A's gradient again, to the same
-            bits, from what it keeps anyway (silu(g) * u from both), for memory; False keeps them.
+        recompute: for memory, compute inputs again in the backward pass instead of keeping them.
 
     Raises:
         NoSiteError: a pattern matches nothing. ConfigError: a setting is out of its range.

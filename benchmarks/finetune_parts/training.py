@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.counting import saved
+from common.counting import held_bytes
 from common.minimind import MiniMind
 from common.progress import progress
 from finetune_parts.texts import Text
@@ -128,12 +128,13 @@ def advance(model: MiniMind, windows: Tensor, optimizer: torch.optim.Optimizer,
     if measured is None:
         loss = loss_of(model, windows)
     else:
-        with saved(model) as sizes:
-            loss = loss_of(model, windows)
+        losses: list[Tensor] = []
+        held = held_bytes(lambda: losses.append(loss_of(model, windows)), windows.device)
+        loss = losses.pop()
     loss.backward()
     optimizer.step()
     if measured is not None:
-        measured.memory = {"saved for backward": sum(sizes.values()), **optimizer_bytes(optimizer)}
+        measured.memory = {"saved for backward": held.after, **optimizer_bytes(optimizer)}
     return loss.item()
 
 

@@ -1,9 +1,7 @@
 """x is computed again only where that is right, whatever autograd is asked for; else it is kept."""
 
 import copy
-import gc
 import pickle
-import weakref
 
 import pytest
 import torch
@@ -16,8 +14,7 @@ from lorafx._kernels.again import Proven
 from lorafx._kernels.linears import linears
 from tests.support.internals import replace_internal
 from tests.support.linear_calls import calls_of, factors
-
-WIDTH = 16
+from tests.support.recomputed import WIDTH, check_same, gradients, keeps_x, leaf, produced, site
 
 
 @pytest.fixture(autouse=True)
@@ -30,58 +27,12 @@ def _ways(request, monkeypatch):
     replace_internal(monkeypatch, "small_below", 1 << 40 if request.param == "in place" else 0)
 
 
-def site(seed=0, dtype=torch.float32):
-    """A call that may compute x again, and the same one, on the same tensors, that keeps it."""
-    torch.manual_seed(seed)
-    [call] = calls_of(WIDTH, (WIDTH,), dtype)
-    [addend] = call.addends
-    return call._replace(addends=[addend._replace(proven=Proven())]), call
-
-
-def leaf(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*(shape or (4, WIDTH)), generator=generator).to(dtype).requires_grad_()
-
-
-def produced(z):
-    """An x whose producer keeps what is before it."""
-    return F.silu(z * 1)
-
-
-def keeps_x(y):
-    """True if a node that computed y, or its half, keeps x itself."""
-    nodes, raws = [y.grad_fn], []
-    while nodes:
-        node = nodes.pop()
-        if type(node).__name__ == "_LinearsBackward":
-            raws.append(node._raw_saved_tensors[0])
-        elif type(node).__name__ == "MmBackward0":
-            raws.append(node._raw_saved_self)
-        else:
-            nodes += [below for below, _ in node.next_functions if below is not None]
-    assert raws
-    return all(raw.unpack_hook is None for raw in raws)
-
-
-def gradients(call, z, make=produced, run=None, backward=None):
-    """z's gradient and those of the factors, and whether x was kept."""
-    y = linears(make(z), [call])[0] if run is None else run(lambda z: linears(make(z), [call])[0], z)
-    inputs = [z, *factors([call])]
-    found = torch.autograd.grad(y.sin().sum(), inputs) if backward is None else backward(y, inputs)
-    return list(found)
-
-
-def check_same(got, wanted):
-    assert len(got) == len(wanted)
-    for mine, theirs in zip(got, wanted):
-        assert torch.equal(mine, theirs)
-
-
 def test_the_gradients_are_the_same_bits():
     lean, full = site()
     for seed in range(3):
         z = leaf(3, 5, WIDTH, seed=seed)
-        assert not keeps_x(linears(produced(z), [lean])[0]) and keeps_x(linears(produced(z), [full])[0])
+        assert not keeps_x(linears(produced(z), [lean])[0])
+        assert keeps_x(linears(produced(z), [full])[0])
         check_same(gradients(lean, z), gradients(full, z))
 
 
@@ -288,8 +239,10 @@ def test_transforms():
     def function(call):
         return lambda z: linears(produced(z), [call])[0].sin().sum()
 
-    for transform in (torch.func.grad, torch.func.hessian, lambda f: torch.func.vmap(torch.func.grad(
-            lambda row: f(row[None])))):
+    def by_rows(function):
+        return torch.func.vmap(torch.func.grad(lambda row: function(row[None])))
+
+    for transform in (torch.func.grad, torch.func.hessian, by_rows):
         torch.testing.assert_close(transform(function(lean))(z), transform(function(full))(z))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(z.detach(), torch.ones_like(z))
@@ -297,8 +250,10 @@ def test_transforms():
                     for call in (lean, full)]
     torch.testing.assert_close(*tangents)
     batch = torch.eye(4 * WIDTH, dtype=torch.float64).view(-1, 4, WIDTH)
-    found = [torch.autograd.grad(linears(produced(z), [call])[0], z, batch, is_grads_batched=True)[0]
-             for call in (lean, full)]
+    found = []
+    for call in (lean, full):
+        y = linears(produced(z), [call])[0]
+        found += torch.autograd.grad(y, z, batch, is_grads_batched=True)
     torch.testing.assert_close(*found)
 
 
@@ -360,72 +315,6 @@ def test_hooks_on_tensors():
         y = linears(x, [call])[0]
         found.append([*torch.autograd.grad(y.sin().sum(), [z, x, *factors([call])])])
     check_same(*found)
-
-
-@pytest.fixture
-def computed(monkeypatch):
-    """What silu's row computed, as weak references."""
-    made, row = [], rows.ROWS["SiluBackward0"]
-
-    def silu(z):
-        value = F.silu(z)
-        made.append(weakref.ref(value))
-        return value
-
-    monkeypatch.setitem(rows.ROWS, "SiluBackward0", row._replace(function=silu))
-    return made
-
-
-def three(z, sites):
-    x = produced(z)
-    return [linears(x, [lean])[0].sin().sum() for lean, _ in sites]
-
-
-def test_sites_that_share_x_compute_it_once(computed):
-    sites, z = [site(seed) for seed in range(3)], leaf()
-    three(z, sites)  # proves
-    computed.clear()
-    outputs = three(z, sites)
-    sum(outputs).backward(retain_graph=True)
-    assert len(computed) == 1 and computed[0]() is None
-    sum(outputs).backward()
-    assert len(computed) == 2 and computed[1]() is None
-
-
-def test_what_was_computed_for_sites_that_are_not_run_is_freed(computed):
-    sites, z = [site(seed) for seed in range(3)], leaf()
-    three(z, sites)
-    computed.clear()
-    outputs = three(z, sites)
-    (outputs[0] + outputs[1]).backward(retain_graph=True)
-    assert len(computed) == 1 and computed[0]() is None
-    torch.autograd.grad(outputs[2], factors([sites[2][0]]))
-    assert len(computed) == 2 and computed[1]() is None
-
-
-def test_nothing_is_held_when_it_is_not_needed():
-    """Not x after the forward pass, nothing after the backward pass, and no cycles."""
-    lean, _ = site()
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(2):
-            inside = leaf() * 1
-            x = F.silu(inside)
-            held = [weakref.ref(tensor.untyped_storage()) for tensor in (x, inside)]
-            y = linears(x, [lean])[0].sum()
-            del x
-            assert held[0]() is None
-            del inside
-            y.backward()
-            assert held[1]() is None
-            x = produced(leaf())
-            held = [weakref.ref(x)]
-            y = linears(x, [lean])[0].sum()
-            del x, y
-            assert held[0]() is None
-    finally:
-        gc.enable()
 
 
 def test_a_joined_call():
