@@ -9,7 +9,8 @@ other shapes, strides, dtypes or device of what it begins with.
 import contextlib
 import threading
 import weakref
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,47 +24,57 @@ MOST_KINDS = 256  # of x at one site of which is known whether recipes give it
 KEPT_BELOW = 1 << 17
 
 
-class Proven:
-    """Which recipes gave the x of a site, by which choice of their functions.
+class Proof(NamedTuple):
+    """That a recipe gave x: by what its nodes tell, or by a guess."""
 
-    Copies, and what is read from a file, know none: they may run elsewhere.
+    guess: float | None = None
+
+
+class Proven:
+    """Which recipes gave the x of a site.
+
+    `guesses` are what a norm's eps may be, which its node does not tell: the small numbers that a
+    model holds; also torch's default. Copies, and what is read from a file, know no recipe: they
+    may run elsewhere.
     """
 
-    def __init__(self) -> None:
-        self._choices: dict[Any, int | None] = {}
+    def __init__(self, guesses: Iterable[float] = ()) -> None:
+        self.guesses = tuple(sorted({1e-5, *guesses}))
+        self._proofs: dict[Any, Proof | None] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Proven, ()
+        return Proven, (self.guesses,)
 
-    def choice(self, recipe: Recipe, x: Tensor) -> int | None:
-        """The choice that gave x, or None if none did; it is tried if that is not known yet."""
-        if recipe.key not in self._choices:
-            if len(self._choices) >= MOST_KINDS:
-                self._choices.clear()
-            self._choices[recipe.key] = _proof(recipe, x)
-        return self._choices[recipe.key]
+    def proof(self, recipe: Recipe, x: Tensor) -> Proof | None:
+        """The proof, or None if there is none; it is tried if that is not known yet."""
+        if recipe.key not in self._proofs:
+            if len(self._proofs) >= MOST_KINDS:
+                self._proofs.clear()
+            self._proofs[recipe.key] = _proof(recipe, x, self.guesses)
+        return self._proofs[recipe.key]
 
 
 @torch.no_grad()
-def _proof(recipe: Recipe, x: Tensor) -> int | None:
+def _proof(recipe: Recipe, x: Tensor, guesses: Iterable[float]) -> Proof | None:
     tensors = recipe.tensors()
     if any([_share_memory(tensor, x) for tensor in tensors]):
         return None  # nothing is saved
     with no_autocast():
-        if _gives(recipe, tensors, 0, x):
-            return 0
-        guesses = range(1, recipe.choices)
-        found = [choice for choice in guesses if _gives(recipe, tensors, choice, x)]
-    return found[0] if len(found) == 1 else None  # of two guesses, x does not tell which is right
+        if _gives(recipe, tensors, None, x):
+            return Proof()
+        if not recipe.guesses:
+            return None
+        found = [guess for guess in guesses if _gives(recipe, tensors, guess, x)]
+    return Proof(found[0]) if len(found) == 1 else None  # of two, x does not tell which is right
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def _gives(recipe: Recipe, tensors: list[Tensor], choice: int, x: Tensor) -> bool:
+def _gives(recipe: Recipe, tensors: list[Tensor], guess: float | None, x: Tensor) -> bool:
     try:
-        value = recipe.computed(tensors, choice)
+        value = recipe.computed(tensors, guess)
         if (value.dtype, value.device, value.shape) != (x.dtype, x.device, x.shape):
             return False
         return torch.equal(_bits(value), _bits(x))
@@ -88,13 +99,13 @@ class _Value:
         self._value: Tensor | None = None
         self._stream: Any = None
 
-    def get(self, tensors: list[Tensor], choice: int) -> Tensor:
+    def get(self, tensors: list[Tensor], proof: Proof) -> Tensor:
         """The value, computed from these tensors unless another site has done so."""
         stream = _stream(tensors[0].device)
         value = self._value if self._stream == stream else None
         if value is None:
             with torch.no_grad(), no_autocast() if any_autocast() else contextlib.nullcontext():
-                value = self.recipe.computed(tensors, choice)
+                value = self.recipe.computed(tensors, proof.guess)
             if self.sites > 1 and at_end_of_backward(self._free):
                 self._value, self._stream, self._left = value, stream, self.sites
         self._left -= 1
@@ -113,8 +124,8 @@ def _stream(device: torch.device) -> Any:
 class Again:
     """What stands in the place of an x that autograd would keep."""
 
-    def __init__(self, value: _Value, choice: int, x: Tensor) -> None:
-        self._value, self._choice = value, choice
+    def __init__(self, value: _Value, proof: Proof, x: Tensor) -> None:
+        self._value, self._proof = value, proof
         self._tensors = value.recipe.tensors()
         self._versions = [tensor._version for tensor in self._tensors]
         self._x = x.data_ptr(), x.numel()
@@ -142,7 +153,7 @@ class Again:
                     f"inplace operation: a {tensor.dtype} tensor of shape {tuple(tensor.shape)}, "
                     "from which the input of an adapted linear call is computed again, is at "
                     f"version {tensor._version}; expected version {version} instead.")
-        return self._value.get(self._tensors, self._choice).view(packed)
+        return self._value.get(self._tensors, self._proof).view(packed)
 
 
 class _Last(threading.local):
@@ -178,7 +189,7 @@ def again(x: Tensor, proven: Proven | None) -> Again | None:
     if value is None:
         return None
     try:
-        choice = proven.choice(value.recipe, x)
-        return None if choice is None else Again(value, choice, x)
+        proof = proven.proof(value.recipe, x)
+        return None if proof is None else Again(value, proof, x)
     except RuntimeError:  # something wrote into what is kept since the last call
         return None

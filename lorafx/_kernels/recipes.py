@@ -43,17 +43,17 @@ class Recipe:
         """What is kept; an error of torch's if it was changed since, or freed."""
         return [getattr(node, f"_saved_{name}") for node, name in self.places]
 
-    def computed(self, tensors: list[Tensor], choice: int = 0) -> Tensor:
-        """The value from these tensors, laid out as it was; `choice` counts from the guesses."""
-        value = _computed(self.tree, tensors, choice)
+    def computed(self, tensors: list[Tensor], guess: float | None = None) -> Tensor:
+        """The value from these tensors, laid out as it was; perhaps by a guessed number."""
+        value = _computed(self.tree, tensors, guess)
         if value.stride() != self.stride:
             value = value.new_empty_strided(self.shape, self.stride).copy_(value)
         return value
 
     @property
-    def choices(self) -> int:
-        """How many there are: the rows' functions, and the guesses."""
-        return 1 + max([len(ROWS[name].guesses) for name in _names(self.tree)])
+    def guesses(self) -> bool:
+        """True if another value may come out for a guessed number."""
+        return any([ROWS[name].guess is not None for name in _names(self.tree)])
 
     def _step(self, node: Any, output: int) -> Step:
         name = type(node).__name__
@@ -97,22 +97,23 @@ def _names(tree: Step) -> Iterator[str]:
             yield from _names(operand)
 
 
-def _computed(step: Step, tensors: list[Tensor], choice: int) -> Tensor:
+def _computed(step: Step, tensors: list[Tensor], guess: float | None) -> Tensor:
     row = ROWS[step.node]
     operands: list[Tensor | None] = []
     for operand in step.operands:
         if isinstance(operand, Step):
-            operands.append(_computed(operand, tensors, choice))
+            operands.append(_computed(operand, tensors, guess))
         else:
             operands.append(None if operand is None else tensors[operand])
-    function = row.guesses[choice - 1] if choice and row.guesses else row.function
+    if guess is not None and row.guess is not None:
+        return row.guess(guess, *operands, *step.constants)
     if row.out:
         for operand, value in zip(step.operands, operands):
             if isinstance(operand, Step) and not ROWS[operand.node].arranges:
                 assert value is not None
                 if all([_fits(other, value) for other in operands]):
-                    return function(*operands, *step.constants, out=value)
-    return function(*operands, *step.constants)
+                    return row.function(*operands, *step.constants, out=value)
+    return row.function(*operands, *step.constants)
 
 
 def _fits(operand: Tensor | None, target: Tensor) -> bool:

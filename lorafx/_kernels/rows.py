@@ -11,7 +11,6 @@ library's own linear calls), and what keeps less than its value is made of (grou
 keep its bias, a sum no constant).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,15 +33,15 @@ class Row(NamedTuple):
     """The value of a node: function(*operands, *constants).
 
     Constants are attributes of the node, or `.shape`, `.dtype` and `.output` of the value. Where
-    the node does not tell which function it was, `guesses` are what it may have been. A value may
-    be put in the memory of an operand that was computed for it (`out`), unless that is a view of
-    something else (`arranges`).
+    that does not give the value, `guess` may: a function of a number, which no node tells, and the
+    same. A value may be put in the memory of an operand that was computed for it (`out`), unless
+    that is a view of something else (`arranges`).
     """
 
     function: Callable[..., Tensor]
     operands: tuple[Operand, ...]
     constants: tuple[str, ...] = ()
-    guesses: tuple[Callable[..., Tensor], ...] = ()
+    guess: Callable[..., Tensor] | None = None
     out: bool = False
     arranges: bool = False
 
@@ -108,11 +107,8 @@ def _layer_norm_of(
     eps: float, value: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
     bias: Tensor | None, shape: tuple[int, ...],
 ) -> Tensor:
+    """By its eps, where the statistics are kept in half precision."""
     return F.layer_norm(value, shape, weight, bias, eps)
-
-
-# where mean and rstd are kept in half precision
-_EPS = tuple([functools.partial(_layer_norm_of, 10.0 ** -power) for power in range(3, 13)])
 
 
 def _rms_norm(
@@ -169,7 +165,7 @@ ROWS: dict[str, Row] = {
     # norms, and dropout by its mask
     "NativeLayerNormBackward0": Row(
         _layer_norm, (Operand("input"), *_STATISTICS, Operand("weight"), Operand("bias")),
-        ("normalized_shape",), _EPS),
+        ("normalized_shape",), _layer_norm_of),
     "FusedRmsNormBackward0": Row(
         _rms_norm, (Operand("input"), Operand("result1"), Operand("weight")),
         ("normalized_shape",)),

@@ -115,6 +115,7 @@ def attach(program: Program, adapter: Adapter) -> None:
             sites.append(site)
     _check_names_are_free(program, sites, adapter)
     insertions: dict[str, list[Insertion]] = defaultdict(list)
+    guesses = _small_numbers(model) if record.recompute else None
     for site in sites:
         name, block = split_block(site.name)
         owner, attribute = program.places[name]
@@ -123,7 +124,7 @@ def attach(program: Program, adapter: Adapter) -> None:
                 path = dotted(call.owner, branch_name(call.attribute, block))
                 reverse = call.transposed != site.transposed
                 insertions[call.region].append(Insertion(call, path, reverse))
-        branch = _branch(program.places, site, record.recompute)
+        branch = _branch(program.places, site, guesses)
         factors = Factors(*adapter.pairs[site.name], adapter.config).train(branch.training)
         branch._modules[adapter.name] = factors
         spread(branch, program.weight(site))
@@ -175,13 +176,23 @@ def _check_names_are_free(program: Program, sites: list[Site], adapter: Adapter)
                                         "exclude this site.")
 
 
-def _branch(places: Mapping[str, Place], site: Site, recompute: bool) -> Branch:
+def _small_numbers(model: nn.Module) -> set[float]:
+    """What may be the eps of a norm: small numbers that modules hold."""
+    found = set()
+    for module in model.modules():
+        found |= {value for value in vars(module).values() if type(value) is float}
+    return {value for value in found if 0 < value <= 1e-2}
+
+
+def _branch(
+    places: Mapping[str, Place], site: Site, guesses: set[float] | None
+) -> Branch:
     """The branch at a site, registered under all of its names with the owners of its weight."""
     name, block = split_block(site.name)
     first, attribute = places[name]
     branch = first._modules.get(branch_name(attribute, block))
     if not isinstance(branch, Branch):
-        branch = Branch(site.transposed, site.rows, recompute).train(first.training)
+        branch = Branch(site.transposed, site.rows, guesses).train(first.training)
     in_graph_module = any(call.node.op == "call_module" for call in site.calls)
     for name in site.names:
         owner, attribute = places[split_block(name)[0]]

@@ -80,11 +80,11 @@ class Branch(LorafxModule):
 
     def __init__(
         self, transposed: bool = False, rows: tuple[int, int] | None = None,
-        recompute: bool = False,
+        guesses: Iterable[float] | None = None,
     ) -> None:
         super().__init__()
         self.transposed, self.rows = transposed, rows  # as in the Site
-        self.proven = Proven() if recompute else None
+        self.proven = None if guesses is None else Proven(guesses)
         self._active: tuple[tuple[str, float], ...] = ()
 
     def forward(self, x: Tensor, y: Tensor, reverse: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lorafx._kernels import again, rows
-from lorafx._kernels.again import Proven
+from lorafx._kernels.again import Proof, Proven
 from lorafx._kernels.linears import linears
 from tests.support.internals import replace_internal
 from tests.support.linear_calls import calls_of, factors
@@ -66,7 +66,7 @@ def test_few_kinds_are_remembered(monkeypatch):
     lean, _ = site()
     for length in range(1, 6):
         linears(produced(leaf(length, WIDTH)), [lean])
-    assert len(lean.addends[0].proven._choices) <= 2
+    assert len(lean.addends[0].proven._proofs) <= 2
 
 
 KEPT = {
@@ -344,7 +344,7 @@ def test_branches_that_drop_out():
 
 
 def test_copies_prove_again():
-    proven = Proven()
-    proven._choices["kind"] = 0
-    assert not copy.deepcopy(proven)._choices
-    assert not pickle.loads(pickle.dumps(proven))._choices
+    proven = Proven([1e-6])
+    proven._proofs["kind"] = Proof()
+    for twin in (copy.deepcopy(proven), pickle.loads(pickle.dumps(proven))):
+        assert not twin._proofs and twin.guesses == (1e-6, 1e-5)

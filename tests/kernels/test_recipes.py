@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lorafx._kernels.again import Proven
+from lorafx._kernels.again import Proof, Proven
 from lorafx._kernels.recipes import Step, recipe_of
 from lorafx._kernels.rows import ROWS, Operand
 
@@ -145,7 +145,7 @@ def test_dropout_that_does_not_drop_is_told_from_dropout():
 @pytest.mark.parametrize("p", [1e-3, 1.0])
 def test_dropout_of_which_a_mask_tells_little_is_not_computed(p):
     x = torch.native_dropout((torch.randn(6, 8, requires_grad=True) * 1).exp(), p, True)[0]
-    assert Proven().choice(recipe_of(x), x) is None
+    assert Proven().proof(recipe_of(x), x) is None
 
 
 def test_a_recipe_goes_as_far_up_as_it_must():
@@ -231,21 +231,27 @@ def test_a_layer_norm_needs_no_eps(affine, dtype, wide):
             z = (torch.randn(70, 256) * spread).to(dtype).requires_grad_() * 1
             x = F.layer_norm(z, (256,), weight, bias, eps)
             recipe = recipe_of(x)
-            assert proven.choice(recipe, x) == 0
+            assert proven.proof(recipe, x) == Proof()
             with torch.no_grad():
-                same(recipe.computed(recipe.tensors(), 0), x.detach())
+                same(recipe.computed(recipe.tensors()), x.detach())
 
 
-@pytest.mark.parametrize("eps, found", [(1e-5, True), (1e-6, True), (1e-12, False), (3e-6, False)])
-def test_the_eps_of_rounded_statistics_is_found_if_it_can_be_told(eps, found):
+GUESSED = {
+    "torch's default": (1e-5, (), True), "the model's": (1e-12, (1e-12,), True),
+    "unknown": (1e-6, (1e-12,), False), "one of two that x does not tell": (
+        1e-12, (1e-12, 1e-11), False)}
+
+
+@pytest.mark.parametrize("eps, numbers, found", GUESSED.values(), ids=GUESSED)
+def test_the_eps_of_rounded_statistics_is_a_guess_that_gives_x(eps, numbers, found):
     z = torch.randn(700, 256).bfloat16().requires_grad_() * 1
     x = F.layer_norm(z, (256,), torch.randn(256).bfloat16(), torch.randn(256).bfloat16(), eps)
     recipe = recipe_of(x)
-    choice = Proven().choice(recipe, x)
-    assert (choice is not None) == found
-    if found:
+    proof = Proven(numbers).proof(recipe, x)
+    assert proof == (Proof(eps) if found else None)
+    if proof is not None:
         with torch.no_grad():
-            same(recipe.computed(recipe.tensors(), choice), x.detach())
+            same(recipe.computed(recipe.tensors(), proof.guess), x.detach())
 
 
 def test_steps_tell_functions_apart():
