@@ -157,6 +157,10 @@ def test_hooks_on_what_is_kept():
         y = linears(x, [lean])[0]
     assert any(tensor.data_ptr() == x.data_ptr() for tensor in packed) and not unpacked
     check_same(torch.autograd.grad(y.sin().sum(), [z, *factors([lean])]), gradients(full, z))
+    x = produced(z)
+    with saved_tensors_hooks(lambda t: t, unpack):
+        y = linears(x, [lean])[0]
+    check_same(torch.autograd.grad(y.sin().sum(), [z, *factors([lean])]), gradients(full, z))
     unpacked.clear()
     with saved_tensors_hooks(lambda t: t, unpack):
         x = produced(z)
@@ -221,8 +225,14 @@ def test_double_backward():
         first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
 
-    for got, wanted in zip(gradients(lean, z, backward=twice), gradients(full, z, backward=twice)):
-        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    def scaled(z):
+        return produced(z) * torch.linspace(1, 2, WIDTH, dtype=torch.float64)
+
+    for make in (produced, scaled):
+        assert not keeps_x(linears(make(z), [lean])[0])
+        found = [gradients(call, z, make, backward=twice) for call in (lean, full)]
+        for got, wanted in zip(*found):
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
     def by_factors(z, *values):
         [addend] = lean.addends
