@@ -4,6 +4,10 @@ Autograd keeps x for the gradient of A. Where x has a recipe, what stands in its
 tensors that the recipe begins with, which autograd keeps anyway. A recipe is trusted at a site
 after it gave exactly the x there, bit for bit; and again for each other tree of functions, and
 other shapes, strides, dtypes or device of what it begins with.
+
+Who writes into what is kept is told so by the backward pass, as ever, and an x that was written
+into is kept. Not seen, once a recipe is trusted, is who writes past autograd and its versions
+(`.data`) into x or what lies between it and what is kept.
 """
 
 import contextlib
