@@ -271,10 +271,10 @@ CASES = (
     Case("bfloat16, safe_merge=True", "weights not rounded to nearest", narrow_merge),
     Case("bfloat16, merged and unmerged", "weights that changed", there_and_back),
     Case("bfloat16, q, k, v of one x", "saved for backward, in sizes of x", saved_bytes),
-    *[Case(f"training {name} layers, all linears", f"{measured}, over the base's",
+    *[Case(f"linears of {name} layers, {when}", "bytes of training, over the base's",
            partial(training_memory, build, at_peak))
       for name, build in (("Llama", models.llama), ("BERT", models.encoder))
-      for at_peak, measured in ((False, "bytes before backward"), (True, "peak bytes"))],
+      for at_peak, when in ((False, "before backward"), (True, "at the peak"))],
     Case("torch.fx.symbolic_trace of the model", "raised", traced),
     Case("a target that matches nothing, in a list", "raised", misspelt),
 )
