@@ -36,7 +36,7 @@ def inject(
     rank_pattern: Mapping[str, int] | None = None, alpha_pattern: Mapping[str, float] | None = None,
     trainable: str | Collection[str] = (), init: str = "gaussian", dtype: torch.dtype | None = None,
     rounding: bool = False, share_dropout: bool = False, adapter: str = "default",
-    group: bool = True,
+    group: bool = True, recompute: bool = True,
 ) -> M:
     """Return a new model whose chosen linear calls y = x W^T + b also add s (x A^T) B^T.
 
@@ -64,6 +64,7 @@ def inject(
         share_dropout: let branches computed together drop out the same elements, which is faster.
         adapter: the name of this adapter.
         group: compute linear calls that share an input (query, key, value) together, for speed.
+        recompute: for memory, compute inputs again in the backward pass instead of keeping them.
 
     Raises:
         NoSiteError: a pattern matches nothing. ConfigError: a setting is out of its range.
@@ -87,7 +88,7 @@ def inject(
     program = read_program(twin)
     made = new_adapter(program, adapter, config)
     _warn_of_left_alone(program, config)
-    begin_injection(program, group)
+    begin_injection(program, group, recompute)
     attach(program, made)
     activate(twin, adapter)
     return twin

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """The most that torch's allocator held at one time during a call, beyond what it held before.
+class Held(NamedTuple):
+    """Bytes that torch's allocator holds beyond those that it held before a call."""
+
+    after: int  # the call, as long as its result lives
+    most: int  # at one time during the call
+
+
+def held_bytes(call: Callable[[], Any], device: torch.device) -> Held:
+    """What is held for a call, whoever holds it: a graph of autograd, a closure, the result.
 
     Exact for tensors, from the allocator's own events; what a library (oneDNN, MKL) allocates by
     itself is not seen.
@@ -71,11 +78,13 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
+        result = call()
+        after, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        del result
+        return Held(after - before, most - before)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        call()
+        result = call()
     events = list(profiler.profiler.kineto_results.experimental_event_tree())
     allocations = []  # (time, bytes, negative where they are freed)
     while events:
@@ -87,4 +96,5 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     for _, count in sorted(allocations, key=lambda allocation: allocation[0]):
         held += count
         most = max(most, held)
-    return most
+    del result
+    return Held(held, most)

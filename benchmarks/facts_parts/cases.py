@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import lorafx
-from common.counting import saved
+from common import models
+from common.counting import held_bytes, saved
 from facts_parts.models import WIDTH, Attention, Projections, TiedHead, TwoNames, UsesWeight
 
 RANK, ALPHA = 4, 8
@@ -219,6 +220,32 @@ def saved_bytes() -> tuple[str, str]:
     return found[0], found[1]
 
 
+def training_memory(build: Callable[[int, int], nn.Module], at_peak: bool) -> tuple[str, str]:
+    """Bytes of torch's allocator in a training step, over those of the frozen base's step.
+
+    Of two layers of width 256 with gradients through all of it; every linear layer is adapted.
+    """
+    seeded()
+    base = build(256, 2).requires_grad_(False)
+    names = models.targets(base, "linear")
+    x, labels = torch.randn(4, 128, 256, requires_grad=True), torch.zeros(4, 128).long()
+    found = []
+    for model in (base, by_peft(base, *names), by_lorafx(base, *names)):
+        step(model, x, labels)  # the first has more to do
+        if at_peak:
+            found.append(held_bytes(lambda: step(model, x, labels), x.device).most)
+        else:
+            found.append(held_bytes(lambda: models.loss_of(model(x), labels), x.device).after)
+    return f"{found[1] / found[0]:.2f} x", f"{found[2] / found[0]:.2f} x"
+
+
+def step(model: nn.Module, x: Tensor, labels: Tensor) -> None:
+    """Forward and backward; no gradient is left."""
+    models.loss_of(model(x), labels).backward()
+    for tensor in (x, *model.parameters()):
+        tensor.grad = None
+
+
 def traced() -> tuple[str, str]:
     """torch.fx.symbolic_trace of the adapted model."""
     base = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
@@ -244,6 +271,10 @@ CASES = (
     Case("bfloat16, safe_merge=True", "weights not rounded to nearest", narrow_merge),
     Case("bfloat16, merged and unmerged", "weights that changed", there_and_back),
     Case("bfloat16, q, k, v of one x", "saved for backward, in sizes of x", saved_bytes),
+    *[Case(f"linears of {name} layers, {when}", "bytes of training, over the base's",
+           partial(training_memory, build, at_peak))
+      for name, build in (("Llama", models.llama), ("BERT", models.encoder))
+      for at_peak, when in ((False, "before backward"), (True, "at the peak"))],
     Case("torch.fx.symbolic_trace of the model", "raised", traced),
     Case("a target that matches nothing, in a list", "raised", misspelt),
 )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.counting import local, saved
+from common.counting import held_bytes, local
 from common.minimind import MiniMind
 from common.progress import progress
 from finetune_parts.ranks import Forward, Ranks
@@ -135,12 +135,13 @@ def advance(model: MiniMind, forward: Forward, windows: Tensor, optimizer: torch
     if measured is None:
         loss = loss_of(forward, windows)
     else:
-        with saved(model) as sizes:
-            loss = loss_of(forward, windows)
+        losses: list[Tensor] = []
+        held = held_bytes(lambda: losses.append(loss_of(forward, windows)), windows.device)
+        loss = losses.pop()
     loss.backward()
     optimizer.step()
     if measured is not None:
-        measured.memory = {"saved for backward": sum(sizes.values()), **optimizer_bytes(optimizer)}
+        measured.memory = {"saved for backward": held.after, **optimizer_bytes(optimizer)}
     return loss.detach()
 
 

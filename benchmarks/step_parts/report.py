@@ -27,7 +27,7 @@ def error(value: float | None) -> str:
 COLUMNS: dict[str, Callable[[str, Row], str]] = {
     "step / base": lambda name, row: time_of(name, row, "step"),
     "forward / base": lambda name, row: time_of(name, row, "forward"),
-    "saved": lambda name, row: size(row["saved_bytes"]),
+    "alive": lambda name, row: size(row["alive_bytes"]),
     "peak": lambda name, row: size(row["peak_bytes"]),
     "operators": lambda name, row: str(row["operators"]),
     "compiled in": lambda name, row: f"{row['compile_seconds']:.1f} s",
@@ -71,8 +71,8 @@ def verdicts(cell: Mapping[str, Any]) -> list[str]:
 LEGEND = """\
 step: forward, loss and backward, dX through every layer. forward: alone, without gradients. Both
 are the median over rounds of the ratio to the frozen base in the same round, with a 95 % interval;
-the frozen base again is the noise. saved: bytes for backward, each storage once, without the
-model's own. peak: of torch's allocator in a step. operators: of a step, without views and
+the frozen base again is the noise. alive: bytes of torch's allocator between forward and backward
+pass, beyond the model's own. peak: the most in a step. operators: of a step, without views and
 allocation. error: |found - true| / |true| against float64; of dA, dB the worst layer."""
 
 
@@ -100,9 +100,9 @@ def percent(row: Row) -> str:
     return f"{100 * (row['step']['ratio'][0] - 1):+.1f} %" if "step" in row else "void"
 
 
-README_COLUMNS = ("step / base", "forward / base", "saved", "peak", "operators", "compiled in",
+README_COLUMNS = ("step / base", "forward / base", "alive", "peak", "operators", "compiled in",
                   "graphs", "breaks")
-NARROW_COLUMNS = ("step / base", "saved", "error: y", "dX", "dA", "dB")
+NARROW_COLUMNS = ("step / base", "alive", "error: y", "dX", "dA", "dB")
 
 
 def readme(step: Mapping[str, Any], merged: Mapping[str, Any] | None = None) -> list[str]:

@@ -14,7 +14,7 @@ from torch._inductor.utils import fresh_cache
 
 from common.contenders import (
     BASE, CONTENDERS, NOISE, PAIRS, Contender, Method, compiled, make_contender, names_for)
-from common.counting import Operators, peak_bytes, saved
+from common.counting import Operators, held_bytes
 from common.models import loss_of
 from common.timing import interleaved, median, ratio, seconds, share
 from step_parts.cells import Cell, Task, task
@@ -89,8 +89,10 @@ def prepare(given: Task, name: str, method: Method, backend: str, row: Row) -> C
         row["graphs"] = counters["stats"]["unique_graphs"]
         row["breaks"] = sum(counters["graph_break"].values())
     clear(contender, x)
+    row["alive_bytes"] = held_bytes(lambda: contender.model(x), x.device).after
     outputs: list[Tensor] = []
-    row["peak_bytes"] = peak_bytes(lambda: outputs.append(counted(contender, given, row)), x.device)
+    held = held_bytes(lambda: outputs.append(counted(contender, given, row)), x.device)
+    row["peak_bytes"] = held.most
     found = errors(result(contender, x, outputs.pop()), given.truths[bool(contender.pairs)])
     row["errors"] = dataclasses.asdict(found)
     row["void"] = verdict(found, given.cell.dtype)
@@ -98,11 +100,9 @@ def prepare(given: Task, name: str, method: Method, backend: str, row: Row) -> C
 
 
 def counted(contender: Contender, given: Task, row: Row) -> Tensor:
-    """A step: its logits. The row gets the bytes saved for backward and, eager, the operators."""
+    """A step: its logits. The row gets, eager, the number of operators."""
     with Operators() if not given.cell.compiled else nullcontext() as operators:
-        with saved(contender.model) as sizes:
-            output: Tensor = contender.model(given.x)
-        row["saved_bytes"] = sum(sizes.values())
+        output: Tensor = contender.model(given.x)
         loss_of(output, given.labels).backward()
     if operators is not None:
         row["operators"] = operators.total

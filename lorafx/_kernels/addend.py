@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .again import Proven
 from .dropout import dropped
 
 
@@ -31,6 +32,7 @@ class Addend(NamedTuple):
     dropout: float = 0.0  # of what the matrix is multiplied with
     shared: bool = False  # calls that share x may drop out the same elements for all addends
     rounding: bool = False  # the sum may be rounded to a narrow dtype
+    proven: Proven | None = None  # what may be computed again at its site; None: all is kept
 
     @property
     def transposed(self) -> "Addend":
@@ -101,9 +103,12 @@ class Addend(NamedTuple):
         block = torch.add(y.narrow(-1, self.start, length), F.linear(h, left))
         return torch.cat([y[..., :self.start], block, y[..., end:]], dim=-1)
 
-    def add_into_output(self, y: Tensor, rows: Tensor) -> None:
-        """y += s (rows R^T) L^T in place, y (N, out), rows (N, in), for a left of all out rows."""
-        y.addmm_(F.linear(rows, self.right), self.left.t(), alpha=self.scale)
+    def add_into_output(self, y: Tensor, rows: Tensor) -> Tensor:
+        """y += s h L^T in place, y (N, out), for a left of all out rows; h = rows R^T, (N, rank).
+        """
+        h = F.linear(rows, self.right)
+        y.addmm_(h, self.left.t(), alpha=self.scale)
+        return h
 
     # The matrix M, (..., m, n), as it is multiplied.
 

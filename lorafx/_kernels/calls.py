@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .addend import Addend
-
-PLAIN = (Tensor, nn.Parameter)  # types of tensors that the kernels know
 
 
 class AdaptedCall(NamedTuple):

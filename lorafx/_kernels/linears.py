@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .addend import Addend
-from .calls import PLAIN, AdaptedCall, addends_of
+from .again import again
+from .calls import AdaptedCall, addends_of
 from .fused import FEW_COLUMNS, MANY_ROWS, CallPlan, fused
 from .plain import by_operators, in_place
 from .private import any_autocast, is_caching, is_tracing, is_transforming, no_autocast
+from .tensors import PLAIN
 
 # Below this many elements of x and y together, the passes over them that the Function saves take
 # less time than its Python: then torch's own derivative is used (benchmarks/step.py --rule:
@@ -115,11 +117,16 @@ def _fastest(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
     if masks:
         return by_operators(x, calls)
     merged = rates == {0.0} and merges(x, calls)
+    trains = torch.is_grad_enabled() and _any_requires_grad(addends)
+    instead = again(x, addends[0].proven) if trains else None  # of x, which dA is computed from
     if len(calls) == 1 and not merged and is_small(x, calls[0]):
-        return [in_place(x, calls[0])]
+        return [in_place(x, calls[0], instead)]
     plan, tensors = CallPlan.of(calls, merged, max(rates)), CallPlan.tensors(calls)
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or _any_requires_grad(addends))
-    return fused(x, plan, tensors, differentiable)
+    differentiable = trains or torch.is_grad_enabled() and x.requires_grad
+    outputs = fused(x, plan, tensors, differentiable)
+    if instead is not None:
+        instead.stand_in(outputs[0].grad_fn, "tensors")
+    return outputs
 
 
 def _any_requires_grad(addends: Sequence[Addend]) -> bool:

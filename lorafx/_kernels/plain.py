@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .again import Again
 from .calls import AdaptedCall, addends_of, split_by_rank
 from .private import unsafe_view
 
@@ -29,15 +30,18 @@ def by_operators(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
     return outputs
 
 
-def in_place(x: Tensor, call: AdaptedCall) -> Tensor:
-    """Return the result of one call; addends as long as the output are added in place."""
+def in_place(x: Tensor, call: AdaptedCall, instead: Again | None = None) -> Tensor:
+    """Return the result of one call; addends as long as the output are added in place.
+
+    Autograd keeps what is given `instead` of x.
+    """
     # in the shape of x, whose rows by themselves may be added up in another order
     y = F.linear(x, call.weight, call.bias)
-    if x.ndim == 2:
-        for addend in call.addends:
-            addend.add_into_output(y, x)
-        return y
-    rows, y = x.reshape(-1, x.shape[-1]), unsafe_view(y, (-1, y.shape[-1]))
+    rows = x
+    if x.ndim != 2:
+        rows, y = x.reshape(-1, x.shape[-1]), unsafe_view(y, (-1, y.shape[-1]))
     for addend in call.addends:
-        addend.add_into_output(y, rows)
-    return unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        h = addend.add_into_output(y, rows)
+        if instead is not None and addend.right.requires_grad:
+            instead.stand_in(h.grad_fn, "self")  # of a product, rows A^T
+    return y if x.ndim == 2 else unsafe_view(y, (*x.shape[:-1], y.shape[-1]))

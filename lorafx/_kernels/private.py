@@ -115,6 +115,37 @@ no_autocast: Callable[[], contextlib.AbstractContextManager[None]] = _optional(
     "torch._C:_DisableAutocast", _no_autocast)
 
 
+# What autograd keeps. Somebody's hooks, as checkpoints and offloading set them, make of a kept
+# tensor what they like: it is not asked for then. Without a name: there may be hooks.
+_saved_tensor_hook: Any = _optional("torch._C._autograd:SavedTensor.unpack_hook", None)
+_saved_tensors_hooks: Callable[[bool], Any] = _optional(
+    "torch._C._autograd:_top_saved_tensors_default_hooks", lambda ignore_tracing: True)
+
+
+def has_unpack_hook(saved: Any) -> bool:
+    """True if a hook was set on a kept tensor, as a node's `_raw_saved_` attributes give it."""
+    return _saved_tensor_hook is None or saved.unpack_hook is not None
+
+
+def is_keeping_by_hooks() -> bool:
+    """True if hooks are set on all that is kept from now on."""
+    return _saved_tensors_hooks(False) is not None
+
+
+# What is made in a backward pass for several nodes is freed at its end. Without a name: each node
+# makes it for itself.
+_task_id: Callable[[], int] = _optional("torch._C:_current_graph_task_id", lambda: -1)
+_engine: Any = _optional("torch.autograd.variable:Variable._execution_engine", None)
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> bool:
+    """Have this called when the backward pass that is under way ends; False if none is."""
+    if _engine is None or _task_id() == -1:
+        return False
+    _engine.queue_callback(callback)
+    return True
+
+
 # Tensors.
 
 # A view that autograd does not take for one, so that it may be returned from a Function and written

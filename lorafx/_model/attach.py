@@ -36,13 +36,15 @@ from .regions import (
 from .shards import only_mesh, spread_like
 
 
-def begin_injection(program: Program, group: bool = True) -> None:
+def begin_injection(
+    program: Program, group: bool = True, recompute: bool = True
+) -> None:
     """Freeze a copy of the user's model and give it a record; no adapter yet."""
     model = program.model
     flags = {name: parameter.requires_grad for name, parameter in base_parameters(model).items()}
     model.requires_grad_(False)
     model.__dict__[RECORD] = Injection(
-        flags, program.skipped, program.breaks, group, program.fingerprint)
+        flags, program.skipped, program.breaks, group, program.fingerprint, recompute)
     if is_plain_graph(model):
         keep_attributes(model)
 
@@ -127,6 +129,7 @@ def attach(program: Program, adapter: Adapter) -> None:
     _check_fsdp(program, sites, adapter, managed)
     mesh = only_mesh(program.base_parameters.values())
     insertions: dict[str, list[Insertion]] = defaultdict(list)
+    guesses = _small_numbers(model) if record.recompute else None
     for site in sites:
         name, block = split_block(site.name)
         owner, attribute = program.places[name]
@@ -135,7 +138,7 @@ def attach(program: Program, adapter: Adapter) -> None:
                 path = dotted(call.owner, branch_name(call.attribute, block))
                 reverse = call.transposed != site.transposed
                 insertions[call.region].append(Insertion(call, path, reverse))
-        branch = _branch(program.places, site)
+        branch = _branch(program.places, site, guesses)
         factors = Factors(*adapter.pairs[site.name], adapter.config).train(branch.training)
         factors.came_first = program.weight(site).is_meta and not factors.on_meta
         branch._modules[adapter.name] = factors
@@ -207,13 +210,23 @@ def _check_fsdp(
             check_beside(program.base_parameters[name], name, adapter.name)
 
 
-def _branch(places: Mapping[str, Place], site: Site) -> Branch:
+def _small_numbers(model: nn.Module) -> set[float]:
+    """What may be the eps of a norm: small numbers that modules hold."""
+    found = set()
+    for module in model.modules():
+        found |= {value for value in vars(module).values() if type(value) is float}
+    return {value for value in found if 0 < value <= 1e-2}
+
+
+def _branch(
+    places: Mapping[str, Place], site: Site, guesses: set[float] | None
+) -> Branch:
     """The branch at a site, registered under all of its names with the owners of its weight."""
     name, block = split_block(site.name)
     first, attribute = places[name]
     branch = first._modules.get(branch_name(attribute, block))
     if not isinstance(branch, Branch):
-        branch = Branch(site.transposed, site.rows).train(first.training)
+        branch = Branch(site.transposed, site.rows, guesses).train(first.training)
     in_graph_module = any(call.node.op == "call_module" for call in site.calls)
     for name in site.names:
         owner, attribute = places[split_block(name)[0]]

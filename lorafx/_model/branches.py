@@ -14,6 +14,7 @@ from .._graph.dispatched import is_bringing_all, is_offloaded
 from .._graph.modules import LorafxModule, is_bare, named_modules, submodule
 from .._graph.sites import Site
 from .._kernels.addend import Addend
+from .._kernels.again import Proven
 from .held import Held
 from .shards import (
     agreed, gathered_for_use, is_sharded, reduced_for_use, spread_beside, spread_evenly,
@@ -133,9 +134,15 @@ class Branch(LorafxModule):
     goes to (or, in reverse, x comes from) those features only.
     """
 
-    def __init__(self, transposed: bool = False, rows: tuple[int, int] | None = None) -> None:
+    proven: Proven | None = None  # of x at this site; None: it is kept for the backward pass
+
+    def __init__(
+        self, transposed: bool = False, rows: tuple[int, int] | None = None,
+        guesses: Iterable[float] | None = None,
+    ) -> None:
         super().__init__()
         self.transposed, self.rows = transposed, rows  # as in the Site
+        self.proven = None if guesses is None else Proven(guesses)
         self._active: tuple[tuple[str, float], ...] = ()
 
     def forward(self, x: Tensor, y: Tensor, reverse: bool = False) -> Tensor:
@@ -158,6 +165,7 @@ class Branch(LorafxModule):
         start = self.rows[0] if self.rows else 0
         chosen = self._active if weights is None else weights.items()
         found = []
+        proven = None if torch.compiler.is_compiling() else self.proven
         for name, weight in chosen:
             if name not in self._modules:
                 continue
@@ -166,7 +174,7 @@ class Branch(LorafxModule):
             if factors.missing:
                 factors.check((A, B), beside, "computing with it")
             addend = Addend(B, A, weight * factors.scale, -2, start,
-                            factors.dropping, factors.share_dropout, factors.rounding)
+                            factors.dropping, factors.share_dropout, factors.rounding, proven)
             found.append(addend.transposed if stored and self.transposed else addend)
         return found
 

@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 from .._graph.groups import groups, items_of, pure
 from .._graph.modules import is_bare, submodule
 from .._graph.rules import linear_call
-from .._kernels.calls import PLAIN, AdaptedCall
+from .._kernels.calls import AdaptedCall
 from .._kernels.linears import linears
 from .._kernels.private import is_transforming
+from .._kernels.tensors import PLAIN
 from .branches import Branch, branches_after
 from .shards import check_spread
 

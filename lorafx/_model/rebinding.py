@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._errors import AdaptedWeightError
 from .._kernels.addend import Addend
-from .._kernels.calls import PLAIN
+from .._kernels.tensors import PLAIN
 from .._kernels.private import is_transforming
 from .._kernels.weights import whole
 from .readers import Answer, answer_to, module_of, reader

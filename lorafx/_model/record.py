@@ -25,6 +25,7 @@ class Injection:
     breaks: dict[str, str]
     group: bool  # True if linear calls that share an input are computed together
     fingerprint: str  # of the base's sites
+    recompute: bool = True  # False if inputs of linear calls are always kept for backward
     configs: dict[str, LoRAConfig] = dataclasses.field(default_factory=dict)
     active: dict[str, float] = dataclasses.field(default_factory=dict)
     disabled: int = 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import UnsupportedModelError
-from .._kernels.calls import PLAIN
+from .._kernels.tensors import PLAIN
 
 
 def is_sharded(tensor: Tensor | None) -> bool:

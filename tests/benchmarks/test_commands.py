@@ -145,6 +145,10 @@ def test_facts(tmp_path, capsys):
     assert all(float(row["PEFT"].split()[0]) > 1 for row in measured if row["PEFT"].endswith("%"))
     saved = rows["bfloat16, q, k, v of one x"]
     assert float(saved["lorafx"].split()[0]) <= 1.2 < 6 < float(saved["PEFT"].split()[0])
+    for name in ("Llama", "BERT"):
+        for when, most, least in (("before backward", 1.05, 1.4), ("at the peak", 1.05, 1.2)):
+            held = rows[f"linears of {name} layers, {when}"]
+            assert float(held["lorafx"].split()[0]) <= most < least < float(held["PEFT"].split()[0])
     assert rows["a target that matches nothing, in a list"]["lorafx"] == "NoSiteError"
     assert json.loads((tmp_path / "facts.json").read_text()) == list(rows.values())
     assert facts.table(list(rows.values())) in capsys.readouterr().out

@@ -13,7 +13,7 @@ import lorafx
 from common.contenders import (
     BASE, CONTENDERS, LORAFX, LORAFX_NARROW, NOISE, PATCHED, PEFT, PEFT_WIDE, compiled, draw,
     make_contender, names_for, patched)
-from common.counting import Operators, peak_bytes, saved
+from common.counting import Operators, held_bytes, saved
 from common.models import MODELS, targets
 from common.timing import interleaved, ratio, share
 from merge_parts import report as merge_report
@@ -28,7 +28,7 @@ from tests.support.internals import internal
 
 CPU = torch.device("cpu")
 EAGER, NARROW, COMPILED = step_cells.TINY
-COUNTED = {"void", "inject_seconds", "saved_bytes", "peak_bytes", "errors", "step"}
+COUNTED = {"void", "inject_seconds", "alive_bytes", "peak_bytes", "errors", "step"}
 
 
 def wrong(change):
@@ -133,15 +133,17 @@ def test_operators():
     assert operators.total == 9
 
 
-def test_peak_bytes():
+def test_held_bytes():
     def call():
         first = torch.empty(1000)
         second = torch.cat([first, first])
         del first
         return second.view(2, -1).clone().neg_()
 
-    assert peak_bytes(call, CPU) == 4 * (2000 + 2000)
-    assert peak_bytes(lambda: torch.empty(10).neg_(), CPU) == 40
+    assert held_bytes(call, CPU) == (4 * 2000, 4 * (2000 + 2000))
+    assert held_bytes(lambda: torch.empty(10).neg_(), CPU) == (40, 40)
+    x = torch.randn(10, requires_grad=True)
+    assert held_bytes(lambda: x.exp().sin().sum(), CPU) == (4 * 10 + 4, 4 * 20 + 4)
 
 
 def test_rounds():
