@@ -59,8 +59,7 @@ def inject(
         trainable: names of base modules to copy, train whole and save, such as a classifier head.
         init: how A is drawn: "gaussian", or "kaiming" (uniform, a = sqrt(5), as in PEFT).
         dtype: of A and B; float32 for narrower weights, else the weight's own, by default.
-        rounding: let Python that reads a float16 or bfloat16 weight outside of a product get
-            W + s B A rounded to it, which loses most of a small adapter, instead of an error.
+        rounding: let Python read narrow weights as W + s B A rounded, instead of raising an error.
         share_dropout: let branches computed together drop out the same elements, which is faster.
         adapter: the name of this adapter.
         group: compute linear calls that share an input (query, key, value) together, for speed.
