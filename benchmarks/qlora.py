@@ -157,7 +157,7 @@ def readme(found: dict[str, Any]) -> list[str]:
             f"4 bits (nf4, bfloat16 products), {found['tokens']} tokens a step, each contender in "
             "processes of its own; memory is the peak resident set while it trains, and time the "
             f"fastest step. {in_words(found['machine'], 'peft')}, {found['rounds']} rounds, "
-            f"beside other work (load {found['machine']['load_before']}, of which times are noise):",
+            f"beside other work (load {found['machine']['load_before']}; times are noise):",
             table(found)]
 
 
