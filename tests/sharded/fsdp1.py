@@ -137,6 +137,7 @@ def files_are_those_of_one_process() -> None:
                 lorafx.save(whole, folder / f"{dist.get_rank()}.safetensors", adapter)
                 lorafx.save(model, folder / "all.safetensors", adapter)
                 assert_same_file(folder / "all.safetensors", folder / "0.safetensors")
+                dist.barrier()  # nobody reads any more when the next are written
             loss = model(batches()[0]).sum()
             lorafx.save(whole, folder / f"{dist.get_rank()}.safetensors", "default")
             lorafx.save(model, folder / "all.safetensors", "default")
