@@ -21,9 +21,9 @@ IN_FOUR = (
 
 
 def test_data_parallel_in_two_processes() -> None:
-    ran = torchrun(["replicated", "fsdp1", "fsdp2"], 2)
+    ran = torchrun(["replicated", "fsdp1", "fsdp2", "quantised"], 2)
     assert {name.partition(".")[0] for name in ran} == {
-        "replicated", "fsdp1", "fsdp2", "fsdp2_files", "fsdp2_verbs"}
+        "replicated", "fsdp1", "fsdp2", "fsdp2_files", "fsdp2_verbs", "quantised"}
 
 
 def test_parts_of_a_model_in_two_processes() -> None:
