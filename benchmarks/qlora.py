@@ -156,7 +156,8 @@ def readme(found: dict[str, Any]) -> list[str]:
             f"{found['rank']} on a Llama of {found['parameters'] / 1e6:.0f} million parameters in "
             f"4 bits (nf4, bfloat16 products), {found['tokens']} tokens a step, each contender in "
             "processes of its own; memory is the peak resident set while it trains, and time the "
-            f"fastest step. {in_words(found['machine'], 'peft')}, {found['rounds']} rounds:",
+            f"fastest step. {in_words(found['machine'], 'peft')}, {found['rounds']} rounds, "
+            f"beside other work (load {found['machine']['load_before']}; times are noise):",
             table(found)]
 
 

@@ -88,9 +88,10 @@ def save(
 ) -> None:
     """Write one adapter, and nothing of the base, to a file: all of it or, on failure, nothing.
 
-    Where the model's tensors are spread over processes (FSDP, tensor parallelism), each of them
-    calls this: A and B are gathered, never the base, the first process writes, and all return when
-    it is done, or raise what it raises.
+    Where the model's tensors are spread over processes (FSDP, tensor parallelism, stages that were
+    cut from an injected model), each of them calls this: A and B are gathered, never the base, the
+    first process writes, and all return when it is done, or raise what it raises. A stage that was
+    injected after it was cut is a model of its own.
 
     Args:
         model: an injected model.

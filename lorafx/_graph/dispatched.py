@@ -142,7 +142,7 @@ def is_offloaded(module: nn.Module) -> bool:
 def offloaded_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The parameters in whose place accelerate puts new ones for each call."""
     found: set[nn.Parameter] = set()
-    for module in model.modules():
+    for module in model.modules() if "accelerate.hooks" in sys.modules else ():
         for hook in _offloading(module):
             found.update(module.parameters(recurse=hook.place_submodules))
     return found

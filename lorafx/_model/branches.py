@@ -47,12 +47,15 @@ class Factors(Held):
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """A and B, by way of `forward` where something is hooked to it or patches it."""
-        A, B = (self.A, self.B) if is_bare(self) else self()
-        if self._brought or is_offloaded(self):
+        bare = is_bare(self)
+        A, B = (self.A, self.B) if bare else self()
+        if self._brought or not bare and is_offloaded(self):  # accelerate's are not bare
             for name, tensor in zip("AB", (A, B)):
                 refuse_gradients(self, name, tensor)
         if self.gathers:
             return gathered_for_use(A), gathered_for_use(B)
+        if type(A) is type(B) is nn.Parameter:
+            return A, B
         return reduced_for_use(A), reduced_for_use(B)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

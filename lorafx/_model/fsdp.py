@@ -27,8 +27,8 @@ def _mixin() -> Any:
 
 def fsdp_modules(model: nn.Module) -> Iterator[Any]:
     """The modules of a model that `fully_shard` was called on."""
-    mixin = _mixin()
-    for module in model.modules() if mixin is not None else ():
+    mixin = _mixin()  # has a subclass as soon as one module of this process is sharded
+    for module in model.modules() if mixin is not None and mixin.__subclasses__() else ():
         if isinstance(module, mixin):
             yield module
 

@@ -5,6 +5,8 @@ import functools
 import sys
 import types
 
+import torch
+
 
 class Answer(enum.Enum):
     """What a reader gets of an adapted weight W + s B A."""
@@ -58,11 +60,16 @@ def module_of(frame: types.FrameType | None) -> str:
     return name
 
 
+def can_spread() -> bool:
+    """True if there are processes over which somebody may spread a layer."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def answer(through: str = "") -> Answer:
     """Return what the code that asks lorafx, by way of the module `through`, gets."""
     frame = reader(through)
     found = answer_to(module_of(frame))
-    if found is Answer.ADAPTED and any(module in sys.modules for module, _ in PLACING):
+    if found is Answer.ADAPTED and can_spread():
         while frame is not None:
             called = module_of(frame), frame.f_code.co_name
             if called in PLACING:

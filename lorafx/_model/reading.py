@@ -111,7 +111,8 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
             return base_tensor(owner, attribute)  # type: ignore[no-any-return]
     matrix = base_or_trained(owner, attribute)
     addends: list[Addend] = []
-    for branch in branches_beside(owner, attribute):
+    # there is no W while another is registered, and factors may have no memory then
+    for branch in () if matrix is None else branches_beside(owner, attribute):
         addends += branch.addends(matrix, stored=True)
     if not addends:
         return matrix  # type: ignore[no-any-return]

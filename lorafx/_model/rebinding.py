@@ -80,7 +80,9 @@ def has_adapter(old: Tensor, new: Tensor, addends: Sequence[Addend]) -> bool:
     if type(new).dequantize is not Tensor.dequantize or new.is_quantized:
         new = new.dequantize()
     plain = type(old) in PLAIN and type(new) in PLAIN and not is_transforming()
-    if not plain or old.is_meta or new.is_meta or new.shape != old.shape:
+    if not plain or old.is_meta or new.is_meta or new.shape != old.shape or old.shape[-1] < 2:
+        return False  # a row of one element says nothing but its sign
+    if old.layout is not torch.strided or new.layout is not torch.strided:
         return False
     rows = [_sample(tensor) for tensor in (old, whole(old, addends), new)]
     base, summed, new = (tensor.double() for tensor in rows)
@@ -95,6 +97,8 @@ def has_adapter(old: Tensor, new: Tensor, addends: Sequence[Addend]) -> bool:
     c = (new * beyond).sum() / strength
     a = (new * base).sum() / base.square().sum() - c * (delta * base).sum() / base.square().sum()
     noise = ((new - a * base - c * delta) * beyond).norm() / strength
+    if a < 0:  # the signs are turned
+        a, c = -a, -c
     return bool(strength > 0 and c > _SURE * noise and c > a / 2)
 
 

@@ -19,7 +19,7 @@ from .branches import Trained, spread
 from .fsdp import change_class, own_class, state_without_fsdp
 from .generated import adapted_property, compiled, frozen_property, resetting_base
 from .lower import LinearForward, forward_of, lower
-from .readers import Answer, answer
+from .readers import Answer, answer, can_spread
 from .reading import FROZEN_PREFIX, adapted_names, branches_beside, followers
 from .rebinding import watch_parameters
 from .shards import check_meshes
@@ -55,7 +55,8 @@ class Adapted(nn.Module):
 
     def _hidden(self) -> set[nn.Module]:
         """What is not there for who replaces the tensors of this module."""
-        return followers(self) if answer(nn.Module.__module__) is Answer.LAYER else set()
+        spreading = can_spread() and answer(nn.Module.__module__) is Answer.LAYER
+        return followers(self) if spreading else set()
 
     def named_modules(
         self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True

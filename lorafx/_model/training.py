@@ -90,7 +90,8 @@ def _groups_and_state(
                     f"The optimizer keeps '{key}' {tuple(value.shape)} of '{name}' "
                     f"{tuple(parameter.shape)}: a state of that shape cannot be saved.")
         state[name] = entries
-    order = [names[id(parameter)] for parameter in optimizer.state]  # rather than that of `live`
+    # optimizer.state has another order in each process where FSDP1 gives it parts of some only
+    order = [name for _, of_group in groups for name in of_group]
     return groups, {name: state[name] for name in (*order, *state) if name in state}
 
 

@@ -73,3 +73,16 @@ def test_disabled_adapters_are_not_in_what_is_read():
         new = (model.weight + 0).detach()
         model.weight = nn.Parameter(new)
     assert torch.equal(model.frozen_weight, new)
+
+
+def test_neither_a_turned_sign_nor_a_layout_nor_a_single_column_is_taken_for_an_adapter():
+    for _ in range(10):
+        layer = adapted()
+        layer.weight = nn.Parameter(-layer.frozen_weight.detach())
+    layer.weight = nn.Parameter(layer.frozen_weight.detach().to_sparse(), requires_grad=False)
+    for _ in range(100):
+        column = randomise(lorafx.inject(nn.Sequential(nn.Linear(1, 64)), targets="linear"))[0]
+        column.weight = nn.Parameter(torch.randn(64, 1))
+    layer = adapted()
+    with pytest.raises(lorafx.AdaptedWeightError, match="twice"):
+        layer.weight = nn.Parameter(-(layer.weight + 0).detach())

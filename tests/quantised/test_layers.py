@@ -22,6 +22,19 @@ def unpacked(layer: Any) -> Tensor:
     return bitsandbytes.functional.dequantize_4bit(twin.weight.data, twin.weight.quant_state)
 
 
+def test_copies_share_what_is_packed_and_own_how() -> None:
+    base = network("nf4")
+    model = lorafx.inject(base, rank=2, targets="linear")
+    ours, theirs = model[0].weight.quant_state, base[0].weight.quant_state
+    assert ours is not theirs and model[0].quant_state is ours
+    assert ours.absmax is theirs.absmax and ours.state2.absmax is theirs.state2.absmax
+    assert model[0].weight.data_ptr() == base[0].weight.data_ptr()
+    eight = network("int8")
+    eight(torch.randn(2, WIDTH))  # moves what is packed into its state
+    model = lorafx.inject(eight, rank=2, targets="linear")
+    assert model[0].state is not eight[0].state and model[0].state.CB is eight[0].state.CB
+
+
 @pytest.mark.parametrize("order", ["base first", "model first"])
 def test_either_may_be_repacked_by_its_calls(order: str) -> None:
     """bitsandbytes packs anew, in place, when a CPU calls a layer in eval: each its own."""

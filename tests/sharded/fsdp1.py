@@ -54,6 +54,28 @@ def policies_and_strategies() -> dict[str, float]:
     return found
 
 
+class Transposed(nn.Module):
+    """Linear calls of weights that stand as (in, out), as GPT-2's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(32, 16)
+        self.weight = nn.Parameter(torch.randn(16, 32))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.matmul(self.embedding(tokens), self.weight)
+
+
+@setup
+def weights_that_stand_transposed() -> float:
+    model = wrap(adapted(Transposed()))
+    alone = one_process(adapted(Transposed()))
+    found = largest_difference(train(model, lorafx.parameters(model)), alone)
+    assert found < 1e-5
+    return found
+
+
 @setup
 def hybrid_sharding() -> float:
     """Shards in halves of the processes, and replicas of those."""
@@ -137,6 +159,7 @@ def files_are_those_of_one_process() -> None:
                 lorafx.save(whole, folder / f"{dist.get_rank()}.safetensors", adapter)
                 lorafx.save(model, folder / "all.safetensors", adapter)
                 assert_same_file(folder / "all.safetensors", folder / "0.safetensors")
+                dist.barrier()  # nobody reads any more when the next are written
             loss = model(batches()[0]).sum()
             lorafx.save(whole, folder / f"{dist.get_rank()}.safetensors", "default")
             lorafx.save(model, folder / "all.safetensors", "default")

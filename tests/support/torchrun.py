@@ -1,8 +1,8 @@
-"""Set-ups that run in several processes: `setup` marks them, `torchrun` runs a module of them.
+"""Set-ups that run in several processes: `setup` marks them, `torchrun` runs modules of them.
 
 A set-up is a function that asserts what must hold, and may return plain data for its report. All
-set-ups of a module run one after the other in one group of gloo processes, started by torchrun, as
-starting takes longer than running.
+set-ups of some modules run one after the other in one group of gloo processes, started by torchrun,
+as starting takes longer than running.
 """
 
 import datetime
@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,26 @@ import torch
 import torch.distributed as dist
 
 Setup = Callable[[], Any]
-SETUPS: dict[str, Setup] = {}  # of the module that this process runs
+SETUPS: dict[str, Setup] = {}  # of the modules that this process has imported
 ROOT = Path(__file__).parents[2]
 
 
 def setup(function: Setup) -> Setup:
-    """Mark a function of a module that torchrun is to run."""
-    SETUPS[function.__name__] = function
+    """Mark a function of a module of tests.sharded that torchrun is to run."""
+    SETUPS[f"{function.__module__.rpartition('.')[2]}.{function.__name__}"] = function
     return function
 
 
-def torchrun(module: str, processes: int, *names: str) -> dict[str, Any]:
-    """{set-up: what it returned in rank 0} of all in a module, or of these, in new processes."""
+def torchrun(modules: Sequence[str], processes: int, *names: str) -> dict[str, Any]:
+    """{module.set-up: what it returned in rank 0}, in new processes.
+
+    It runs all of these modules of tests.sharded and of those that they import, or those named.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    f"--nproc-per-node={processes}", "-m", "tests.support.torchrun",
-                   module, str(report), *names]
+                   ",".join(modules), str(report), *names]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                        "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -45,11 +48,12 @@ def torchrun(module: str, processes: int, *names: str) -> dict[str, Any]:
     return found
 
 
-def main(module: str, report: str, *names: str) -> None:
+def main(modules: str, report: str, *names: str) -> None:
     """Run set-ups in this process, one of the group."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    importlib.import_module(module)
+    for module in modules.split(","):
+        importlib.import_module(f"tests.sharded.{module}")
     results: dict[str, Any] = {}
     for name in names or list(registered()):
         print(f"[{dist.get_rank()}] {name}", file=sys.stderr, flush=True)
