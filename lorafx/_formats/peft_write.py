@@ -35,7 +35,7 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
     tensors = {}
     for name, tensor in (trained | _factors(model, pairs)).items():
         tensors[PREFIX + name] = tensor
-    config = _config(adapter, model, pairs, modules, bias)
+    config = config_of(adapter, model, pairs, modules, bias)
     text = json.dumps(config, indent=2).encode()
     header = {"format": "pt", DIGEST: config_digest(config)}
     there = destination.path / ADAPTER_CONFIG
@@ -125,9 +125,10 @@ def _all_tensors(adapter: Adapter, path: str, module: nn.Module) -> dict[str, Te
     return tensors
 
 
-def _config(
+def config_of(
     adapter: Adapter, model: nn.Module, pairs: Sequence[PeftPair], modules: list[str], bias: str
 ) -> dict[str, Any]:
+    """Return PEFT's config of an adapter, in as few entries as mean the same."""
     ranks, alphas = {}, {}
     modules_adapted, parameters = set(), []
     for pair in pairs:
