@@ -40,8 +40,7 @@ def decode(file: AdapterFile) -> Decoded:
     if kind != "lora":
         raise FormatError(f"'{file.path}' is MLX's {kind!r}, and lorafx reads its 'lora' only.")
     settings = config.get("lora_parameters")
-    scale = settings.get("scale") if isinstance(settings, dict) else None
-    if not is_number(scale):
+    if not isinstance(settings, dict) or not is_number(settings.get("scale")):
         raise FormatError(f"'{file.path / CONFIG}' has no scale in its lora_parameters.")
     halves: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -51,10 +50,10 @@ def decode(file: AdapterFile) -> Decoded:
                               "lora_a (in, rank) or lora_b (rank, out).")
         halves[dotted(name.rpartition(".")[0], half)] = tensor.mT.contiguous()
     sites = {name.rpartition(".")[0] for name in halves}
-    pairs = pairs_of(halves, "A", "B", path, dict.fromkeys(sites, float(scale)))
+    pairs = pairs_of(halves, "A", "B", path, dict.fromkeys(sites, float(settings["scale"])))
     rank = max(pair.A.shape[-2] for pair in pairs.values())
-    dropout = settings.get("dropout", 0.0)
-    return Decoded(Adapter("default", LoRAConfig(rank, dropout=dropout, targets=list(pairs)), pairs))
+    made = LoRAConfig(rank, dropout=settings.get("dropout", 0.0), targets=list(pairs))
+    return Decoded(Adapter("default", made, pairs))
 
 
 def encode(adapter: Adapter, destination: Destination) -> Mapping[str, bytes]:

@@ -21,7 +21,7 @@ from .._errors import FormatError
 from .._graph.modules import users_modules
 from .adapter_file import AdapterFile, Decoded
 from .peft_config import (
-    check_complete, is_saved, is_target, lora_config, parameters_of, rank_and_scale
+    check_complete, is_saved, is_target, lora_config, parameters_of, rank_and_scale, with_heads
 )
 from .peft_folder import PREFIX, PeftFiles, find_adapter, read_files
 
@@ -34,7 +34,8 @@ def decode(file: AdapterFile) -> Decoded:
 
 
 def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
-    config, path, tensors = files
+    path, tensors = files.path, files.tensors
+    config = with_heads(files.config)
     keys: dict[str, HalfName] = {}
     for name in tensors:
         key = _parse_key(name)
@@ -203,7 +204,10 @@ def _stacks(
 def _trained(
     tensors: Mapping[str, Tensor], adapted: Container[str], config: Mapping[str, Any], path: Path
 ) -> dict[str, Tensor]:
-    """{name of a base tensor: what stands in its place}: biases, and modules trained whole."""
+    """{name of a base tensor: what stands in its place}: biases, and modules trained whole.
+
+    PEFT takes any tensor that is named as one of the base's, as it saves resized embeddings.
+    """
     found = {}
     for name in sorted(tensors):
         base = name.replace(".base_layer.", ".")
@@ -214,12 +218,12 @@ def _trained(
         # the weight of an adapted layer next to an embedding, which PEFT saves beside it
         copied = attribute == "weight" and owner in adapted and base != name
         biased = attribute == "bias" and config.get("bias", "none") != "none"
-        if not saved and not biased and not copied:
+        if ".base_layer." in name and not saved and not biased and not copied:
             raise FormatError(
                 f"'{path}' has a tensor '{PREFIX}{name}', which its config does not account for.")
-        if biased and not saved and owner in adapted and base == name:
+        if not saved and owner in adapted and base == name:
             raise FormatError(f"'{path}' has '{PREFIX}{name}', which PEFT does not read: an "
-                              f"adapted layer's bias is '{PREFIX}{owner}.base_layer.bias'.")
+                              f"adapted layer's is '{PREFIX}{owner}.base_layer.{attribute}'.")
         found[base] = tensors[name]
     return found
 

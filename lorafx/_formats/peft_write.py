@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -142,7 +143,7 @@ def config_of(
     rank, alpha = _most_common(ranks), _most_common(alphas)
     names, known = sorted(modules_adapted), users_modules(model)
     config: dict[str, Any] = {
-        "peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True,
+        "peft_type": "LORA", **_origin(model), "inference_mode": True,
         "init_lora_weights": True, "r": rank, "lora_alpha": alpha,
         "lora_dropout": adapter.config.dropout, "target_modules": _targets(names, known)}
     if parameters:
@@ -157,6 +158,17 @@ def config_of(
         if value:
             config[name] = value
     return config
+
+
+def _origin(model: nn.Module) -> dict[str, Any]:
+    """Where a model of transformers is from and its class, by which PEFT's AutoPeftModel finds it.
+    """
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return {"base_model_name_or_path": None}
+    cls: Any = getattr(type(model), "_user_class", type(model))
+    return {"base_model_name_or_path": model.name_or_path or None,
+            "auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__}}
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:
