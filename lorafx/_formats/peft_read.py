@@ -59,7 +59,8 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
         if read.stored is not None:
             stored[site] = read.stored
     others = {name: tensor for name, tensor in tensors.items() if name not in keys}
-    trained = _trained_here(_trained(others, adapted, config, path), here, modules, others, path)
+    trained = _trained_here(_trained(others, adapted, config, path), here, modules, others, path,
+                            config)
     check_complete(config, {here(module) for module in adapted}, modules,
                    [name.replace(".base_layer.", ".") for name in others], path)
     return Adapter("default", lora_config(config, pairs, trained), pairs, trained, stored,
@@ -245,7 +246,7 @@ def _is_copy(owner: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any
 
 def _trained_here(
     trained: Mapping[str, Tensor], here: Callable[[str], str], modules: Mapping[str, nn.Module],
-    tensors: Container[str], path: Path,
+    tensors: Container[str], path: Path, config: Mapping[str, Any],
 ) -> dict[str, Tensor]:
     """Trained tensors by their names in this model, without those that the base has anyway."""
     base = {}
@@ -258,9 +259,17 @@ def _trained_here(
         raise FormatError(f"'{path}' has one trained tensor under two names of this model.")
     found = {}
     for name, tensor in renamed_tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        named = is_saved(config, owner) or attribute == "bias"
+        if not named and name in base and _equal(base[name], tensor):
+            continue  # such as an embedding that was resized and not trained
         if not _is_base_tensor(name, tensor, base, tensors, path):
             found[name] = tensor
     return found
+
+
+def _equal(own: Tensor, tensor: Tensor) -> bool:
+    return own.shape == tensor.shape and torch.equal(own.to(tensor.device, tensor.dtype), tensor)
 
 
 def _is_base_tensor(
@@ -273,7 +282,7 @@ def _is_base_tensor(
     copied = f"{module}.base_layer.{attribute}" in tensors and attribute != "bias"
     if own is None or not copied and isinstance(own, nn.Parameter):
         return False
-    if own.shape == tensor.shape and torch.equal(own.to(tensor.device, tensor.dtype), tensor):
+    if _equal(own, tensor):
         return True
     what = "the weight of an adapted layer" if copied else "a buffer"
     raise FormatError(f"'{path}' has '{name}', {what}, in which this model differs, and lorafx "
