@@ -30,6 +30,7 @@ def load(
     path: str | os.PathLike[str],
     adapter: str | None = None,
     *,
+    part: str | None = None,
     allow_nonfinite: bool = False,
 ) -> M:
     """Return the model with the adapter in a file; the format is known by the path's ending.
@@ -44,6 +45,8 @@ def load(
             (.safetensors), or a folder written by PEFT.
         adapter: the name to give it, by default the one in the file; of a folder's several
             adapters, which one.
+        part: of a file for several models of a diffusion pipeline, which one this is, as diffusers
+            names them: "unet", "transformer", "text_encoder", "text_encoder_2", "prior".
         allow_nonfinite: let A, B and trained weights hold NaN and infinity, otherwise an error.
 
     Raises:
@@ -59,7 +62,7 @@ def load(
         >>> lorafx.adapters(lorafx.load(base, path))
         ['default']
     """
-    found, made_for = read_adapter(path, adapter, model, allow_nonfinite)
+    found, made_for = read_adapter(path, adapter, model, allow_nonfinite, part)
     found = dataclasses.replace(found, name=found.name if adapter is None else adapter)
     check_name(found.name)
     fresh = find_injection(model) is None
@@ -83,6 +86,8 @@ def save(
     path: str | os.PathLike[str],
     adapter: str | None = None,
     *,
+    format: str | None = None,
+    part: str | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     step: int | None = None,
 ) -> None:
@@ -99,6 +104,10 @@ def save(
             or `.pt` (MiniMind's: float16, the scale folded into B), or none: PEFT's folder. Missing
             folders are made.
         adapter: which one; by default the only active one.
+        format: "diffusers" or "kohya" (`.safetensors`), "mlx" (a folder), where the ending does not
+            say it.
+        part: for these, which part of a pipeline the model is, as for `lorafx.load`: its name is
+            put before each module's (kohya takes "unet" by default).
         optimizer, step: of a training run that `lorafx.resume` shall continue, kept with the states
             of the random generators; only lorafx's own format has a place for them.
 
@@ -118,4 +127,5 @@ def save(
     if optimizer is not None or step is not None:
         found = dataclasses.replace(found, training=capture(model, adapter, optimizer, step))
     fingerprint = injection(model).fingerprint
-    first_of_all(model, lambda: write_adapter(found, path, model, fingerprint))
+    first_of_all(
+        model, lambda: write_adapter(found, path, model, fingerprint, format, part))

@@ -18,7 +18,8 @@ class AdapterFile:
     """A path to load from: the tensors and the metadata of a file, neither of a folder.
 
     `adapter` is the name that was asked for, which chooses among several adapters of one folder,
-    and `model` what the adapter is loaded into; both may be unknown.
+    `model` what the adapter is loaded into, and `part` which part of a pipeline that is; all may be
+    unknown.
     """
 
     path: Path
@@ -26,6 +27,7 @@ class AdapterFile:
     metadata: Mapping[str, str]
     adapter: str | None = None
     model: nn.Module | None = None
+    part: str | None = None
 
 
 class Decoded(NamedTuple):
@@ -37,8 +39,12 @@ class Decoded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Destination:
-    """The file or folder to save to, the model that the adapter is from, and its fingerprint."""
+    """The file or folder to save to, the model that the adapter is from, and its fingerprint.
+
+    `part` says which part of a pipeline that is.
+    """
 
     path: Path
     model: nn.Module | None = None
     base: str | None = None
+    part: str | None = None

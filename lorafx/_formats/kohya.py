@@ -9,7 +9,7 @@ it as it is, after `unet.`.
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,21 @@ from torch import Tensor
 
 from .._adapter.adapter import Adapter, Pair, check_shapes
 from .._adapter.config import LoRAConfig
-from .._adapter.names import closest_names
 from .._errors import FormatError, LorafxError, MismatchError
 from .._graph.modules import LorafxModule, named_modules
 from .adapter_file import AdapterFile, Decoded
+from .pipelines import modules_meant
 
 
 # What the tensors of a pair are called, by both writers, of old and of late.
 _PARTS = {
     "lora_down.weight": "A", "lora.down.weight": "A", "lora_A.weight": "A",
-    "lora_up.weight": "B", "lora.up.weight": "B", "lora_B.weight": "B", "alpha": "alpha"}
+    "lora_up.weight": "B", "lora.up.weight": "B", "lora_B.weight": "B", "alpha": "alpha",
+    "lora_linear_layer.down.weight": "A", "lora_linear_layer.up.weight": "B"}
 _KEY = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _PARTS))})")
 
-# {prefix of a part of a pipeline: what stands there for the dots of a module's name}
-_PREFIXES = {
-    "": ".", "unet.": ".", "transformer.": ".", "text_encoder.": ".", "text_encoder_2.": ".",
-    "prior.": ".",
-    "lora_unet_": "_", "lora_te_": "_", "lora_te1_": "_", "lora_te2_": "_", "lora_te3_": "_",
-    "lora_transformer_": "_", "lora_prior_unet_": "_"}
+# diffusers before 0.22 named what computes an attention, not the linear layers in it.
+_PROCESSOR = re.compile(r"(.+)\.processor\.(\w+)_lora\.(down|up)\.weight")
 
 # Settings of PEFT's that are not read where diffusers writes them.
 _UNREAD = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias")
@@ -44,7 +41,16 @@ def recognises(file: AdapterFile) -> bool:
     """True if tensors are named as these are; what each holds is not looked at."""
     if file.metadata.get("format") == "lorafx":
         return False
-    return any(_KEY.fullmatch(name) for name in file.tensors)
+    return any(_KEY.fullmatch(_of_today(name)) for name in file.tensors)
+
+
+def _of_today(name: str) -> str:
+    """A tensor's name as diffusers writes it since 0.22."""
+    found = _PROCESSOR.fullmatch(name)
+    if found is None:
+        return name
+    layer = "to_out.0" if found[2] == "to_out" else found[2]
+    return f"{found[1]}.{layer}.lora.{found[3]}.weight"
 
 
 def decode(file: AdapterFile) -> Decoded:
@@ -61,14 +67,12 @@ def decode(file: AdapterFile) -> Decoded:
     for name, module in named_modules(model):
         if name and module._parameters and not isinstance(module, LorafxModule):
             modules.append(name)
-    meant = _modules_meant(list(parts), modules, path)
     shared = _scales_in_metadata(file)
     pairs: dict[str, Pair] = {}
-    for key, tensors in parts.items():
-        pair = _pair(key, tensors, shared, path)
-        if meant[key] in pairs:
-            raise MismatchError(f"'{path}' has two adapters for '{meant[key]}'.")
-        pairs[meant[key]] = pair
+    for key, name in modules_meant(list(parts), modules, path, file.part).items():
+        if name in pairs:
+            raise MismatchError(f"'{path}' has two adapters for '{name}'.")
+        pairs[name] = _pair(key, parts[key], shared, path)
     rank = max(pair.A.shape[-2] for pair in pairs.values())
     config = LoRAConfig(rank=rank, targets=list(pairs))
     return Decoded(Adapter("default", config, pairs, untied=True))
@@ -78,7 +82,7 @@ def _parts_of_pairs(file: AdapterFile) -> dict[str, dict[str, Tensor]]:
     """{name of a module in the file: its A, B and alpha}."""
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in file.tensors.items():
-        match = _KEY.fullmatch(name)
+        match = _KEY.fullmatch(_of_today(name))
         if match is None:
             raise FormatError(f"'{file.path}' has a tensor '{name}', which is neither half of a "
                               "pair nor its alpha.")
@@ -103,25 +107,6 @@ def _pair(key: str, tensors: Mapping[str, Tensor], shared: Mapping[str, float], 
     if part in shared or "" in shared:
         raise FormatError(f"'{path}' has an alpha at '{key}', and another in its header.")
     return Pair(A, B, alpha.item() / A.shape[-2])
-
-
-def _modules_meant(keys: Sequence[str], modules: Sequence[str], path: Path) -> dict[str, str]:
-    """{name in the file: the one module that it means}; all of them have one prefix."""
-    candidates: dict[str, set[str]] = defaultdict(set)
-    for prefix, separator in _PREFIXES.items():
-        if all(key.startswith(prefix) for key in keys):
-            for name in modules:
-                candidates[prefix + name.replace(".", separator)].add(name)
-    meant = {}
-    for key in keys:
-        means = candidates.get(key, set())
-        if len(means) != 1:
-            closest = closest_names(key.replace("_", "."), modules)
-            which = (f"may mean {', '.join(map(repr, sorted(means)))}" if means
-                     else f"means no module of this model; near it: {closest}")
-            raise MismatchError(f"'{path}' has an adapter at '{key}', which {which}.")
-        meant[key], = means
-    return meant
 
 
 def _scales_in_metadata(file: AdapterFile) -> dict[str, float]:

@@ -141,6 +141,18 @@ def _matches(patterns: str | list[str], module: str) -> bool:
     return any(module == pattern or module.endswith("." + pattern) for pattern in patterns)
 
 
+# The heads that PEFT trains and saves for a task, whatever modules_to_save says.
+_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"],
+          "QUESTION_ANS": ["qa_outputs"]}
+
+
+def with_heads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with what PEFT means by its task_type, too, in modules_to_save."""
+    heads = _HEADS.get(str(config.get("task_type")), [])
+    named = config.get("modules_to_save") or []
+    return {**config, "modules_to_save": [*named, *heads]}
+
+
 def is_saved(config: Mapping[str, Any], module: str) -> bool:
     """True if modules_to_save names a module or one around it; PEFT asks how the name ends."""
     ends = tuple(config.get("modules_to_save") or ())
@@ -154,7 +166,8 @@ def check_complete(
 ) -> None:
     """Raise if tensors of a module that the config names are missing: one saved whole, or adapted.
 
-    `names` are those of all tensors but A and B; `modules` is empty where there is no model.
+    `names` are those of all tensors but A and B; `modules` is empty where there is no model. What
+    no module's name ends in, PEFT passes over, as it does where it names both of the usual heads.
     """
     ends = config.get("modules_to_save") or []
     missing = list(ends)
@@ -163,8 +176,7 @@ def check_complete(
         missing = [end for end in missing if not is_saved({"modules_to_save": [end]}, owner)]
     all_missing = len(missing) == len(ends)
     for end in missing:
-        # PEFT names both of the usual heads of a classifier, of which a model has one
-        if all_missing or any(name.endswith(end) for name in modules):
+        if all_missing and not modules or any(name.endswith(end) for name in modules):
             raise FormatError(f"'{path}' has no tensor of '{end}', which modules_to_save names.")
     if config.get("target_modules") == "all-linear":
         return

@@ -21,7 +21,7 @@ from .._errors import FormatError
 from .._graph.modules import users_modules
 from .adapter_file import AdapterFile, Decoded
 from .peft_config import (
-    check_complete, is_saved, is_target, lora_config, parameters_of, rank_and_scale
+    check_complete, is_saved, is_target, lora_config, parameters_of, rank_and_scale, with_heads
 )
 from .peft_folder import PREFIX, PeftFiles, find_adapter, read_files
 
@@ -34,7 +34,8 @@ def decode(file: AdapterFile) -> Decoded:
 
 
 def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
-    config, path, tensors = files
+    path, tensors = files.path, files.tensors
+    config = with_heads(files.config)
     keys: dict[str, HalfName] = {}
     for name in tensors:
         key = _parse_key(name)
@@ -58,7 +59,8 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
         if read.stored is not None:
             stored[site] = read.stored
     others = {name: tensor for name, tensor in tensors.items() if name not in keys}
-    trained = _trained_here(_trained(others, adapted, config, path), here, modules, others, path)
+    trained = _trained_here(_trained(others, adapted, config, path), here, modules, others, path,
+                            config)
     check_complete(config, {here(module) for module in adapted}, modules,
                    [name.replace(".base_layer.", ".") for name in others], path)
     return Adapter("default", lora_config(config, pairs, trained), pairs, trained, stored,
@@ -203,7 +205,10 @@ def _stacks(
 def _trained(
     tensors: Mapping[str, Tensor], adapted: Container[str], config: Mapping[str, Any], path: Path
 ) -> dict[str, Tensor]:
-    """{name of a base tensor: what stands in its place}: biases, and modules trained whole."""
+    """{name of a base tensor: what stands in its place}: biases, and modules trained whole.
+
+    PEFT takes any tensor that is named as one of the base's, as it saves resized embeddings.
+    """
     found = {}
     for name in sorted(tensors):
         base = name.replace(".base_layer.", ".")
@@ -214,12 +219,12 @@ def _trained(
         # the weight of an adapted layer next to an embedding, which PEFT saves beside it
         copied = attribute == "weight" and owner in adapted and base != name
         biased = attribute == "bias" and config.get("bias", "none") != "none"
-        if not saved and not biased and not copied:
+        if ".base_layer." in name and not saved and not biased and not copied:
             raise FormatError(
                 f"'{path}' has a tensor '{PREFIX}{name}', which its config does not account for.")
-        if biased and not saved and owner in adapted and base == name:
+        if not saved and owner in adapted and base == name:
             raise FormatError(f"'{path}' has '{PREFIX}{name}', which PEFT does not read: an "
-                              f"adapted layer's bias is '{PREFIX}{owner}.base_layer.bias'.")
+                              f"adapted layer's is '{PREFIX}{owner}.base_layer.{attribute}'.")
         found[base] = tensors[name]
     return found
 
@@ -241,7 +246,7 @@ def _is_copy(owner: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any
 
 def _trained_here(
     trained: Mapping[str, Tensor], here: Callable[[str], str], modules: Mapping[str, nn.Module],
-    tensors: Container[str], path: Path,
+    tensors: Container[str], path: Path, config: Mapping[str, Any],
 ) -> dict[str, Tensor]:
     """Trained tensors by their names in this model, without those that the base has anyway."""
     base = {}
@@ -254,9 +259,17 @@ def _trained_here(
         raise FormatError(f"'{path}' has one trained tensor under two names of this model.")
     found = {}
     for name, tensor in renamed_tensors.items():
+        owner, _, attribute = name.rpartition(".")
+        named = is_saved(config, owner) or attribute == "bias"
+        if not named and name in base and _equal(base[name], tensor):
+            continue  # such as an embedding that was resized and not trained
         if not _is_base_tensor(name, tensor, base, tensors, path):
             found[name] = tensor
     return found
+
+
+def _equal(own: Tensor, tensor: Tensor) -> bool:
+    return own.shape == tensor.shape and torch.equal(own.to(tensor.device, tensor.dtype), tensor)
 
 
 def _is_base_tensor(
@@ -269,7 +282,7 @@ def _is_base_tensor(
     copied = f"{module}.base_layer.{attribute}" in tensors and attribute != "bias"
     if own is None or not copied and isinstance(own, nn.Parameter):
         return False
-    if own.shape == tensor.shape and torch.equal(own.to(tensor.device, tensor.dtype), tensor):
+    if _equal(own, tensor):
         return True
     what = "the weight of an adapted layer" if copied else "a buffer"
     raise FormatError(f"'{path}' has '{name}', {what}, in which this model differs, and lorafx "

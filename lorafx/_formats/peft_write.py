@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
     tensors = {}
     for name, tensor in (trained | _factors(model, pairs)).items():
         tensors[PREFIX + name] = tensor
-    config = _config(adapter, model, pairs, modules, bias)
+    config = config_of(adapter, model, pairs, modules, bias)
     text = json.dumps(config, indent=2).encode()
     header = {"format": "pt", DIGEST: config_digest(config)}
     there = destination.path / ADAPTER_CONFIG
@@ -125,9 +126,10 @@ def _all_tensors(adapter: Adapter, path: str, module: nn.Module) -> dict[str, Te
     return tensors
 
 
-def _config(
+def config_of(
     adapter: Adapter, model: nn.Module, pairs: Sequence[PeftPair], modules: list[str], bias: str
 ) -> dict[str, Any]:
+    """Return PEFT's config of an adapter, in as few entries as mean the same."""
     ranks, alphas = {}, {}
     modules_adapted, parameters = set(), []
     for pair in pairs:
@@ -141,7 +143,7 @@ def _config(
     rank, alpha = _most_common(ranks), _most_common(alphas)
     names, known = sorted(modules_adapted), users_modules(model)
     config: dict[str, Any] = {
-        "peft_type": "LORA", "base_model_name_or_path": None, "inference_mode": True,
+        "peft_type": "LORA", **_origin(model), "inference_mode": True,
         "init_lora_weights": True, "r": rank, "lora_alpha": alpha,
         "lora_dropout": adapter.config.dropout, "target_modules": _targets(names, known)}
     if parameters:
@@ -156,6 +158,17 @@ def _config(
         if value:
             config[name] = value
     return config
+
+
+def _origin(model: nn.Module) -> dict[str, Any]:
+    """Where a model of transformers is from and its class, by which PEFT's AutoPeftModel finds it.
+    """
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return {"base_model_name_or_path": None}
+    cls: Any = getattr(type(model), "_user_class", type(model))
+    return {"base_model_name_or_path": model.name_or_path or None,
+            "auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__}}
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

@@ -14,7 +14,9 @@ from .._adapter.adapter import Adapter, check_finite, validate
 from .._errors import ConfigError, FormatError
 from .._storage.durable import write_folder, write_whole
 from .._storage.files import read_pickle, read_safetensors
-from . import kohya, minimind, native, peft_folder, peft_read, peft_write
+from . import (
+    kohya, kohya_write, minimind, mlx, native, peft_folder, peft_read, peft_write
+)
 from .adapter_file import INSTEAD, AdapterFile, Decoded, Destination
 
 
@@ -37,6 +39,9 @@ class Format:
     # of a path and the adapter's name, the folder that all files are in; None for one file
     folder: Callable[[Path, str], Path] | None = None
     keeps_training: bool = False
+    has_parts: bool = False  # of a pipeline, of which each is for a model of its own
+    # by which `save(format=...)` asks for it; not written otherwise, as its paths are another's
+    asked_for_as: str = ""
 
 
 def _ends_in(*endings: str) -> Callable[[Path], bool]:
@@ -52,32 +57,58 @@ def _read_nothing(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {}, {}
 
 
+_MLX = Format("MLX", "a folder", peft_folder.is_folder, _read_nothing, mlx.decode, mlx.encode,
+              recognises=mlx.recognises, folder=lambda path, adapter: path, asked_for_as="mlx")
 _PEFT = Format("PEFT", "a folder", peft_folder.is_folder, _read_nothing, peft_read.decode,
                peft_write.encode, folder=peft_folder.folder_of)
 
 FORMATS = (
+    _MLX,
     _PEFT,
     Format("kohya-ss or diffusers", "*.safetensors", _ends_in(".safetensors"), read_safetensors,
-           kohya.decode, recognises=kohya.recognises),
+           kohya.decode, recognises=kohya.recognises, has_parts=True),
+    Format("diffusers", "*.safetensors", _ends_in(".safetensors"), read_safetensors,
+           kohya.decode, kohya_write.diffusers, recognises=kohya.recognises, has_parts=True,
+           asked_for_as="diffusers"),
+    Format("kohya-ss", "*.safetensors", _ends_in(".safetensors"), read_safetensors,
+           kohya.decode, kohya_write.kohya, recognises=kohya.recognises, has_parts=True,
+           asked_for_as="kohya"),
+    Format("diffusers before 0.22", "*.bin", _ends_in(".bin"), _read_torch_file, kohya.decode,
+           has_parts=True),
     Format("lorafx", "*.safetensors", _ends_in(".safetensors"), read_safetensors,
            native.decode, native.encode, keeps_training=True),
     Format("MiniMind", "*.pth or *.pt", _ends_in(".pth", ".pt"), _read_torch_file,
            minimind.decode, minimind.encode),
+    dataclasses.replace(_MLX, form="an existing folder of any name", accepts=Path.is_dir),
     dataclasses.replace(_PEFT, form="an existing folder of any name", accepts=Path.is_dir),
 )
 
 
-def format_of(path: Path) -> Format:
-    """Return the format in which a path is written; FormatError where none is."""
-    return next(row for row in _accepting(path) if row.encode is not None)
+def format_of(path: Path, asked_for: str | None = None) -> Format:
+    """Return the format in which a path is written, or the one asked for; else FormatError."""
+    known = sorted({row.asked_for_as for row in FORMATS} - {""})
+    if asked_for is not None and asked_for not in known:
+        raise FormatError(f"There is no format {asked_for!r} to ask for: it is one of "
+                          f"{', '.join(map(repr, known))}, or the path's ending says it.")
+    written = [row for row in _accepting(path) if row.encode is not None]
+    for row in written:
+        if row.asked_for_as == (asked_for or ""):
+            return row
+    if asked_for is None:
+        raise FormatError(f"'{path}' is read only: choose another ending, such as .safetensors.")
+    forms = {row.form for row in FORMATS if row.asked_for_as == asked_for}
+    raise FormatError(f"'{path}' cannot be a {asked_for} file: its path is {' or '.join(forms)}.")
 
 
 def write_adapter(
-    adapter: Adapter, path: str | os.PathLike[str], model: nn.Module | None, base: str | None
+    adapter: Adapter, path: str | os.PathLike[str], model: nn.Module | None, base: str | None,
+    asked_for: str | None = None, part: str | None = None,
 ) -> None:
     """Save an adapter whole or not at all; `base` is its model's fingerprint, if that is known."""
     path = Path(path)
-    row = format_of(path)
+    row = format_of(path, asked_for)
+    if part is not None and not row.has_parts:
+        raise FormatError(f"A {row.name} file is not of a pipeline's part: leave out part=....")
     encode = row.encode
     assert encode is not None
     if adapter.training is not None and not row.keeps_training:
@@ -87,7 +118,7 @@ def write_adapter(
         validate(adapter)
         check_finite(adapter)
         if row.folder is None:
-            _write_file(path, encode(adapter, Destination(path, model, base)))
+            _write_file(path, encode(adapter, Destination(path, model, base, part)))
         else:
             folder = row.folder(path, adapter.name)
             _write_folder(folder, lambda: encode(adapter, Destination(folder, model, base)))
@@ -98,20 +129,23 @@ def write_adapter(
 
 def read_adapter(
     path: str | os.PathLike[str], name: str | None = None, model: nn.Module | None = None,
-    allow_nonfinite: bool = False,
+    allow_nonfinite: bool = False, part: str | None = None,
 ) -> Decoded:
     """Return the adapter in a file, all of it checked, and its base's fingerprint if it is kept.
 
-    `name` chooses among several adapters of one folder; `model` helps where a format does not tell
-    all by itself.
+    `name` chooses among several adapters of one folder, `part` among those of a pipeline's parts;
+    `model` helps where a format does not tell all by itself.
     """
     path = Path(path)
     rows = _accepting(path)
     if not path.exists():
         raise FormatError(f"There is no file '{path}'.")
     try:
-        file = AdapterFile(path, *rows[0].read(path), name, model)
+        file = AdapterFile(path, *rows[0].read(path), name, model, part)
         row = next(row for row in rows if row.recognises(file))
+        if part is not None and not row.has_parts:
+            raise FormatError(f"'{path}' is a {row.name} file, of which nothing is a pipeline's "
+                              f"{part!r}: leave out part=....")
         decoded = row.decode(file)
         validate(decoded.adapter)
         if not allow_nonfinite:

@@ -1,12 +1,17 @@
 """Adapters' files, read without running anything that they hold."""
 
 import contextlib
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._errors import FormatError
+from .json_files import read_json
 from .pickles import load_pickle
 from .safetensors_files import load_safetensors, open_safetensors
 
@@ -28,6 +33,26 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """Return the named tensors of a file that torch.save wrote, on the CPU; it has nothing else."""
     with _readable(path):
         return load_pickle(path)
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """Return the arrays of a file of numpy's, as tensors; FormatError where numpy is not there."""
+    try:
+        import numpy
+    except ImportError as error:
+        raise FormatError(f"'{path}' is read by numpy, which is not installed: {error}.") from error
+    with _readable(path):
+        try:
+            with numpy.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        except (ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise FormatError(f"'{path}' is damaged: {error}.") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file."""
+    with _readable(path):
+        return read_json(path)
 
 
 @contextlib.contextmanager

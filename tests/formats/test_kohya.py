@@ -140,7 +140,7 @@ WRONG = {
     ),
     "several networks": (
         Net, halves("lora_te1_down_blocks_0_to_q") | halves("lora_te2_down_blocks_1_to_q"),
-        lorafx.MismatchError, "means no module of this"
+        lorafx.MismatchError, "holds adapters for 'text_encoder' and 'text_encoder_2': load each"
     ),
     "another prefix": (
         Net, halves("decoder.down_blocks.0.to_q"), lorafx.MismatchError, "means no module of this"

@@ -51,16 +51,16 @@ WRONG = {
         "has the lora_B.weight of 'head' but not its"
     ),
     "extra": (
-        key_with("linear0.weight"),
-        "'base_model.model.linear0.weight', which its config does not account for"
+        key_with("linear9.weight"),
+        "has a trained 'linear9.weight' .*, but this model has"
     ),
     "a bias": (
-        key_with("linear0.bias"),
-        "'base_model.model.linear0.bias', which its config does not account for"
+        key_with("linear0.bias", (7,)),
+        r"has a trained 'linear0.bias' \(7,\), but this model has"
     ),
     "plain bias": (
         lambda t, c: (config_with(bias="all")(t, c), key_with("head.bias", (4,))(t, c)),
-        "which PEFT does not read: an adapted layer's bias is "
+        "which PEFT does not read: an adapted layer's is "
         "'base_model.model.head.base_layer.bias'"
     ),
     "prefix": (

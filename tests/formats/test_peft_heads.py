@@ -91,7 +91,7 @@ def test_heads_of_classifiers(tmp_path: Path) -> None:
     }
     safetensors.torch.save_file(rest, path)
     with pytest.raises(
-        lorafx.FormatError, match="has no tensor of 'classifier', which modules_to_save names"
+        lorafx.FormatError, match="has no tensor of 'score', which modules_to_save names"
     ):
         lorafx.load(base, tmp_path)
 

@@ -1,0 +1,153 @@
+"""How files of a diffusion pipeline name modules: by part, prefix, and what stands for a dot."""
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .._adapter.names import closest_names
+from .._errors import ConfigError, MismatchError
+
+
+class Prefix(NamedTuple):
+    """What a prefix says: the parts of a pipeline that it may mean, and how dots are written."""
+
+    parts: tuple[str, ...]
+    separator: str = "."
+
+
+DENOISER = ("unet", "transformer")  # of which a pipeline has one
+
+# {prefix of a module's name in a file: what it says}; the parts are named as pipelines of diffusers
+# name them
+PREFIXES = {
+    "unet.": Prefix(("unet",)),
+    "transformer.": Prefix(("transformer",)),
+    "diffusion_model.": Prefix(DENOISER),  # ComfyUI, ai-toolkit
+    "prior.": Prefix(("prior",)),
+    "text_encoder.": Prefix(("text_encoder",)),
+    "text_encoder_2.": Prefix(("text_encoder_2",)),
+    "text_encoder_3.": Prefix(("text_encoder_3",)),
+    "lora_unet_": Prefix(DENOISER, "_"),  # kohya
+    "lora_transformer_": Prefix(("transformer",), "_"),
+    "lora_prior_unet_": Prefix(("prior",), "_"),
+    "lora_te_": Prefix(("text_encoder",), "_"),
+    "lora_te1_": Prefix(("text_encoder",), "_"),
+    "lora_te2_": Prefix(("text_encoder_2",), "_"),
+    "lora_te3_": Prefix(("text_encoder_3",), "_"),
+}
+
+
+def modules_meant(
+    keys: Sequence[str], modules: Sequence[str], path: Path, part: str | None
+) -> dict[str, str]:
+    """Return {name in a file: the one module of this model that it means}, for one part.
+
+    Without a part all names are meant, and have one prefix or none.
+    """
+    if part is not None:
+        keys = _keys_of(part, keys, path)
+    candidates: dict[str, set[str]] = defaultdict(set)
+    written = [*zip(modules, modules), *_numbered_names(modules).items()]
+    for prefix, separator in _fitting(keys, part):
+        for name, other in written:
+            candidates[prefix + other.replace(".", separator)].add(name)
+    meant: dict[str, str] = {}
+    for key in keys:
+        means = candidates.get(key, set())
+        if len(means) != 1:
+            _refuse(key, means, keys, modules, path, part)
+        meant[key], = means
+    return meant
+
+
+def _fitting(keys: Iterable[str], part: str | None) -> list[tuple[str, str]]:
+    """(prefix, separator) of all that these keys may have: one of this part's, or one of all."""
+    if part is not None:
+        return [(prefix, said.separator) for prefix, said in PREFIXES.items() if part in said.parts]
+    fitting = [("", ".")]
+    for prefix, said in PREFIXES.items():
+        if all(key.startswith(prefix) for key in keys):
+            fitting.append((prefix, said.separator))
+    return fitting
+
+
+def _prefix_of(key: str) -> str:
+    """The prefix of a name in a file, the longest, or ''."""
+    return max((prefix for prefix in PREFIXES if key.startswith(prefix)), key=len, default="")
+
+
+def parts_in(keys: Iterable[str]) -> list[str]:
+    """Return the parts that names in a file are of, by their first names."""
+    prefixes = {_prefix_of(key) for key in keys} - {""}
+    return sorted({PREFIXES[prefix].parts[0] for prefix in prefixes})
+
+
+def _keys_of(part: str, keys: Sequence[str], path: Path) -> list[str]:
+    """The names of one part of a pipeline."""
+    chosen = []
+    for key in keys:
+        prefix = _prefix_of(key)
+        if not prefix:
+            raise MismatchError(f"'{path}' has an adapter at '{key}', which is of no part: load it "
+                                "without part=....")
+        if part in PREFIXES[prefix].parts:
+            chosen.append(key)
+    if not chosen:
+        raise MismatchError(f"'{path}' has nothing for {part!r}: it has the parts "
+                            f"{', '.join(map(repr, parts_in(keys)))}.")
+    return chosen
+
+
+def _refuse(
+    key: str, means: Collection[str], keys: Sequence[str], modules: Sequence[str], path: Path,
+    part: str | None,
+) -> None:
+    parts = parts_in(keys)
+    if part is None and len(parts) > 1:
+        raise MismatchError(f"'{path}' holds adapters for {' and '.join(map(repr, parts))}: load "
+                            f"each into its model, such as with part={parts[0]!r}.")
+    closest = closest_names(key.replace("_", "."), modules)
+    which = (f"may mean {', '.join(map(repr, sorted(means)))}" if means
+             else f"means no module of this model; near it: {closest}")
+    raise MismatchError(f"'{path}' has an adapter at '{key}', which {which}.")
+
+
+_ATTENTION = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.(.+)")
+_LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(?:resnets\.\d+\.conv1|downsamplers\.\d+\.conv)")
+
+
+def _numbered_names(modules: Iterable[str]) -> dict[str, str]:
+    """{module in an attention of diffusers' U-Net: its name where blocks are numbered in a row}.
+
+    So Stability's code names them, and kohya for SDXL. The first input block is a convolution; each
+    resnet begins a block, and so does what changes the size of the input. In a block the attention
+    comes second.
+    """
+    blocks: dict[tuple[str, int], int] = defaultdict(int)
+    found: dict[str, str] = {}
+    attentions: list[tuple[str, re.Match[str]]] = []
+    for name in modules:
+        level, attention = _LEVEL.fullmatch(name), _ATTENTION.fullmatch(name)
+        if level is not None:
+            blocks[level[1], int(level[2])] += 1
+        if attention is not None:
+            attentions.append((name, attention))
+    for name, attention in attentions:
+        side, depth, number, rest = attention.groups()
+        if side is None:
+            found[name] = f"middle_block.1.{rest}"
+            continue
+        before = sum(blocks[side, level] for level in range(int(depth)))
+        kind, first = ("input", 1) if side == "down" else ("output", 0)
+        found[name] = f"{kind}_blocks.{first + before + int(number)}.1.{rest}"
+    return found
+
+
+def in_kohyas_file(name: str, part: str) -> str:
+    """Return what kohya calls a module of a part."""
+    for prefix, said in PREFIXES.items():
+        if part in said.parts and said.separator == "_":
+            return prefix + name.replace(".", said.separator)
+    raise ConfigError(f"kohya's files have no part {part!r}")
