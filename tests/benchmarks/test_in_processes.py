@@ -30,10 +30,11 @@ def test_finetune_in_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folders = ["--out", str(tmp_path / "one"), "--checkpoints", str(tmp_path / "checkpoints")]
     with threads(2):  # as many as two processes have
         alone = finetune.main([*TINY, *folders])
-    found = torchrun("tests.benchmarks.in_processes", 2)
+    found = torchrun(["benchmarks.in_processes"], 2)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
     for way in ("ddp", "fsdp2"):
-        whole, resumed = found[f"finetune_{way}"]["whole"], found[f"finetune_{way}"]["resumed"]
+        ran = found[f"in_processes.finetune_{way}"]
+        whole, resumed = ran["whole"], ran["resumed"]
         assert losses(whole["results"]) == pytest.approx(losses(alone), abs=2e-6, rel=0)
         assert losses(resumed["results"]) == losses(whole["results"])
         assert whole["results"]["processes"] == 2

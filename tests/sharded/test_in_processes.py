@@ -9,6 +9,7 @@ from tests.support.torchrun import torchrun
 IN_FOUR = (
     "replicated.losses_and_what_is_reduced",
     "fsdp1.policies_and_strategies", "fsdp1.files_are_those_of_one_process",
+    "fsdp1.training_goes_on", "fsdp1.hybrid_sharding",
     "fsdp2.each_layer_then_the_root", "fsdp2.every_linear_by_itself", "fsdp2.mixed_precision",
     "fsdp2.rows_transposed_and_experts", "fsdp2.gradients_reduced_are_the_adapters",
     "fsdp2_files.saved_files_are_the_same_bytes",
@@ -21,21 +22,22 @@ IN_FOUR = (
 
 
 def test_data_parallel_in_two_processes() -> None:
-    ran = torchrun(["replicated", "fsdp1", "fsdp2", "quantised"], 2)
+    ran = torchrun(["sharded.replicated", "sharded.fsdp1", "sharded.fsdp2", "sharded.quantised"], 2)
     assert {name.partition(".")[0] for name in ran} == {
         "replicated", "fsdp1", "fsdp2", "fsdp2_files", "fsdp2_verbs", "quantised"}
 
 
 def test_parts_of_a_model_in_two_processes() -> None:
-    ran = torchrun(["tensor_parallel", "pipeline", "meta"], 2)
+    ran = torchrun(["sharded.tensor_parallel", "sharded.pipeline", "sharded.meta"], 2)
     assert {name.partition(".")[0] for name in ran} == {
         "tensor_parallel", "tensor_parallel_verbs", "tensor_parallel_weights", "pipeline", "meta"}
 
 
 def test_all_in_four_processes() -> None:
-    ran = torchrun(["replicated", "fsdp1", "fsdp2", "tensor_parallel", "pipeline"], 4, *IN_FOUR)
+    ran = torchrun(["sharded.replicated", "sharded.fsdp1", "sharded.fsdp2",
+                    "sharded.tensor_parallel", "sharded.pipeline"], 4, *IN_FOUR)
     assert ran.keys() == {*IN_FOUR}
 
 
 def test_hugging_face_in_two_processes() -> None:
-    assert torchrun(["huggingface", "transformers_tp_plan"], 2)
+    assert torchrun(["sharded.huggingface", "sharded.transformers_tp_plan"], 2)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def setup(function: Setup) -> Setup:
-    """Mark a function of a module of tests.sharded that torchrun is to run."""
+    """Mark a function of a module of tests that torchrun is to run."""
     SETUPS[f"{function.__module__.rpartition('.')[2]}.{function.__name__}"] = function
     return function
 
@@ -33,7 +33,7 @@ def setup(function: Setup) -> Setup:
 def torchrun(modules: Sequence[str], processes: int, *names: str) -> dict[str, Any]:
     """{module.set-up: what it returned in rank 0}, in new processes.
 
-    It runs all of these modules of tests.sharded and of those that they import, or those named.
+    It runs all of these modules of tests and of those that they import, or those named.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
@@ -53,7 +53,7 @@ def main(modules: str, report: str, *names: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     for module in modules.split(","):
-        importlib.import_module(f"tests.sharded.{module}")
+        importlib.import_module(f"tests.{module}")
     results: dict[str, Any] = {}
     for name in names or list(registered()):
         print(f"[{dist.get_rank()}] {name}", file=sys.stderr, flush=True)
