@@ -151,7 +151,7 @@ class TestDamaged:
             lorafx.load(Model(7), tmp_path / "a.safetensors")
 
     def test_unknown_endings(self, tmp_path: Path) -> None:
-        path = tmp_path / "a.bin"
+        path = tmp_path / "a.weights"
         for call in (lambda: lorafx.save(injected(), path), lambda: lorafx.load(Model(), path)):
             with pytest.raises(
                 lorafx.FormatError, match="names no known format by its ending: use a folder .PEFT"
