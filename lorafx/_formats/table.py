@@ -161,7 +161,8 @@ def _accepting(path: Path) -> list[Format]:
         raise FormatError(f"No path has a NUL character, as {str(path)!r} has.")
     rows = [row for row in FORMATS if row.accepts(path)]
     if not rows:
-        known = ", ".join(f"{row.form} ({row.name})" for row in FORMATS if row.encode is not None)
+        written = [row for row in FORMATS if row.encode is not None and not row.asked_for_as]
+        known = ", ".join(f"{row.form} ({row.name})" for row in written)
         raise FormatError(f"The path '{path}' names no known format by its ending: use {known}; a "
                           "folder of another name must be there already.")
     return [row for row in rows if row.read is rows[0].read]
