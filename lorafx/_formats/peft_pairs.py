@@ -1,6 +1,5 @@
 """An adapter's pairs as PEFT has them: each for all of a weight, or of a parameter by itself."""
 
-import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from .._adapter.adapter import Adapter, Pair, StoredWeight
 from .._adapter.names import dotted, split_block
 from .._errors import ConfigError
+from .._graph.loaded import loaded
 from .._graph.modules import LorafxModule, named_modules, submodule, users_modules
 from .._model.branches import Branch
 from .._model.quantised import is_packed
@@ -28,8 +28,8 @@ class PeftPair(NamedTuple):
 
 def conv1d() -> tuple[type, ...]:
     """Return transformers' Conv1D, which stores (in, out), if it is loaded: models load it."""
-    loaded = sys.modules.get("transformers.pytorch_utils")
-    return () if loaded is None else (loaded.Conv1D,)
+    found = loaded("transformers.pytorch_utils", "Conv1D")
+    return () if found is None else (found,)
 
 
 def peft_pairs(adapter: Adapter, model: nn.Module) -> list[PeftPair]:

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from .._adapter.adapter import Adapter
 from .._adapter.names import dotted
 from .._errors import ConfigError
+from .._graph.loaded import loaded
 from .._graph.modules import submodule, users_modules
 from .._storage.safetensors_files import safetensors_bytes
 from .adapter_file import INSTEAD, Destination
@@ -163,11 +163,12 @@ def config_of(
 def _origin(model: nn.Module) -> dict[str, Any]:
     """Where a model of transformers is from and its class, by which PEFT's AutoPeftModel finds it.
     """
-    transformers = sys.modules.get("transformers.modeling_utils")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+    pretrained = loaded("transformers.modeling_utils", "PreTrainedModel")
+    if pretrained is None or not isinstance(model, pretrained):
         return {"base_model_name_or_path": None}
     cls: Any = getattr(type(model), "_user_class", type(model))
-    return {"base_model_name_or_path": model.name_or_path or None,
+    known: Any = model
+    return {"base_model_name_or_path": known.name_or_path or None,
             "auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__}}
 
 

@@ -1,6 +1,5 @@
 """Trees of modules: what the user wrote, apart from what lorafx added, and where tensors are."""
 
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from .._kernels.private import any_global_hook, has_compiled_call
 from .dispatched import runs_class_forward
+from .loaded import loaded
 
 
 class LorafxModule(nn.Module):
@@ -39,7 +39,7 @@ def _wrappers() -> list[tuple[type, str]]:
     """(class, child) of the wrappers that this process can have."""
     found = []
     for where, name, child in WRAPPERS:
-        cls = getattr(sys.modules.get(where), name, None)
+        cls = loaded(where, name)
         if cls is not None:
             found.append((cls, child))
     return found

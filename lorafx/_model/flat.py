@@ -4,7 +4,6 @@ The chunks of one parameter, in the order of the processes, are all of it.
 """
 
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import ConfigError, UnsupportedModelError
+from .._graph.loaded import loaded
 from .._graph.modules import Place, named_modules
 from .branches import Factors
 from .record import holders
@@ -45,8 +45,8 @@ def chunks_of(model: nn.Module) -> list[Chunk]:
 
 def _wrappers(model: nn.Module) -> list[Any]:
     """The FSDP1 wrappers in a model, of which itself may be one."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    return [] if fsdp is None else fsdp.FullyShardedDataParallel.fsdp_modules(model)
+    fsdp = loaded("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
+    return [] if fsdp is None else list(fsdp.fsdp_modules(model))
 
 
 def _chunks_in(flat: Any, group: Any) -> list[Chunk]:

@@ -1,6 +1,5 @@
 """Models that FSDP2 (`fully_shard`) shards: their own parameters, classes, and plain copies."""
 
-import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import AdapterError, UnsupportedModelError
+from .._graph.loaded import loaded
 from .._graph.modules import LorafxModule
 from .._kernels.private import composable_keys, note_dtypes
 from .shards import gathered, is_sharded
@@ -22,7 +22,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_state_d
 
 def _mixin() -> Any:
     """The class that a sharded module's class has over its own; None if FSDP was not imported."""
-    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return loaded("torch.distributed.fsdp", "FSDPModule")
 
 
 def fsdp_modules(model: nn.Module) -> Iterator[Any]:

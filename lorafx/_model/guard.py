@@ -1,6 +1,5 @@
 """Refuses models whose rewrite would not be sound: wrapped, compiled, patched, lazy, or adapted."""
 
-import sys
 import types
 from collections.abc import Iterator
 
@@ -11,6 +10,7 @@ from .._errors import AdapterError, UnsupportedModelError
 from .._graph.dispatched import (
     is_accelerates, is_dispatched_graph, is_patched, offloads_below
 )
+from .._graph.loaded import loaded
 from .._graph.modules import LorafxModule, hooks
 from .._graph.scan import MODULE_STATE, values_in
 from .._kernels.private import has_compiled_call
@@ -58,7 +58,7 @@ def check_model(model: nn.Module) -> None:
     check_not_managed(model)
     foreign: list[tuple[type, str, str]] = []
     for where, name, what, instead in FOREIGN:
-        found = getattr(sys.modules.get(where), name, None)
+        found = loaded(where, name)
         if found is not None:
             foreign.append((found, what, instead))
     members = {*model.modules(), *model.parameters()}

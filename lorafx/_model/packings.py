@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._graph.loaded import loaded
+
 ReadsW = Callable[[], Tensor]
 
 
@@ -34,7 +36,7 @@ class Packing(NamedTuple):
 
     def layers(self) -> Any:
         """The class, or None where its module is not loaded."""
-        return getattr(sys.modules.get(self.module), self.name, None)
+        return loaded(self.module, self.name)
 
 
 # bitsandbytes 4-bit: nf4 and fp4, with scales that may be quantised too.

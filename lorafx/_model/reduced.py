@@ -1,6 +1,5 @@
 """Which gradients a DistributedDataParallel around a model reduces."""
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from .._errors import UnsupportedModelError
+from .._graph.loaded import loaded
 from .._graph.modules import wrappers_of
 from .record import holders
 
@@ -19,9 +19,9 @@ def check_reduced(model: nn.Module, adapters: Iterable[str]) -> None:
     It reduces those of the parameters that required one when it wrapped the model, and holds on to
     the nodes of autograd that accumulate them.
     """
-    module: Any = sys.modules.get("torch.nn.parallel.distributed")
+    ddp = loaded("torch.nn.parallel.distributed", "DistributedDataParallel")
     for wrapper in wrappers_of(model):
-        if module is None or not isinstance(wrapper, module.DistributedDataParallel):
+        if ddp is None or not isinstance(wrapper, ddp):
             continue
         ignored = {parameter for name, parameter in wrapper.module.named_parameters()
                    if name in wrapper.parameters_to_ignore}

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from .._errors import LorafxError
+from .._graph.loaded import loaded
 from .._graph.modules import unwrapped
 from .._kernels.private import tree_map
 from .record import find_injection, is_cut
@@ -53,7 +54,7 @@ def groups_of(model: nn.Module) -> list[tuple[Any, int]]:
         world = _world()
         return [] if world is None else [(world, world.rank())]
     for where, name, attribute in SPREADERS:
-        cls = getattr(sys.modules.get(where), name, None)
+        cls = loaded(where, name)
         for module in model.modules():
             if cls is not None and isinstance(module, cls):
                 group = getattr(module, attribute)

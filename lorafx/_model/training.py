@@ -1,7 +1,6 @@
 """Where a training run stands: taken from an adapter's live tensors and optimizer, and put back."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from .._adapter.config import short_repr
 from .._adapter.names import dotted
 from .._errors import AdapterError, ConfigError, MismatchError
 from .._graph.dispatched import offloaded_parameters
+from .._graph.loaded import loaded
 from . import generators
 from .branches import OFFLOADED, branches, factors_at
 from .extract import trained_whole
@@ -46,7 +46,7 @@ def live_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 def _unwrapped(optimizer: Any) -> Any:
     for where, name, attribute in WRAPPERS:
-        cls = getattr(sys.modules.get(where), name, None)
+        cls = loaded(where, name)
         if cls is not None and isinstance(optimizer, cls):
             return _unwrapped(getattr(optimizer, attribute))
     return optimizer

@@ -1,11 +1,11 @@
 """Models of which DeepSpeed's ZeRO-3 partitions the parameters: what it takes is said, not done."""
 
-import sys
 from typing import Any
 
 from torch import nn
 
 from .._errors import UnsupportedModelError
+from .._graph.loaded import loaded
 
 # What tells a parameter that ZeRO-3 manages. It is looked up only where its module is loaded.
 IS_MANAGED = ("deepspeed.runtime.zero.partition_parameters", "is_zero_param")
@@ -15,8 +15,7 @@ ORDER = ("make the model outside of deepspeed.zero.Init and inject before deepsp
 
 def _managed(model: nn.Module) -> list[tuple[str, Any]]:
     """(name, parameter) of all that ZeRO-3 manages."""
-    module, name = IS_MANAGED
-    is_managed: Any = getattr(sys.modules.get(module), name, None)
+    is_managed = loaded(*IS_MANAGED)
     if is_managed is None:
         return []
     return [(path, parameter) for path, parameter in model.named_parameters()
