@@ -60,22 +60,18 @@ def stopping() -> Iterator[None]:
         keep.AdapterKeeper.save = save  # type: ignore[method-assign]
 
 
-def in_both_ways_of_ending(way: str) -> dict[str, Any]:
-    """A whole run, and one that was stopped and goes on."""
-    whole = fine_tuned(way, way)
-    with stopping():
-        fine_tuned(way, f"{way}_stopped")
-    return {"whole": whole, "resumed": fine_tuned(way, f"{way}_stopped", "--resume")}
-
-
 @setup
 def finetune_ddp() -> dict[str, Any]:
-    return in_both_ways_of_ending("ddp")
+    return {"whole": fine_tuned("ddp", "ddp")}
 
 
 @setup
 def finetune_fsdp2() -> dict[str, Any]:
-    return in_both_ways_of_ending("fsdp2")
+    """A whole run, and one that was stopped and goes on."""
+    whole = fine_tuned("fsdp2", "fsdp2")
+    with stopping():
+        fine_tuned("fsdp2", "fsdp2_stopped")
+    return {"whole": whole, "resumed": fine_tuned("fsdp2", "fsdp2_stopped", "--resume")}
 
 
 def mlp() -> Any:

@@ -133,6 +133,9 @@ def layers_compiled_one_by_one() -> float:
         return shard(model)
 
     found = compared(sharded)
+    model, alone = sharded(adapted()), adapted()
+    for verb in (lorafx.merge, lorafx.eject):
+        torch.testing.assert_close(verb(model).state_dict(), verb(alone).state_dict(), atol=0, rtol=0)
     torch.compiler.reset()
     return found
 

@@ -209,7 +209,6 @@ def merged_and_ejected() -> float:
     tokens, found = batches()[0], []
     config = {"targets": "linear", "trainable": "norm"}
     model, alone = shard(adapted(**config)), adapted(**config)
-    model.layers[0].compile(backend="eager")
     hooked: list[Any] = []
     model.layers[0].q.register_forward_hook(lambda *given: hooked.append(given))
     with torch.no_grad():
