@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import common.kineto  # noqa: F401 (before torch)
 import common.openmp  # noqa: F401 (before torch)
 import torch
 

@@ -17,14 +17,7 @@ from tests.support.linear_calls import calls_of, factors
 from tests.support.recomputed import WIDTH, check_same, gradients, keeps_x, leaf, produced, site
 
 
-@pytest.fixture(autouse=True)
-def _any_size(monkeypatch):
-    replace_internal(monkeypatch, "kept_below", 0)
-
-
-@pytest.fixture(params=["in place", "the Function"], autouse=True)
-def _ways(request, monkeypatch):
-    replace_internal(monkeypatch, "small_below", 1 << 40 if request.param == "in place" else 0)
+pytestmark = pytest.mark.usefixtures("recomputed_both_ways")
 
 
 def test_the_gradients_are_the_same_bits():

@@ -9,19 +9,11 @@ import torch.nn.functional as F
 
 from lorafx._kernels import rows
 from lorafx._kernels.linears import linears
-from tests.support.internals import replace_internal
 from tests.support.linear_calls import factors
 from tests.support.recomputed import leaf, produced, site
 
 
-@pytest.fixture(autouse=True)
-def _any_size(monkeypatch):
-    replace_internal(monkeypatch, "kept_below", 0)
-
-
-@pytest.fixture(params=["in place", "the Function"], autouse=True)
-def _ways(request, monkeypatch):
-    replace_internal(monkeypatch, "small_below", 1 << 40 if request.param == "in place" else 0)
+pytestmark = pytest.mark.usefixtures("recomputed_both_ways")
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import lorafx
+from tests.support.communication import Communication
 
 VOCABULARY, WIDTH, STEPS = 32, 16, 5
 
@@ -156,3 +157,14 @@ def count_reduced(model: Any) -> list[int]:
 
     model.register_comm_hook(None, hook)
     return found
+
+
+def reduces_the_adapter_only(model: Any) -> Communication:
+    """What a backward pass communicates; asserted: of gradients the bytes of A and B, no more."""
+    tokens = batches()[0].chunk(dist.get_world_size())[dist.get_rank()]
+    loss = loss_of(model(tokens), tokens)
+    with Communication() as communication:
+        loss.backward()
+    expected = 4 * sum(parameter.numel() for parameter in lorafx.parameters(model))
+    assert communication.reduced == expected, (communication.reduced, expected)
+    return communication
