@@ -25,12 +25,14 @@ _ABOUT = {
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
     "bias", "modules_to_save", "target_modules", "target_parameters", "init_lora_weights",
-    "fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    "fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "ensure_weight_tying"}
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
 _TYPES: dict[str, tuple[type, ...]] = {  # a list is of strings
     "rank_pattern": (dict,), "alpha_pattern": (dict,), "modules_to_save": (list,),
     "target_parameters": (list,), "target_modules": (list, str), "exclude_modules": (list, str),
-    "layers_pattern": (list, str), "use_rslora": (bool,), "fan_in_fan_out": (bool,)}
+    "layers_pattern": (list, str), "use_rslora": (bool,), "fan_in_fan_out": (bool,),
+    "ensure_weight_tying": (bool,)}
 
 
 def parse_config(content: bytes, path: Path) -> dict[str, Any]:

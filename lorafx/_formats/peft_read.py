@@ -64,7 +64,8 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
     check_complete(config, {here(module) for module in adapted}, modules,
                    [name.replace(".base_layer.", ".") for name in others], path)
     return Adapter("default", lora_config(config, pairs, trained), pairs, trained, stored,
-                   untied=True, says_transposed=bool(config.get("fan_in_fan_out")))
+                   untied=not config.get("ensure_weight_tying"),
+                   says_transposed=bool(config.get("fan_in_fan_out")))
 
 
 class HalfName(NamedTuple):
