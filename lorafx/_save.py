@@ -14,6 +14,7 @@ from ._model.copies import share
 from ._model.extract import extract
 from ._model.fit import fit
 from ._model.guard import check_model
+from ._model.older_names import adapter_of_today
 from ._model.program import read_program
 from ._model.record import find_injection, injection
 from ._model.together import first_of_all
@@ -75,6 +76,7 @@ def load(
         check_model(model)
     else:
         check_new_name(model, found.name)
+    found = adapter_of_today(found, model)
     twin, source = share(model) if fresh else model, f"'{os.fspath(path)}'"
     untied = untie_in(twin, found, source) if untie else False
     program = read_program(twin)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter, Pair, StoredWeight, check_shapes
-from .._adapter.names import dotted, renaming
+from .._adapter.names import dotted
 from .._errors import FormatError
 from .._graph.modules import users_modules
+from .._model.older_names import renaming_here
 from .adapter_file import AdapterFile, Decoded
 from .peft_config import (
     check_complete, is_saved, is_target, lora_config, parameters_of, rank_and_scale, with_heads
@@ -44,7 +45,7 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
     halves = _halves(keys, tensors, path)
     adapted = {key.module for key in keys.values()}
     modules = {} if model is None else users_modules(model)
-    here = renaming(sorted(adapted), modules)
+    here = renaming_here(sorted(adapted), model)
     attentions = set()
     for name, key in keys.items():
         if ".base_layer.out_proj." in name:
