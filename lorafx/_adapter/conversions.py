@@ -48,6 +48,14 @@ class ConversionTable(NamedTuple):
         return without_weight(self.today(dotted(name, "weight")).key)
 
 
+    def before(self, name: str) -> str:
+        """Return the name that a module had before, by the renamings alone."""
+        key = dotted(name, "weight")
+        for renaming in reversed(self.renamings):
+            key, _ = renaming.reverse_transform().rename_source_key(key)
+        return without_weight(key)
+
+
 def without_weight(key: str) -> str:
     """Return what names the site of a tensor: its module, or if it is no weight, its own name."""
     return key.removesuffix(".weight")

@@ -19,6 +19,7 @@ from .._adapter.adapter import Adapter, Pair, check_shapes
 from .._adapter.config import LoRAConfig
 from .._errors import FormatError, LorafxError, MismatchError
 from .._graph.modules import LorafxModule, named_modules
+from .._model.older_names import older_names
 from .adapter_file import AdapterFile, Decoded
 from .pipelines import modules_meant
 
@@ -69,7 +70,8 @@ def decode(file: AdapterFile) -> Decoded:
             modules.append(name)
     shared = _scales_in_metadata(file)
     pairs: dict[str, Pair] = {}
-    for key, name in modules_meant(list(parts), modules, path, file.part).items():
+    older = older_names(model, modules)
+    for key, name in modules_meant(list(parts), modules, path, file.part, older).items():
         if name in pairs:
             raise MismatchError(f"'{path}' has two adapters for '{name}'.")
         pairs[name] = _pair(key, parts[key], shared, path)

@@ -1,5 +1,7 @@
 """transformers' table of the names that a model's tensors had, where transformers is loaded."""
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from .._adapter.adapter import Adapter
@@ -34,6 +36,13 @@ def adapter_of_today(adapter: Adapter, model: nn.Module) -> Adapter:
         return adapter
     table = conversion_table(model)
     return adapter if table is None else of_today(adapter, table, known)
+
+
+def older_names(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
+    """Return {module: the name that it had in older versions of transformers} of those renamed."""
+    table = conversion_table(model)
+    before = {} if table is None else {name: table.before(name) for name in modules}
+    return {name: old for name, old in before.items() if old != name}
 
 
 def renaming_here(names: list[str], model: nn.Module | None) -> Rename:

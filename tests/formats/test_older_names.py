@@ -122,6 +122,25 @@ def named_as_before(folder: Path, older: list[tuple[str, str]]) -> None:
     safetensors.torch.save_file(found, file)
 
 
+@pytest.mark.parametrize("key, part", [
+    ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", "text_encoder"),
+    ("lora_te_encoder_layers_0_self_attn_q_proj", None),
+    ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", None),
+])
+def test_a_text_encoder_in_a_file_of_a_pipeline(
+    tmp_path: Path, key: str, part: str | None
+) -> None:
+    base, path = clip_text().eval(), tmp_path / "style.safetensors"
+    A, B = torch.randn(2, 32), torch.randn(32, 2)
+    up, down = ("lora_up", "lora_down") if key.startswith("lora") else ("lora_B", "lora_A")
+    safetensors.torch.save_file({f"{key}.{down}.weight": A, f"{key}.{up}.weight": B}, path)
+    model = lorafx.load(base, path, part=part)
+    changed = {"encoder.layers.0.self_attn.q_proj.weight": B @ A + base.encoder.layers[
+        0].self_attn.q_proj.weight}
+    wanted = torch.func.functional_call(base, changed, IDS)
+    torch.testing.assert_close(model(IDS)[0], wanted[0], rtol=1e-5, atol=1e-5)
+
+
 def test_older_names_inside_a_layer(tmp_path: Path) -> None:
     """ViT's layers changed theirs, and what adapters name are the old ends."""
     base, image = vit().eval(), torch.randn(2, 3, 8, 8)
