@@ -6,7 +6,6 @@ over A3 and the diagonal of blocks B1, B3.
 """
 
 import dataclasses
-import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -46,7 +45,6 @@ class ConversionTable(NamedTuple):
     def rename(self, name: str) -> str:
         """Return the name of today of a module, or of a tensor."""
         return without_weight(self.today(dotted(name, "weight")).key)
-
 
     def before(self, name: str) -> str:
         """Return the name that a module had before, by the renamings alone."""
@@ -241,7 +239,7 @@ def _pieces(pair: Pair, dim: int, count: int) -> list[Pair] | None:
     """A pair in this many equal pieces of its rows or columns."""
     axis = _axis(dim, pair)
     if axis == -1:
-        pieces = _pieces(_turned(pair), dim - 1 if dim < 0 else dim - 1, count)
+        pieces = _pieces(_turned(pair), dim - 1, count)
         return None if pieces is None else [_turned(piece) for piece in pieces]
     if axis is None or pair.B.shape[-2] % count:
         return None

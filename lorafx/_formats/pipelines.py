@@ -45,7 +45,8 @@ def modules_meant(
 ) -> dict[str, str]:
     """Return {name in a file: the one module of this model that it means}, for one part.
 
-    `older` are names that modules had before. Without a part all names are meant, and have one prefix or none.
+    Without a part all names are meant, and have one prefix or none. `older` are the names that some
+    modules had before.
     """
     if part is not None:
         keys = _keys_of(part, keys, path)

@@ -1,6 +1,7 @@
 """transformers' table of the names that a model's tensors had, where transformers is loaded."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +20,8 @@ def conversion_table(model: nn.Module) -> ConversionTable | None:
     converter = loaded("transformers.core_model_loading", "WeightConverter")
     if pretrained is None or table_of is None or not isinstance(model, pretrained):
         return None
-    renamings, converters = [], []
+    renamings: list[Any] = []
+    converters: list[Any] = []
     for transform in table_of(model):
         (converters if isinstance(transform, converter) else renamings).append(transform)
     return ConversionTable(renamings, converters)
