@@ -91,25 +91,26 @@ def of_today(adapter: Adapter, table: ConversionTable, known: Collection[str]) -
 
 
 def as_stored(adapter: Adapter, table: ConversionTable, tensors: Iterable[str]) -> Adapter:
-    """Return an adapter of today by the names of a checkpoint's tensors, where they are others."""
+    """Return an adapter by the names of a checkpoint's tensors, if these have them; else as it is.
+    """
     by_key: dict[str, list[tuple[Today, str]]] = defaultdict(list)
     for name in tensors:
         today = table.today(name)
         by_key[today.key].append((today, name))
     known = {name for key in by_key for name in (key, without_weight(key))}
-    adapter = of_today(adapter, table, known)
+    now = of_today(adapter, table, known)
     pairs: dict[str, Pair] = {}
     stored: dict[str, StoredWeight] = {}
-    for site, pair in adapter.pairs.items():
+    for site, pair in now.pairs.items():
         weight, block = split_block(site)
         found = by_key.get(dotted(weight, "weight")) or by_key.get(weight) or []
         if len(found) == 1 and found[0][0].converter is None:
             name = without_weight(found[0][1]) + block
             pairs[name] = pair
-            if site in adapter.stored:
-                stored[name] = adapter.stored[site]
+            if site in now.stored:
+                stored[name] = now.stored[site]
             continue
-        turned = site in adapter.stored and adapter.stored[site].transposed
+        turned = site in now.stored and now.stored[site].transposed
         parts = {} if block else _divided(found, _turned(pair) if turned else pair)
         for name, part in parts.items():
             pairs[name] = part
@@ -117,10 +118,10 @@ def as_stored(adapter: Adapter, table: ConversionTable, tensors: Iterable[str]) 
         if not parts:
             return adapter
     trained = {}
-    for name, tensor in adapter.trained.items():
+    for name, tensor in now.trained.items():
         found = by_key.get(name, [])
         trained[found[0][1] if len(found) == 1 else name] = tensor
-    return dataclasses.replace(adapter, pairs=pairs, trained=trained, stored=stored)
+    return dataclasses.replace(now, pairs=pairs, trained=trained, stored=stored)
 
 
 def _converted(

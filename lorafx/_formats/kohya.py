@@ -21,6 +21,7 @@ from .._errors import FormatError, LorafxError, MismatchError
 from .._graph.modules import LorafxModule, named_modules
 from .._model.older_names import older_names
 from .adapter_file import AdapterFile, Decoded
+from .other_kinds import is_of_other_kind, refuse_other_kinds
 from .pipelines import modules_meant
 
 
@@ -42,7 +43,8 @@ def recognises(file: AdapterFile) -> bool:
     """True if tensors are named as these are; what each holds is not looked at."""
     if file.metadata.get("format") == "lorafx":
         return False
-    return any(_KEY.fullmatch(_of_today(name)) for name in file.tensors)
+    return any(
+        _KEY.fullmatch(_of_today(name)) or is_of_other_kind(name) for name in file.tensors)
 
 
 def _of_today(name: str) -> str:
@@ -57,6 +59,7 @@ def _of_today(name: str) -> str:
 def decode(file: AdapterFile) -> Decoded:
     """Return the adapter in a file; the model tells the names of the modules that are meant."""
     path, model = file.path, file.model
+    refuse_other_kinds(file.tensors, path)
     if model is None:
         raise FormatError(
             f"'{path}' names modules in a form that only the model tells: load it into the model.")

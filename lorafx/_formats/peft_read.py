@@ -24,7 +24,8 @@ from .adapter_file import AdapterFile, Decoded
 from .peft_config import (
     check_complete, is_saved, is_target, lora_config, parameters_of, rank_and_scale, with_heads
 )
-from .peft_folder import PREFIX, PeftFiles, find_adapter, read_files
+from .peft_folder import PeftFiles, find_adapter, read_files
+from .peft_names import PREFIX, without_repeated_prefix
 
 
 def decode(file: AdapterFile) -> Decoded:
@@ -35,7 +36,8 @@ def decode(file: AdapterFile) -> Decoded:
 
 
 def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
-    path, tensors = files.path, files.tensors
+    modules = {} if model is None else users_modules(model)
+    path, tensors = files.path, without_repeated_prefix(files.tensors, modules, files.path)
     config = with_heads(files.config)
     keys: dict[str, HalfName] = {}
     for name in tensors:
@@ -44,7 +46,6 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
             keys[name] = key
     halves = _halves(keys, tensors, path)
     adapted = {key.module for key in keys.values()}
-    modules = {} if model is None else users_modules(model)
     here = renaming_here(sorted(adapted), model)
     attentions = set()
     for name, key in keys.items():
@@ -78,12 +79,7 @@ class HalfName(NamedTuple):
 
 
 def _parse_key(name: str) -> HalfName | None:
-    """What a name says if it is of half of a pair; raises for what is not part of a linear call."""
-    other = re.search(r"\.(lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias)\b", name)
-    if other is not None:
-        kinds = {"lora_m": "DoRA", "lora_B": "lora_bias=True"}
-        kind = kinds.get(other[1][:6], "an adapter of an embedding")
-        raise FormatError(f"'{PREFIX}{name}' is part of {kind}, which lorafx does not support.")
+    """What a name says if it is of half of a pair."""
     match = re.fullmatch(r"(.+?)((?:\.base_layer)*)\.lora_([AB])\.weight", name)
     if match is None:
         return None
