@@ -14,10 +14,12 @@ from ._model.copies import share
 from ._model.extract import extract
 from ._model.fit import fit
 from ._model.guard import check_model
+from ._model.older_names import adapter_of_today
 from ._model.program import read_program
 from ._model.record import find_injection, injection
 from ._model.together import first_of_all
 from ._model.training import capture
+from ._model.untie import untie as untie_in
 from ._switch import activate, only_active
 
 
@@ -31,6 +33,7 @@ def load(
     adapter: str | None = None,
     *,
     part: str | None = None,
+    untie: bool = False,
     allow_nonfinite: bool = False,
 ) -> M:
     """Return the model with the adapter in a file; the format is known by the path's ending.
@@ -47,6 +50,9 @@ def load(
             adapters, which one.
         part: of a file for several models of a diffusion pipeline, which one this is, as diffusers
             names them: "unet", "transformer", "text_encoder", "text_encoder_2", "prior".
+        untie: where the model ties what the file has apart, such as a head and an embedding that
+            PEFT trained as two, give each a Parameter of its own, on the same memory; of an
+            injected model that is an error.
         allow_nonfinite: let A, B and trained weights hold NaN and infinity, otherwise an error.
 
     Raises:
@@ -70,11 +76,14 @@ def load(
         check_model(model)
     else:
         check_new_name(model, found.name)
-    twin = share(model) if fresh else model
+    found = adapter_of_today(found, model)
+    twin, source = share(model) if fresh else model, f"'{os.fspath(path)}'"
+    untied = untie_in(twin, found, source) if untie else False
     program = read_program(twin)
-    fitted = fit(program, found, f"'{os.fspath(path)}'", made_for)
+    fitted = fit(program, found, source, made_for)
     if fresh:
         begin_injection(program)
+        injection(twin).untied = untied
     attach(program, fitted)
     if fresh:
         activate(twin, found.name)

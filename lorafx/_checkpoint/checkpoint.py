@@ -53,13 +53,15 @@ def _nested(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 class Checkpoint:
     """What a checkpoint holds, what to call it in errors, and whether two tensors of it are equal.
 
-    Without `ties` no tensor is tied to one that it does not hold.
+    Without `ties` no tensor is tied to one that it does not hold. `config` is the content of the
+    config.json beside it, if there is one.
     """
 
     label: str
     tensors: Mapping[str, TensorInfo]
     equal: Callable[[str, str], bool]
     ties: Ties | None = None
+    config: Mapping[str, Any] | None = None
 
     def of_shape(self, shape: tuple[int, ...]) -> list[str]:
         """The names of all tensors of a shape."""

@@ -3,6 +3,8 @@
 from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
+
 from .._adapter.adapter import Adapter
 from .._adapter.names import Rename, closest_names, dotted, fitting_renamings, split_block
 from .._errors import MismatchError
@@ -23,7 +25,8 @@ def locate(weighted: WeightedAdapter, checkpoint: Checkpoint) -> dict[str, Locat
     weights = {site: split_block(site)[0] for site in adapter.pairs}  # blocks of rows share one
     weights |= {name: name for name in adapter.trained}
     names = list(dict.fromkeys(weights.values()))
-    complete = _complete_locations(adapter, names, checkpoint)
+    twins = _tied_twins(adapter)
+    complete = _complete_locations(adapter, names, checkpoint, twins)
     if len(complete) > 1:
         first, second = (locations[names[0]].written for locations in complete[:2])
         raise MismatchError(
@@ -37,7 +40,7 @@ def locate(weighted: WeightedAdapter, checkpoint: Checkpoint) -> dict[str, Locat
         # beside a pair, PEFT may save the weight of the head that it is for
         both = {name, owners.setdefault(key, name)}
         expected = adapter.untied and both & adapter.pairs.keys() and both & adapter.trained.keys()
-        if len(both) == 2 and not expected:
+        if len(both) == 2 and not expected and not both <= twins.keys():
             raise MismatchError(
                 f"{weighted.label} has both '{owners[key]}' and '{name}', which are one tensor of "
                 f"{checkpoint.label}, '{key}'.")
@@ -45,7 +48,7 @@ def locate(weighted: WeightedAdapter, checkpoint: Checkpoint) -> dict[str, Locat
 
 
 def _complete_locations(
-    adapter: Adapter, names: Sequence[str], checkpoint: Checkpoint
+    adapter: Adapter, names: Sequence[str], checkpoint: Checkpoint, twins: Mapping[str, list[str]]
 ) -> list[dict[str, Location]]:
     """Each way to find all names: none but the first if they fit as they are."""
     shapes = {}
@@ -62,6 +65,10 @@ def _complete_locations(
             """The tensors that the names become, if all are found."""
             renamed = {name: rename(name) for name in names}
             locations = _locations(renamed, shapes, adapter.trained, checkpoint, ties)
+            for name in twins.keys() - locations.keys():
+                for other in twins[name]:
+                    if other in locations:
+                        locations[name] = locations[other]
             if len(locations) < len(names):
                 return None
             key = tuple(location.written for location in locations.values())
@@ -71,6 +78,19 @@ def _complete_locations(
         if fitting_renamings(names, checkpoint.tensors, written, base_models=of_transformers):
             return list(found.values())
     return []
+
+
+def _tied_twins(adapter: Adapter) -> dict[str, list[str]]:
+    """{trained tensor: others that are equal}, of a tied one that is saved under each name."""
+    twins: dict[str, list[str]] = {}
+    for name, tensor in adapter.trained.items():
+        equal = []
+        for other, found in adapter.trained.items():
+            if other != name and not adapter.untied and torch.equal(tensor, found):
+                equal.append(other)
+        if equal:
+            twins[name] = equal
+    return twins
 
 
 def _missing(

@@ -7,13 +7,14 @@ import contextlib
 import functools
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .._adapter.conversions import ConversionTable
 from .._errors import FormatError
 from .._storage.streams import tensor_bytes
 from .find import MODEL_CONFIG
@@ -40,6 +41,7 @@ def merge_checkpoint(
     base: Path, adapters: Sequence[WeightedAdapter], out: Path, *, dtype: torch.dtype | None = None,
     untie: bool = False, force: bool = False, inputs: Sequence[Path] = (), threads: int = 1,
     progress: bool = False,
+    table: Callable[[Mapping[str, Any]], ConversionTable | None] | None = None,
 ) -> MergeReport:
     """Write to `out` the checkpoint `base` with the adapters folded in, whole or not at all.
 
@@ -59,6 +61,8 @@ def merge_checkpoint(
             (torch.set_num_threads): of some very wide matrices torch's products differ in the last
             bit of a few entries with their number.
         progress: show on stderr how much is written.
+        table: gives transformers' conversions of the tensors of a model with this config.json, for
+            adapters that name them as they are or were in the model.
 
     Raises:
         FormatError, MismatchError, TiedWeightError, ConfigError: `out` is as it was. OSError: as
@@ -66,7 +70,7 @@ def merge_checkpoint(
     """
     began = time.monotonic()
     check_paths(base, out, inputs, force)
-    before, request = _file_states(base), MergeRequest(adapters, dtype, untie)
+    before, request = _file_states(base), MergeRequest(adapters, dtype, untie, table)
     with _threads(threads):
         merge = kind_of(base).prepare(base, request)
         check_kept([job.source for job in merge.jobs], out)

@@ -1,12 +1,14 @@
 """Which tensors of a checkpoint adapters change, and how, by names and shapes: W + sum w s B A."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._adapter.config import FLOATS, factor_dtype
+from .._adapter.conversions import ConversionTable, as_stored
 from .._errors import AdapterError, FormatError, MismatchError
 from .._kernels.addend import Addend
 from .._kernels.weights import rows_of
@@ -18,11 +20,16 @@ from .ties import tied_names, unties
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """What is to be merged: adapters, the dtype to write, if another, and whether to untie."""
+    """What is to be merged: adapters, the dtype to write, if another, and whether to untie.
+
+    `table` gives transformers' conversions of the tensors of a model with this config.json, where
+    they are known.
+    """
 
     adapters: Sequence[WeightedAdapter]
     dtype: torch.dtype | None
     untie: bool
+    table: Callable[[Mapping[str, Any]], ConversionTable | None] | None = None
 
 
 @dataclass
@@ -60,7 +67,8 @@ def plan_merge(request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:
     first_to_train: dict[str, str] = {}
     unties_any, orientations = False, stored_orientations(checkpoint)
     for weighted in request.adapters:
-        adapter, locations = weighted.adapter, locate(weighted, checkpoint)
+        weighted, locations = _found(weighted, checkpoint, request)
+        adapter = weighted.adapter
         for key, source in locations.values():
             if key != source:
                 new[key] = source
@@ -87,6 +95,25 @@ def plan_merge(request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:
         for several in by_site.values():
             change.addends.extend(several)
     return MergePlan(changes, new, unties_any)
+
+
+def _found(
+    weighted: WeightedAdapter, checkpoint: Checkpoint, request: MergeRequest
+) -> tuple[WeightedAdapter, dict[str, Location]]:
+    """An adapter and where its tensors are, by other names if transformers' table has them."""
+    try:
+        return weighted, locate(weighted, checkpoint)
+    except MismatchError:
+        if request.table is None or checkpoint.config is None:
+            raise
+        table = request.table(checkpoint.config)
+        if table is None:
+            raise
+        adapter = as_stored(weighted.adapter, table, checkpoint.tensors)
+        if adapter is weighted.adapter:
+            raise
+        weighted = weighted._replace(adapter=adapter)
+    return weighted, locate(weighted, checkpoint)
 
 
 def _check_trained(

@@ -31,7 +31,7 @@ def checkpoint_of(
         for name, entry in file.entries.items():
             tensors[name] = TensorInfo(entry.shape, DTYPES.get(entry.dtype))
     ties = None if config is None else Ties.of(config)
-    return Checkpoint(f"'{path}'", tensors, functools.partial(same_bytes, files), ties)
+    return Checkpoint(f"'{path}'", tensors, functools.partial(same_bytes, files), ties, config)
 
 
 def plan_file(path: Path, request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:

@@ -44,7 +44,8 @@ def _checkpoint_of(path: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
     for name, tensor in tensors.items():
         known[name] = TensorInfo(tuple(tensor.shape), tensor.dtype)
     config = read_config(path.parent)
-    return Checkpoint(f"'{path}'", known, equal, None if config is None else Ties.of(config))
+    ties = None if config is None else Ties.of(config)
+    return Checkpoint(f"'{path}'", known, equal, ties, config)
 
 
 def _new_tensors(

@@ -15,6 +15,7 @@ from .._checkpoint.layout import WeightedAdapter
 from .._checkpoint.merge import merge_checkpoint
 from .._errors import ConfigError, FormatError
 from .._formats.table import format_of, read_adapter, write_adapter
+from .conversions import table_of
 
 
 def merge(options: argparse.Namespace) -> tuple[int, str]:
@@ -38,7 +39,8 @@ def merge(options: argparse.Namespace) -> tuple[int, str]:
     try:
         done = merge_checkpoint(options.base, adapters, options.output, dtype=dtype,
                                 untie=options.untie, force=options.force, inputs=paths,
-                                threads=options.threads, progress=sys.stderr is not None)
+                                threads=options.threads, progress=sys.stderr is not None,
+                                table=table_of)
     except KeyboardInterrupt:
         if options.base.is_dir():
             raise KeyboardInterrupt("interrupted; the same command goes on.") from None

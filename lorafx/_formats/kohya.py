@@ -19,7 +19,9 @@ from .._adapter.adapter import Adapter, Pair, check_shapes
 from .._adapter.config import LoRAConfig
 from .._errors import FormatError, LorafxError, MismatchError
 from .._graph.modules import LorafxModule, named_modules
+from .._model.older_names import older_names
 from .adapter_file import AdapterFile, Decoded
+from .other_kinds import is_of_other_kind, refuse_other_kinds
 from .pipelines import modules_meant
 
 
@@ -41,7 +43,8 @@ def recognises(file: AdapterFile) -> bool:
     """True if tensors are named as these are; what each holds is not looked at."""
     if file.metadata.get("format") == "lorafx":
         return False
-    return any(_KEY.fullmatch(_of_today(name)) for name in file.tensors)
+    return any(
+        _KEY.fullmatch(_of_today(name)) or is_of_other_kind(name) for name in file.tensors)
 
 
 def _of_today(name: str) -> str:
@@ -56,6 +59,7 @@ def _of_today(name: str) -> str:
 def decode(file: AdapterFile) -> Decoded:
     """Return the adapter in a file; the model tells the names of the modules that are meant."""
     path, model = file.path, file.model
+    refuse_other_kinds(file.tensors, path)
     if model is None:
         raise FormatError(
             f"'{path}' names modules in a form that only the model tells: load it into the model.")
@@ -69,7 +73,8 @@ def decode(file: AdapterFile) -> Decoded:
             modules.append(name)
     shared = _scales_in_metadata(file)
     pairs: dict[str, Pair] = {}
-    for key, name in modules_meant(list(parts), modules, path, file.part).items():
+    older = older_names(model, modules)
+    for key, name in modules_meant(list(parts), modules, path, file.part, older).items():
         if name in pairs:
             raise MismatchError(f"'{path}' has two adapters for '{name}'.")
         pairs[name] = _pair(key, parts[key], shared, path)

@@ -25,24 +25,29 @@ _ABOUT = {
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
     "bias", "modules_to_save", "target_modules", "target_parameters", "init_lora_weights",
-    "fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    "fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "ensure_weight_tying"}
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
 _TYPES: dict[str, tuple[type, ...]] = {  # a list is of strings
     "rank_pattern": (dict,), "alpha_pattern": (dict,), "modules_to_save": (list,),
     "target_parameters": (list,), "target_modules": (list, str), "exclude_modules": (list, str),
-    "layers_pattern": (list, str), "use_rslora": (bool,), "fan_in_fan_out": (bool,)}
+    "layers_pattern": (list, str), "use_rslora": (bool,), "fan_in_fan_out": (bool,),
+    "ensure_weight_tying": (bool,)}
 
 
-def parse_config(content: bytes, path: Path) -> dict[str, Any]:
-    """Return the config that a file holds; FormatError for an entry that is not understood."""
+def parse_config(content: bytes, path: Path, count: int) -> dict[str, Any]:
+    """Return the config that a file holds; FormatError for an entry that is not understood.
+
+    There are so many tensors beside it.
+    """
     try:
         config = dict(json.loads(content.decode()))
     except (ValueError, TypeError, RecursionError) as error:
         raise FormatError(
             f"'{path}' is missing or damaged: {type(error).__name__}: {error}.") from error
     if config.get("peft_type") != "LORA":
-        raise FormatError(f"'{path}' is for PEFT's {short_repr(config.get('peft_type'))}; lorafx "
-                          "reads 'LORA'.")
+        raise FormatError(f"'{path}' is for PEFT's {short_repr(config.get('peft_type'))}, as all "
+                          f"of the {count} tensors beside it are: lorafx reads 'LORA'.")
     for name, value in config.items():
         if name not in _ABOUT | _READ and value not in (None, False, 0, [], {}, ""):
             raise FormatError(f"'{path}' asks for {short_repr(name)[1:-1]}={short_repr(value)}, "

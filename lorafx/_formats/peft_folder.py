@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .._errors import ConfigError, FormatError
 from .._storage.files import read_metadata, read_pickle, read_safetensors
+from .other_kinds import refuse_adapterhub, refuse_other_kinds
 from .peft_config import ADAPTER_CONFIG, bytes_digest, config_digest, parse_config
+from .peft_names import named_as_saved
 
 
-PREFIX = "base_model.model."  # of every tensor's name
 TENSORS, OLD = "adapter_model.safetensors", "adapter_model.bin"
 FILES = (ADAPTER_CONFIG, TENSORS, OLD)
 
@@ -86,10 +87,12 @@ def read_files(folder: Path, file: str | None) -> PeftFiles:
     """Return what a folder holds of one save; `file` names that of the tensors, else the newer."""
     while True:
         content, version = _content(folder / ADAPTER_CONFIG)
+        refuse_adapterhub(content, folder)
         path, tensors, header = _tensors(folder, file)
-        config = _config(content, folder / ADAPTER_CONFIG, header, path)
+        refuse_other_kinds(tensors, path)
+        config = _config(content, folder / ADAPTER_CONFIG, header, path, len(tensors))
         if config is not None:
-            return PeftFiles(config, path, tensors)
+            return PeftFiles(config, path, named_as_saved(tensors, path))
         # else another process has saved meanwhile
         if _content(folder / ADAPTER_CONFIG)[1] == version:
             raise FormatError(f"'{path}' was not written together with the {ADAPTER_CONFIG} beside "
@@ -110,25 +113,19 @@ def _tensors(folder: Path, file: str | None) -> tuple[Path, dict[str, Tensor], d
         raise FormatError(f"'{path}' is of an older adapter than {TENSORS} and {ADAPTER_CONFIG} "
                           f"beside it: load '{newer}'.")
     tensors, header = read_safetensors(path) if path.name == TENSORS else (read_pickle(path), {})
-    found = {}
-    for name, tensor in tensors.items():
-        if not name.startswith(PREFIX):
-            raise FormatError(f"'{path}' has a tensor '{name}', which does not begin with "
-                              f"'{PREFIX}' as PEFT's do.")
-        found[name.removeprefix(PREFIX)] = tensor
-    return path, found, header
+    return path, tensors, header
 
 
 def _config(
-    content: bytes, path: Path, header: Mapping[str, str], tensors: Path
+    content: bytes, path: Path, header: Mapping[str, str], tensors: Path, count: int
 ) -> dict[str, Any] | None:
-    """The config that belongs to tensors with this header; None if it is not known.
+    """The config that belongs to so many tensors with this header; None if it is not known.
 
     That in the header is meant where saving ended before the config beside it was replaced.
     """
     if header.get(BEFORE) == bytes_digest(content):
         content, path = header.get(WHOLE, "").encode(), tensors
-    config = parse_config(content, path)
+    config = parse_config(content, path, count)
     digest = config_digest(config)
     return config if header.get(DIGEST, digest) == digest else None
 

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter, Pair, StoredWeight, check_shapes
-from .._adapter.names import dotted, renaming
+from .._adapter.names import dotted
 from .._errors import FormatError
 from .._graph.modules import users_modules
+from .._model.older_names import renaming_here
 from .adapter_file import AdapterFile, Decoded
 from .peft_config import (
     check_complete, is_saved, is_target, lora_config, parameters_of, rank_and_scale, with_heads
 )
-from .peft_folder import PREFIX, PeftFiles, find_adapter, read_files
+from .peft_folder import PeftFiles, find_adapter, read_files
+from .peft_names import PREFIX, without_repeated_prefix
 
 
 def decode(file: AdapterFile) -> Decoded:
@@ -34,7 +36,8 @@ def decode(file: AdapterFile) -> Decoded:
 
 
 def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
-    path, tensors = files.path, files.tensors
+    modules = {} if model is None else users_modules(model)
+    path, tensors = files.path, without_repeated_prefix(files.tensors, modules, files.path)
     config = with_heads(files.config)
     keys: dict[str, HalfName] = {}
     for name in tensors:
@@ -43,8 +46,7 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
             keys[name] = key
     halves = _halves(keys, tensors, path)
     adapted = {key.module for key in keys.values()}
-    modules = {} if model is None else users_modules(model)
-    here = renaming(sorted(adapted), modules)
+    here = renaming_here(sorted(adapted), model)
     attentions = set()
     for name, key in keys.items():
         if ".base_layer.out_proj." in name:
@@ -64,7 +66,8 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
     check_complete(config, {here(module) for module in adapted}, modules,
                    [name.replace(".base_layer.", ".") for name in others], path)
     return Adapter("default", lora_config(config, pairs, trained), pairs, trained, stored,
-                   untied=True, says_transposed=bool(config.get("fan_in_fan_out")))
+                   untied=not config.get("ensure_weight_tying"),
+                   says_transposed=bool(config.get("fan_in_fan_out")))
 
 
 class HalfName(NamedTuple):
@@ -76,12 +79,7 @@ class HalfName(NamedTuple):
 
 
 def _parse_key(name: str) -> HalfName | None:
-    """What a name says if it is of half of a pair; raises for what is not part of a linear call."""
-    other = re.search(r"\.(lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias)\b", name)
-    if other is not None:
-        kinds = {"lora_m": "DoRA", "lora_B": "lora_bias=True"}
-        kind = kinds.get(other[1][:6], "an adapter of an embedding")
-        raise FormatError(f"'{PREFIX}{name}' is part of {kind}, which lorafx does not support.")
+    """What a name says if it is of half of a pair."""
     match = re.fullmatch(r"(.+?)((?:\.base_layer)*)\.lora_([AB])\.weight", name)
     if match is None:
         return None

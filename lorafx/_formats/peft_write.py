@@ -17,7 +17,8 @@ from .._graph.modules import submodule, users_modules
 from .._storage.safetensors_files import safetensors_bytes
 from .adapter_file import INSTEAD, Destination
 from .peft_config import ADAPTER_CONFIG, bytes_digest, config_digest
-from .peft_folder import BEFORE, DIGEST, PREFIX, TENSORS, WHOLE
+from .peft_folder import BEFORE, DIGEST, TENSORS, WHOLE
+from .peft_names import PREFIX
 from .peft_pairs import PeftPair, as_matrices, conv1d, peft_pairs
 
 

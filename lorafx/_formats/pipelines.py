@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,16 +40,18 @@ PREFIXES = {
 
 
 def modules_meant(
-    keys: Sequence[str], modules: Sequence[str], path: Path, part: str | None
+    keys: Sequence[str], modules: Sequence[str], path: Path, part: str | None,
+    older: Mapping[str, str],
 ) -> dict[str, str]:
     """Return {name in a file: the one module of this model that it means}, for one part.
 
-    Without a part all names are meant, and have one prefix or none.
+    Without a part all names are meant, and have one prefix or none. `older` are the names that some
+    modules had before.
     """
     if part is not None:
         keys = _keys_of(part, keys, path)
     candidates: dict[str, set[str]] = defaultdict(set)
-    written = [*zip(modules, modules), *_numbered_names(modules).items()]
+    written = [*zip(modules, modules), *_numbered_names(modules).items(), *older.items()]
     for prefix, separator in _fitting(keys, part):
         for name, other in written:
             candidates[prefix + other.replace(".", separator)].add(name)

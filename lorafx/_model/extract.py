@@ -63,7 +63,7 @@ def extract_here(model: nn.Module, adapter: str) -> Adapter:
                 stored[site] = StoredWeight(shape, branch.transposed, start)
         whole = trained_whole(model, adapter)
         trained = {name: gathered(_value(model, adapter, name)) for name in whole}
-    return Adapter(adapter, config, pairs, trained, stored)
+    return Adapter(adapter, config, pairs, trained, stored, untied=injection(model).untied)
 
 
 def _value(model: nn.Module, adapter: str, name: str) -> Tensor:

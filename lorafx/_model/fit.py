@@ -46,7 +46,7 @@ def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -
         if adapter.untied and site.aliases:
             other = next(other for other in site.names if other != name)
             raise MismatchError(f"{source} adapts '{name}' alone, but in this model its weight is "
-                                f"that of '{other}' too: untie them first.")
+                                f"that of '{other}' too: load it with untie=True.")
         weight = program.weight(site)
         dtype = factor_dtype(adapter.config, weight)
         device = program.home(site, has_values=True)
@@ -112,9 +112,11 @@ def _fit_trained(
                 if parameter is base[name] and other != name]
         if untied and tied:
             raise MismatchError(f"{source} has a '{name}' of its own, but in this model that is "
-                                f"tied to '{tied[0]}': untie them first.")
+                                f"tied to '{tied[0]}': load it with untie=True.")
         other = names.setdefault(id(base[name]), name)
         if other is not name:
+            if not untied and other in tensors and torch.equal(tensors[other], tensor):
+                continue  # a tied tensor, saved under each of its names
             raise MismatchError(f"{source} has a trained '{name}', which in this model is the "
                                 f"weight of '{other}', that it has too.")
         fitted[name] = tensor

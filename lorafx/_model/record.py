@@ -26,6 +26,7 @@ class Injection:
     group: bool  # True if linear calls that share an input are computed together
     fingerprint: str  # of the base's sites
     recompute: bool = True  # False if inputs of linear calls are always kept for backward
+    untied: bool = False  # True if tensors that the base ties have places of their own here
     configs: dict[str, LoRAConfig] = dataclasses.field(default_factory=dict)
     active: dict[str, float] = dataclasses.field(default_factory=dict)
     disabled: int = 0

@@ -136,7 +136,7 @@ WRONG = {
     ),
     "a convolution": (
         Net, halves("lora_unet_down_blocks_0_to_q", (2, 4, 3, 3)), lorafx.FormatError,
-        "a convolution, which lorafx does not support"
+        "adapts 1 of its 1 weights as convolutions"
     ),
     "several networks": (
         Net, halves("lora_te1_down_blocks_0_to_q") | halves("lora_te2_down_blocks_1_to_q"),

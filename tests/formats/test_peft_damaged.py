@@ -27,14 +27,15 @@ def key_with(name, shape=(1,)):
 
 WRONG = {
     "dora": (
-        key_with("head.lora_magnitude_vector"), "is part of DoRA, which lorafx does not support"
+        key_with("head.lora_magnitude_vector"),
+        "adapts 1 of its 1 weights by DoRA, such as 'base_model.model.head', which lorafx does not"
     ),
     "embedding": (
         key_with("emb.lora_embedding_A"),
-        "is part of an adapter of an embedding, which lorafx does not"
+        "adapts 1 of its 2 weights as embeddings, such as 'base_model.model.emb', which lorafx"
     ),
     "lora bias": (
-        key_with("head.lora_B.bias"), "is part of lora_bias=True, which lorafx does not support"
+        key_with("head.lora_B.bias"), r"1 of its 1 weights by LoRA with a bias \(lora_bias\), such"
     ),
     "option": (config_with(use_dora=True), "asks for use_dora=True, which lorafx does not support"),
     "unknown": (
@@ -44,7 +45,7 @@ WRONG = {
         config_with(init_lora_weights="pissa"),
         "init_lora_weights='pissa', which changes the base's weights"
     ),
-    "kind": (config_with(peft_type="IA3"), "is for PEFT's 'IA3'; lorafx reads 'LORA'"),
+    "kind": (config_with(peft_type="IA3"), "is for PEFT's 'IA3', as all of the . tensors"),
     "rank": (config_with(r=5), "has rank 2 at 'head', but its config says 5"),
     "half": (
         lambda t, c: t.pop("base_model.model.head.lora_A.weight"),
@@ -90,11 +91,7 @@ WRONG = {
         lambda t, c: t.update(
             {f"base_model.model.head.lora_{h}.weight": torch.zeros(2, 2, 1, 1) for h in "AB"}
         ),
-        "adapts 'head', a convolution, which lorafx does not"
-    ),
-    "tied": (
-        config_with(ensure_weight_tying=True),
-        "asks for ensure_weight_tying=True, which lorafx does not"
+        "adapts 1 of its 1 weights as convolutions, such as 'base_model.model.head', which"
     ),
     "parameters": (
         config_with(target_parameters="x"), "has target_parameters='x', which PEFT does not mean"

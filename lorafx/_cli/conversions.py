@@ -1,0 +1,30 @@
+"""transformers' table of conversions for a checkpoint, of which only the config is here."""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .._adapter.conversions import ConversionTable
+from .._model.older_names import conversion_table
+
+
+def table_of(config: Mapping[str, Any]) -> ConversionTable | None:
+    """Return the table of the model that a config.json is of; None where transformers has none.
+
+    The model is made without memory, and no code but that of transformers is run for it.
+    """
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or importlib.util.find_spec("transformers") is None:
+        return None
+    transformers = importlib.import_module("transformers")
+    for name in architectures:
+        cls = getattr(transformers, str(name), None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            made: Any = cls
+            with torch.device("meta"):
+                model = made(made.config_class.from_dict(dict(config)))
+            return conversion_table(model)
+    return None
