@@ -165,14 +165,11 @@ def read_adapter(
     `model` and `alpha` help where a format does not tell all by itself.
     """
     path = Path(path)
-    rows = _accepting(path)
-    if not path.exists():
-        raise FormatError(f"There is no file '{path}'.")
     under = ""
     try:
-        file = AdapterFile(path, *rows[0].read(path), name, model, part, alpha)
+        row, file = _recognised(path)
         under = file.metadata.get(_UNDER, "") if path.is_file() else ""
-        row = next((row for row in rows if row.recognises(file)), rows[-1])
+        file = dataclasses.replace(file, adapter=name, model=model, part=part, alpha=alpha)
         if part is not None and not row.has_parts:
             raise FormatError(f"'{path}' is a {row.name} file, of which nothing is a pipeline's "
                               f"{part!r}: leave out part=....")
@@ -191,6 +188,20 @@ def read_adapter(
             raise
         raise FormatError(f"Under {under!r}, {error}") from error
     return decoded
+
+
+def format_read(path: Path) -> Format:
+    """Return the format in which a path is read."""
+    return _recognised(path)[0]
+
+
+def _recognised(path: Path) -> tuple[Format, AdapterFile]:
+    """The format of a path and what is in it; FormatError if that cannot be read."""
+    rows = _accepting(path)
+    if not path.exists():
+        raise FormatError(f"There is no file '{path}'.")
+    file = AdapterFile(path, *rows[0].read(path))
+    return next((row for row in rows if row.recognises(file)), rows[-1]), file
 
 
 def _accepting(path: Path) -> list[Format]:

@@ -104,8 +104,8 @@ def _rows(file: AdapterFile, site: str, count: int, length: int) -> Rows:
         raise FormatError(
             f"'{file.path}' has at '{site}' the A and B of {count} of the matrices that it joins, "
             f"{length} rows in all, and does not say which rows they are: keep litgpt's "
-            "hyperparameters.yaml and model_config.yaml beside it; or fill lora_A and lora_B up with "
-            "zeros for the others, (rank of each, in) and (rows of each, rank).")
+            "hyperparameters.yaml and model_config.yaml beside it; or fill lora_A and lora_B up "
+            "with zeros for the others, (rank of each, in) and (rows of each, rank).")
     return rows
 
 
