@@ -24,7 +24,8 @@ def model_of(base: Path) -> nn.Module:
     checkpoint = _checkpoint(base)
     if True in stored_orientations(checkpoint):
         raise FormatError(f"'{base}' stores weights as (in, out), which only the model itself "
-                          "tells apart: lorafx.load the adapter into it, and lorafx.save it from there.")
+                          "tells apart: lorafx.load the adapter into it, and lorafx.save it from "
+                          "there.")
     model = nn.Module()
     for name, (shape, dtype) in checkpoint.tensors.items():
         owner, _, attribute = name.rpartition(".")

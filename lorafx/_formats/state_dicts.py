@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .._adapter.adapter import Adapter, Pair, check_shapes
-from .._adapter.config import LoRAConfig
+from .._adapter.config import LoRAConfig, short_repr
 from .._adapter.names import dotted, site_name
 from .._errors import FormatError
 from .._kernels.private import storage_key
@@ -124,15 +124,16 @@ def _tensors_of_shards(folder: Path, index: str) -> dict[str, Tensor]:
         raise FormatError(f"'{folder / index}' has no weight_map of tensors to files.")
     names = names_in(places)
     for name in names:
-        if not isinstance(places[name], str) or Path(places[name]).name != places[name]:
-            raise FormatError(f"'{folder / index}' has '{name}' in {places[name]!r}, which is not "
-                              "a file in its folder.")
+        shard = places[name]
+        if not (isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard):
+            raise FormatError(f"'{folder / index}' has {short_repr(name)} in {short_repr(shard)}, "
+                              "which is not a file in its folder.")
     tensors: dict[str, Tensor] = {}
     for shard in dict.fromkeys(places[name] for name in names):
         tensors |= _tensors_of_file(folder / shard)
     if tensors.keys() != set(names):
-        name = min(tensors.keys() ^ set(names))
-        raise FormatError(f"'{folder / index}' and its shards do not both have '{name}'.")
+        name = short_repr(min(tensors.keys() ^ set(names)))
+        raise FormatError(f"'{folder / index}' and its shards do not both have {name}.")
     return tensors
 
 

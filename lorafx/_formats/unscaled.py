@@ -123,4 +123,4 @@ def _alpha(file: AdapterFile, rank: int) -> float:
             return float(alpha)
     raise FormatError(
         f"'{file.path}' holds A and B without their scale, alpha / rank, as torchtune, litgpt and "
-        "loralib write them: name the alpha of its training, load(..., alpha=16).")
+        "loralib write them: name the alpha of its training, load(..., alpha=16) or --alpha 16.")
