@@ -37,9 +37,12 @@ CONVERT = """\
 examples:
   lorafx convert french.safetensors french_512.pth
   lorafx convert french_512.pth french.safetensors
+  lorafx convert peft_folder sdxl.safetensors --format kohya --base unet/model.safetensors
+  lorafx convert lit_model.pth.lora french.safetensors --alpha 16
 
-The optimizer and step of a training run are kept from .safetensors to .safetensors; other formats
-hold none, and a line says so.
+--base says what a format leaves to the model: the names of layers (kohya-ss, diffusers) and their
+kinds (PEFT, MLX). The optimizer and step of a training run are kept from .safetensors to
+.safetensors; other formats hold none, and a line says so.
 """
 DIFF = """\
 examples:
@@ -128,6 +131,15 @@ def _add_show_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", type=_path, metavar="IN")
     parser.add_argument("output", type=_path, metavar="OUT")
+    parser.add_argument("--format", metavar="NAME",
+                        help="diffusers, kohya or mlx, where OUT's ending does not say it")
+    parser.add_argument("--base", type=_path, metavar="BASE",
+                        help="its base, a .safetensors file or a Hugging Face folder")
+    parser.add_argument("--part", metavar="PART",
+                        help="of a diffusion pipeline, such as unet or text_encoder_2")
+    parser.add_argument("--adapter", metavar="NAME", help="which one, where IN has several")
+    parser.add_argument("--alpha", type=_finite, metavar="X",
+                        help="of IN, where that does not keep it (torchtune, litgpt, loralib)")
     parser.add_argument("--force", action="store_true", help="replace OUT")
 
 
@@ -185,6 +197,16 @@ def _thread_count(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"'{text}' is not a whole number from 1 to {MAX_THREADS}")
     return int(text)
+
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
+    return number
 
 
 def _tolerance(text: str) -> float:

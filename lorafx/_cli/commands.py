@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -9,12 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from .._adapter.adapter import Adapter
 from .._adapter.compare import adapters_equal, describe, difference
 from .._checkpoint.layout import WeightedAdapter
 from .._checkpoint.merge import merge_checkpoint
 from .._errors import ConfigError, FormatError
-from .._formats.table import format_of, read_adapter, write_adapter
+from .._formats.table import format_of, format_read, read_adapter, write_adapter
+from .._model.attach import attach, begin_injection
+from .._model.extract import extract
+from .._model.fit import fit
+from .._model.program import read_program
+from .base import model_of
 from .conversions import table_of
 
 
@@ -54,7 +62,7 @@ def merge(options: argparse.Namespace) -> tuple[int, str]:
 def show(options: argparse.Namespace) -> tuple[int, str]:
     """Describe an adapter: its sites, ranks, scales, shapes, and the norms of what it adds."""
     description = describe(*read_adapter(options.file))
-    format_name = format_of(options.file).name
+    format_name = format_read(options.file).name
     if options.json:
         return 0, _json({"file": str(options.file), "format": format_name, **description})
     sites, trained = description["sites"], description["trained"]
@@ -79,8 +87,16 @@ def show(options: argparse.Namespace) -> tuple[int, str]:
 
 def convert(options: argparse.Namespace) -> tuple[int, str]:
     """Write an adapter in the format of another path, and report what that format cannot hold."""
-    adapter, base = read_adapter(options.input)
-    row = format_of(options.output)
+    row = format_of(options.output, options.format)
+    part = options.part if format_read(options.input).has_parts else None
+    if options.part is not None and not (part or row.has_parts):
+        raise FormatError(f"neither '{options.input}' nor '{options.output}' is of a pipeline: "
+                          "leave out --part.")
+    model = None if options.base is None else model_of(options.base)
+    adapter, base = read_adapter(
+        options.input, options.adapter, model, part=part, alpha=options.alpha)
+    if model is not None:
+        adapter = _fitted(adapter, model, options)
     if options.output.exists() and not options.force:
         raise FormatError(f"'{options.output}' is there already: choose another path, or replace "
                           "it with --force.")
@@ -89,9 +105,26 @@ def convert(options: argparse.Namespace) -> tuple[int, str]:
         adapter = dataclasses.replace(adapter, training=None)
         note = ("; the optimizer and step of its training are left out, as that format keeps "
                 "none")
-    write_adapter(adapter, options.output, None, base)
+    write_adapter(adapter, options.output, model, base, options.format,
+                  options.part if row.has_parts else None)
     count = _count(len(adapter.pairs), "site")
     return 0, f"{options.output}: adapter '{adapter.name}' ({row.name}), {count}{note}"
+
+
+def _fitted(adapter: Adapter, model: nn.Module, options: argparse.Namespace) -> Adapter:
+    """An adapter as this model has it, its A and B in the dtype that they have."""
+    factors = [factor for A, B, _ in adapter.pairs.values() for factor in (A, B)]
+    dtype = functools.reduce(torch.promote_types, {factor.dtype for factor in factors})
+    exact = dataclasses.replace(
+        adapter, config=dataclasses.replace(adapter.config, dtype=dtype))
+    program = read_program(model)
+    fitted = fit(program, exact, f"'{options.input}'", None)
+    begin_injection(program)
+    attach(program, fitted)
+    found = extract(model, adapter.name)
+    same = found.pairs.keys() == adapter.pairs.keys()
+    return dataclasses.replace(
+        found, config=adapter.config, training=adapter.training if same else None)
 
 
 def diff(options: argparse.Namespace) -> tuple[int, str]:

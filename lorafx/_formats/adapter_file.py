@@ -18,8 +18,8 @@ class AdapterFile:
     """A path to load from: the tensors and the metadata of a file, neither of a folder.
 
     `adapter` is the name that was asked for, which chooses among several adapters of one folder,
-    `model` what the adapter is loaded into, and `part` which part of a pipeline that is; all may be
-    unknown.
+    `model` what the adapter is loaded into, `part` which part of a pipeline that is, and `alpha`
+    that of a file which does not keep it; all may be unknown.
     """
 
     path: Path
@@ -28,6 +28,7 @@ class AdapterFile:
     adapter: str | None = None
     model: nn.Module | None = None
     part: str | None = None
+    alpha: float | None = None
 
 
 class Decoded(NamedTuple):

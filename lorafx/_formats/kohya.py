@@ -9,7 +9,7 @@ it as it is, after `unet.`.
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,13 @@ def recognises(file: AdapterFile) -> bool:
     """True if tensors are named as these are; what each holds is not looked at."""
     if file.metadata.get("format") == "lorafx":
         return False
-    return any(
-        _KEY.fullmatch(_of_today(name)) or is_of_other_kind(name) for name in file.tensors)
+    return bool(names_in(file.tensors))
+
+
+def names_in(names: Collection[str]) -> Collection[str]:
+    """Return all names if some are of such a file, else none."""
+    is_one = any(_KEY.fullmatch(_of_today(name)) or is_of_other_kind(name) for name in names)
+    return names if is_one else []
 
 
 def _of_today(name: str) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter
 from .._errors import ConfigError
-from .._graph.modules import submodule
+from .._graph.modules import submodule, users_modules
 from .._storage.safetensors_files import safetensors_bytes
 from .adapter_file import INSTEAD, Destination
 from .peft_pairs import PeftPair, conv1d, peft_pairs
@@ -34,10 +34,12 @@ def diffusers(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
 
 def kohya(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
     """Return {file name: content} as kohya's scripts and what understands them name modules."""
-    pairs, _ = _pairs(adapter, destination)
+    pairs, model = _pairs(adapter, destination)
+    keys = in_kohyas_file([pair.name for pair in pairs], users_modules(model),
+                          destination.part or "unet")
     tensors: dict[str, Tensor] = {}
     for name, _, _, (A, B, scale) in pairs:
-        key = in_kohyas_file(name, destination.part or "unet")
+        key = keys[name]
         tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = A, B
         tensors[f"{key}.alpha"] = torch.tensor(float(scale * A.shape[0]))
     ranks = {pair.pair.A.shape[0] for pair in pairs}

@@ -2,6 +2,7 @@
 
 import io
 from collections import defaultdict
+from collections.abc import Collection
 
 import torch
 
@@ -33,6 +34,12 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     return {destination.path.name: buffer.getvalue()}
+
+
+def names_in(names: Collection[str]) -> Collection[str]:
+    """Return all names if some are of such a file, else none."""
+    halves = tuple(f"lora.{half}.weight" for half in "AB")
+    return names if any(f".{name}".endswith(halves) for name in names) else []
 
 
 def decode(file: AdapterFile) -> Decoded:

@@ -116,40 +116,55 @@ def _refuse(
     raise MismatchError(f"'{path}' has an adapter at '{key}', which {which}.")
 
 
-_ATTENTION = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.(.+)")
+_IN_BLOCK = re.compile(
+    r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(attentions|resnets)\.(\d+)\.(.+)")
 _LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(?:resnets\.\d+\.conv1|downsamplers\.\d+\.conv)")
+# What else than attentions has linear layers, and their names there.
+_OF_RESNETS = {"time_emb_proj": "emb_layers.1"}
+_OF_SDXL = "add_embedding.linear_1"
+_OUTSIDE = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+            "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 
 
 def _numbered_names(modules: Iterable[str]) -> dict[str, str]:
-    """{module in an attention of diffusers' U-Net: its name where blocks are numbered in a row}.
+    """{linear layer in diffusers' U-Net: its name where blocks are numbered in a row}.
 
     So Stability's code names them, and kohya for SDXL. The first input block is a convolution; each
     resnet begins a block, and so does what changes the size of the input. In a block the attention
-    comes second.
+    comes second; the middle has a resnet on both sides of it.
     """
     blocks: dict[tuple[str, int], int] = defaultdict(int)
-    found: dict[str, str] = {}
-    attentions: list[tuple[str, re.Match[str]]] = []
+    found = {name: other for name, other in _OUTSIDE.items() if name in modules}
+    inside: list[tuple[str, re.Match[str]]] = []
     for name in modules:
-        level, attention = _LEVEL.fullmatch(name), _ATTENTION.fullmatch(name)
+        level, layer = _LEVEL.fullmatch(name), _IN_BLOCK.fullmatch(name)
         if level is not None:
             blocks[level[1], int(level[2])] += 1
-        if attention is not None:
-            attentions.append((name, attention))
-    for name, attention in attentions:
-        side, depth, number, rest = attention.groups()
+        if layer is not None and (layer[3] == "attentions" or layer[5] in _OF_RESNETS):
+            inside.append((name, layer))
+    for name, layer in inside:
+        side, depth, kind, number, rest = layer.groups()
+        attends = kind == "attentions"
+        rest = rest if attends else _OF_RESNETS[rest]
         if side is None:
-            found[name] = f"middle_block.1.{rest}"
+            found[name] = f"middle_block.{2 * int(number) + attends}.{rest}"
             continue
         before = sum(blocks[side, level] for level in range(int(depth)))
         kind, first = ("input", 1) if side == "down" else ("output", 0)
-        found[name] = f"{kind}_blocks.{first + before + int(number)}.1.{rest}"
+        place = first + before + int(number)
+        found[name] = f"{kind}_blocks.{place}.{int(attends)}.{rest}"
     return found
 
 
-def in_kohyas_file(name: str, part: str) -> str:
-    """Return what kohya calls a module of a part."""
+def in_kohyas_file(names: Iterable[str], modules: Collection[str], part: str) -> dict[str, str]:
+    """Return {name of a module of a part: what kohya calls it}.
+
+    It numbers blocks in a row where the U-Net is given the size of images too, as SDXL's.
+    """
     for prefix, said in PREFIXES.items():
         if part in said.parts and said.separator == "_":
-            return prefix + name.replace(".", said.separator)
-    raise ConfigError(f"kohya's files have no part {part!r}")
+            break
+    else:
+        raise ConfigError(f"kohya's files have no part {part!r}")
+    numbered = _numbered_names(modules) if _OF_SDXL in modules else {}
+    return {name: prefix + numbered.get(name, name).replace(".", "_") for name in names}

@@ -5,7 +5,7 @@ To add a format, write its `decode` and, if it is written too, its `encode`, and
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from .._adapter.adapter import Adapter, check_finite, validate
 from .._errors import ConfigError, FormatError
 from .._storage.durable import write_folder, write_whole
-from .._storage.files import read_pickle, read_safetensors
+from .._storage.files import read_part, read_safetensors
 from . import (
-    kohya, kohya_write, minimind, mlx, native, peft_folder, peft_read, peft_write
+    kohya, kohya_write, minimind, mlx, native, peft_folder, peft_read, peft_write, state_dicts,
+    unscaled
 )
 from .adapter_file import INSTEAD, AdapterFile, Decoded, Destination
 
@@ -40,6 +41,7 @@ class Format:
     folder: Callable[[Path, str], Path] | None = None
     keeps_training: bool = False
     has_parts: bool = False  # of a pipeline, of which each is for a model of its own
+    keeps_scale: bool = True
     # by which `save(format=...)` asks for it; not written otherwise, as its paths are another's
     asked_for_as: str = ""
 
@@ -48,38 +50,64 @@ def _ends_in(*endings: str) -> Callable[[Path], bool]:
     return lambda path: path.suffix.lower() in endings
 
 
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors; of a model's state_dict, what is an adapter's."""
+    return read_safetensors(
+        path, lambda names, metadata: state_dicts.names_in_file(names, metadata) or names)
+
+
 def _read_torch_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    return read_pickle(path), {}
+    """The same of a dict in a file, and where it is found in a checkpoint that holds others."""
+    tensors, keys = read_part(path, _chosen_names)
+    return tensors, {_UNDER: keys}
 
 
-def _read_nothing(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Of a folder, whose files `decode` reads."""
-    return {}, {}
+def _chosen_names(names: Collection[str]) -> Collection[str]:
+    """The names of adapters' tensors in a dict, of whatever format; none if it is no adapter's."""
+    known = (unscaled.names_in, minimind.names_in, kohya.names_in)
+    return state_dicts.names_in(names) or next(filter(None, (of(names) for of in known)), [])
 
 
-_MLX = Format("MLX", "a folder", peft_folder.is_folder, _read_nothing, mlx.decode, mlx.encode,
-              recognises=mlx.recognises, folder=lambda path, adapter: path, asked_for_as="mlx")
-_PEFT = Format("PEFT", "a folder", peft_folder.is_folder, _read_nothing, peft_read.decode,
-               peft_write.encode, folder=peft_folder.folder_of)
+_UNDER = "under"  # in metadata, the keys of the dict that a torch file's tensors are from
+
+
+_MLX = Format("MLX", "a folder", peft_folder.is_folder, state_dicts.read_folder, mlx.decode,
+              mlx.encode, recognises=mlx.recognises, folder=lambda path, adapter: path,
+              asked_for_as="mlx")
+_MODEL_FOLDER = Format("a model's folder", "a folder", peft_folder.is_folder,
+                       state_dicts.read_folder, state_dicts.decode,
+                       recognises=state_dicts.recognises)
+_PEFT = Format("PEFT", "a folder", peft_folder.is_folder, state_dicts.read_folder,
+               peft_read.decode, peft_write.encode, folder=peft_folder.folder_of)
+_TORCH = (".pth", ".pt", ".bin", ".ckpt")
 
 FORMATS = (
     _MLX,
+    _MODEL_FOLDER,
     _PEFT,
-    Format("kohya-ss or diffusers", "*.safetensors", _ends_in(".safetensors"), read_safetensors,
+    Format("a model's state_dict", "*.safetensors", _ends_in(".safetensors"), _read_safetensors,
+           state_dicts.decode, recognises=state_dicts.recognises),
+    Format("kohya-ss or diffusers", "*.safetensors", _ends_in(".safetensors"), _read_safetensors,
            kohya.decode, recognises=kohya.recognises, has_parts=True),
-    Format("diffusers", "*.safetensors", _ends_in(".safetensors"), read_safetensors,
+    Format("diffusers", "*.safetensors", _ends_in(".safetensors"), _read_safetensors,
            kohya.decode, kohya_write.diffusers, recognises=kohya.recognises, has_parts=True,
            asked_for_as="diffusers"),
-    Format("kohya-ss", "*.safetensors", _ends_in(".safetensors"), read_safetensors,
+    Format("kohya-ss", "*.safetensors", _ends_in(".safetensors"), _read_safetensors,
            kohya.decode, kohya_write.kohya, recognises=kohya.recognises, has_parts=True,
            asked_for_as="kohya"),
+    Format("a model's state_dict", "*.pth, *.pt, *.bin or *.ckpt", _ends_in(*_TORCH),
+           _read_torch_file, state_dicts.decode, recognises=state_dicts.recognises),
+    Format("torchtune, litgpt or loralib", "*.pth, *.pt, *.bin, *.ckpt or *.lora",
+           _ends_in(*_TORCH, ".lora"), _read_torch_file, unscaled.decode,
+           recognises=unscaled.recognises, keeps_scale=False),
     Format("diffusers before 0.22", "*.bin", _ends_in(".bin"), _read_torch_file, kohya.decode,
            has_parts=True),
-    Format("lorafx", "*.safetensors", _ends_in(".safetensors"), read_safetensors,
+    Format("lorafx", "*.safetensors", _ends_in(".safetensors"), _read_safetensors,
            native.decode, native.encode, keeps_training=True),
     Format("MiniMind", "*.pth or *.pt", _ends_in(".pth", ".pt"), _read_torch_file,
            minimind.decode, minimind.encode),
     dataclasses.replace(_MLX, form="an existing folder of any name", accepts=Path.is_dir),
+    dataclasses.replace(_MODEL_FOLDER, form="an existing folder of any name", accepts=Path.is_dir),
     dataclasses.replace(_PEFT, form="an existing folder of any name", accepts=Path.is_dir),
 )
 
@@ -129,30 +157,51 @@ def write_adapter(
 
 def read_adapter(
     path: str | os.PathLike[str], name: str | None = None, model: nn.Module | None = None,
-    allow_nonfinite: bool = False, part: str | None = None,
+    allow_nonfinite: bool = False, part: str | None = None, alpha: float | None = None,
 ) -> Decoded:
     """Return the adapter in a file, all of it checked, and its base's fingerprint if it is kept.
 
     `name` chooses among several adapters of one folder, `part` among those of a pipeline's parts;
-    `model` helps where a format does not tell all by itself.
+    `model` and `alpha` help where a format does not tell all by itself.
     """
     path = Path(path)
-    rows = _accepting(path)
-    if not path.exists():
-        raise FormatError(f"There is no file '{path}'.")
+    under = ""
     try:
-        file = AdapterFile(path, *rows[0].read(path), name, model, part)
-        row = next(row for row in rows if row.recognises(file))
+        row, file = _recognised(path)
+        under = file.metadata.get(_UNDER, "") if path.is_file() else ""
+        file = dataclasses.replace(file, adapter=name, model=model, part=part, alpha=alpha)
         if part is not None and not row.has_parts:
             raise FormatError(f"'{path}' is a {row.name} file, of which nothing is a pipeline's "
                               f"{part!r}: leave out part=....")
+        if alpha is not None and row.keeps_scale:
+            raise FormatError(f"'{path}' is a {row.name} file, which says its scale itself: leave "
+                              "out alpha=....")
         decoded = row.decode(file)
         validate(decoded.adapter)
         if not allow_nonfinite:
             check_finite(decoded.adapter, ", which lorafx.load lets in with allow_nonfinite=True")
     except ConfigError as error:
-        raise FormatError(f"'{path}' cannot be loaded: {error}") from error
+        where = f", under {under!r}," if under else ""
+        raise FormatError(f"'{path}'{where} cannot be loaded: {error}") from error
+    except FormatError as error:
+        if not under:
+            raise
+        raise FormatError(f"Under {under!r}, {error}") from error
     return decoded
+
+
+def format_read(path: Path) -> Format:
+    """Return the format in which a path is read."""
+    return _recognised(path)[0]
+
+
+def _recognised(path: Path) -> tuple[Format, AdapterFile]:
+    """The format of a path and what is in it; FormatError if that cannot be read."""
+    rows = _accepting(path)
+    if not path.exists():
+        raise FormatError(f"There is no file '{path}'.")
+    file = AdapterFile(path, *rows[0].read(path))
+    return next((row for row in rows if row.recognises(file)), rows[-1]), file
 
 
 def _accepting(path: Path) -> list[Format]:

@@ -16,13 +16,14 @@ from .._graph.sites import Site
 from .._kernels.addend import Addend
 from .._kernels.again import Proven
 from .held import Held
+from .scaled import Scaled
 from .shards import (
     agreed, gathered_for_use, is_sharded, reduced_for_use, spread_beside, spread_evenly,
     spread_like, spread_parameter
 )
 
 
-class Factors(Held):
+class Factors(Scaled):
     """One adapter at one site: A (rank, in), B (out, rank) and the scale s; or stacks of A and B.
 
     A stack has one for each expert. `rounding`, `dropout` and `share_dropout` are as in its config.

@@ -82,6 +82,17 @@ def gathered_beside(live: Tensor, tensor: Tensor) -> Tensor:
     return tensor if is_sharded(live) else gathered(tensor)
 
 
+def whole_beside(live: Any, tensor: Tensor) -> Tensor:
+    """A tensor that each process has, as a DTensor where another one is."""
+    if not is_sharded(live):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = live.device_mesh
+    here = tensor.to(mesh.device_type)
+    return DTensor.from_local(here, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 import contextlib
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,17 @@ from torch import Tensor
 
 from .._errors import FormatError
 from .json_files import read_json
-from .pickles import load_pickle
-from .safetensors_files import load_safetensors, open_safetensors
+from .pickles import load_part, load_pickle
+from .safetensors_files import Choose, load_safetensors, open_safetensors
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a .safetensors file, on the CPU, and its metadata; all is checked."""
+def read_safetensors(
+    path: Path, choose: Choose = lambda names, metadata: names
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the chosen tensors of a .safetensors file, on the CPU, and its metadata; all checked.
+    """
     with _readable(path):
-        tensors, header = load_safetensors(path)
+        tensors, header = load_safetensors(path, choose)
         return tensors, header.metadata
 
 
@@ -33,6 +36,14 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """Return the named tensors of a file that torch.save wrote, on the CPU; it has nothing else."""
     with _readable(path):
         return load_pickle(path)
+
+
+def read_part(
+    path: Path, choose: Callable[[Collection[str]], Collection[str]]
+) -> tuple[dict[str, Tensor], str]:
+    """As `read_pickle`, of the one dict in a file of which names are chosen; and its keys."""
+    with _readable(path):
+        return load_part(path, choose)
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
@@ -53,6 +64,12 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file."""
     with _readable(path):
         return read_json(path)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8, with a sign in the place of what is none."""
+    with _readable(path):
+        return path.read_text(encoding="utf-8", errors="replace")
 
 
 @contextlib.contextmanager

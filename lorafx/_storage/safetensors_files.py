@@ -9,7 +9,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -72,21 +72,34 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         FormatError: it does not. OSError: as the system says.
     """
     with open_untrusted(path, "not a safetensors file") as file:
-        return read_header(path, file, loading=False)
+        return read_header(path, file, lambda names, metadata: ())[0]
 
 
-def load_safetensors(path: Path) -> tuple[dict[str, Tensor], SafetensorsFile]:
-    """Return all tensors of a file, on the CPU, each in memory of its own, and its header.
+# Of the names and the metadata in a header, the tensors whose data is read.
+Choose = Callable[[Collection[str], Mapping[str, str]], Collection[str]]
 
-    It raises as `open_safetensors`, and for names that no line can show and dtypes but NUMBERS.
+
+def load_safetensors(
+    path: Path, choose: Choose = lambda names, metadata: names
+) -> tuple[dict[str, Tensor], SafetensorsFile]:
+    """Return the chosen tensors of a file, on the CPU, each in memory of its own, and its header.
+
+    It raises as `open_safetensors`, and for chosen names that no line can show and dtypes but
+    NUMBERS.
     """
     with open_untrusted(path, "not a safetensors file") as file:
-        header = read_header(path, file, loading=True)
-        return {name: _read_tensor(file, entry) for name, entry in header.entries.items()}, header
+        header, chosen = read_header(path, file, choose)
+        return {name: _read_tensor(file, header.entries[name])
+                for name in header.entries if name in chosen}, header
 
 
-def read_header(path: Path, file: BinaryIO, loading: bool) -> SafetensorsFile:
-    """Return the header of an open file; ValueError if it is not true, or not loadable."""
+def read_header(
+    path: Path, file: BinaryIO, choose: Choose
+) -> tuple[SafetensorsFile, Collection[str]]:
+    """Return the header of an open file, and which of its tensors are to be loaded.
+
+    ValueError if it is not true, or these are not loadable.
+    """
     size = os.fstat(file.fileno()).st_size
     first = file.read(8)
     length = int.from_bytes(first, "little")
@@ -102,9 +115,9 @@ def read_header(path: Path, file: BinaryIO, loading: bool) -> SafetensorsFile:
     if not strings:
         raise ValueError("its metadata is not an object of strings")
     "".join((*header, *metadata, *metadata.values())).encode()  # halves of surrogate pairs raise
-    entries = []
+    chosen, entries = set(choose(header.keys(), metadata)), []
     for name, fields in header.items():
-        entries.append((name, _entry(name, fields, 8 + length, size, loading)))
+        entries.append((name, _entry(name, fields, 8 + length, size, name in chosen)))
     entries.sort(key=lambda item: (item[1].begin, item[1].end))
     position = 8 + length
     for name, entry in entries:
@@ -113,7 +126,7 @@ def read_header(path: Path, file: BinaryIO, loading: bool) -> SafetensorsFile:
         position = entry.end
     if position != size:
         raise ValueError(f"its tensors end at byte {position}, and the file has {size}")
-    return SafetensorsFile(path, dict(entries), metadata)
+    return SafetensorsFile(path, dict(entries), metadata), chosen
 
 
 def _entry(name: str, fields: Any, begin: int, size: int, loading: bool) -> Entry:

@@ -13,7 +13,7 @@ import torch
 
 import lorafx
 from tests.support.adapter_files import Model
-from tests.support.mutations import SEED, Dice, mutate_zip, tensors_of
+from tests.support.mutations import SEED, Dice, mutate_safetensors, mutate_zip, tensors_of
 
 peft = pytest.importorskip("peft")
 CONFIG, TENSORS, OLD = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -63,24 +63,6 @@ NAMES = [
     "lora_unet_up.lora_A.weight",
     "lora_unet_up.dora_scale",
 ]
-
-
-def mutate_safetensors(data: bytes, dice: Dice) -> bytes:
-    """Change bytes anywhere, a place in the header or a name, so that what is around still fits."""
-    if dice.random() < 0.2:
-        return dice.bytes_of(data)
-    length = int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8:8 + length]), data[8 + length:]
-    if dice.random() < 0.5:
-        header[dice.choice(NAMES)] = header.pop(
-            dice.choice([name for name in header if name != "__metadata__"])
-        )
-    else:
-        header = dice.json(header)
-    if dice.random() < 0.2:
-        body = dice.bytes_of(body)
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + body
 
 
 def mutate_config(data: bytes, dice: Dice) -> bytes:
@@ -146,7 +128,7 @@ def test_damaged_folders_of_peft(options: dict[str, Any], tmp_path: Path) -> Non
         if dice.random() < 0.65:
             files[CONFIG] = mutate_config(files[CONFIG], dice)
         if files == whole or dice.random() < 0.1:
-            files[TENSORS] = mutate_safetensors(files[TENSORS], dice)
+            files[TENSORS] = mutate_safetensors(files[TENSORS], dice, NAMES)
         if options.get("bias") and b"all-linear" in files[CONFIG]:
             continue  # PEFT leaves out what it takes for a head: its bias then has another name
         for name, data in files.items():
@@ -226,7 +208,7 @@ def test_damaged_files_of_kohya(tmp_path: Path) -> None:
     whole, model, x = path.read_bytes(), Model(), torch.randn(4, 5)
     before = tensors_of(model)
     for index in range(1500):
-        data = mutate_safetensors(whole, Dice(f"{SEED} kohya {index}"))
+        data = mutate_safetensors(whole, Dice(f"{SEED} kohya {index}"), NAMES)
         path.unlink()
         path.write_bytes(data)
         try:

@@ -64,42 +64,56 @@ def test_a_pickle_that_names_a_tensor_twice(tmp_path: Path) -> None:
         lorafx.load(Model(), path)
 
 
-FLAT = {"up.lora.A.weight": torch.zeros(2, 5), "up.lora.B.weight": torch.zeros(5, 2)}
-NESTED: dict[str, tuple[dict[str, Any], str]] = {
-    "state_dict": (
-        {"state_dict": FLAT, "hyper_parameters": {"lr": 0.1}},
-        "under 'state_dict': save that part by itself, torch.save(content['state_dict'], ...).",
-    ),
-    "model": (
-        {"epoch": 3, "model": FLAT},
-        "under 'model': save that part by itself, torch.save(content['model'], ...).",
-    ),
-    "module": (
-        {"module": OrderedDict(FLAT), "optimizer": {"state": {0: {"exp_avg": torch.zeros(2, 5)}}}},
-        "under 'module': save that part by itself, torch.save(content['module'], ...).",
-    ),
-    "several": (
-        {"model": FLAT, "ema": {"up.weight": torch.zeros(3)}, "step": torch.zeros(())},
-        "under 'model', 'ema': save the part that is meant by itself, "
-        "torch.save(content['model'], ...).",
-    ),
-    "deeper": (
-        {"training": {"net": FLAT, "epoch": 1}},
-        "under 'training.net': save that part by itself, "
-        "torch.save(content['training']['net'], ...).",
-    ),
+FLAT = {"up.lora.A.weight": torch.ones(2, 5), "up.lora.B.weight": torch.ones(5, 2)}
+NESTED: dict[str, dict[str, Any]] = {
+    "state_dict": {"state_dict": FLAT, "hyper_parameters": {"lr": 0.1}},
+    "model": {"epoch": 3, "model": FLAT},
+    "module": {"module": OrderedDict(FLAT),
+               "optimizer": {"state": {0: {"exp_avg": torch.zeros(2, 5)}}, "a": [torch.zeros(1)]}},
+    "several": {"model": FLAT, "ema": {"up.weight": torch.zeros(3)}, "step": torch.zeros(())},
+    "deeper": {"training": {"net": FLAT, "epoch": 1}},
 }
 
 
 @pytest.mark.parametrize("kind", NESTED)
-def test_a_checkpoint_of_a_training_run_says_which_part_holds_the_tensors(
-    tmp_path: Path, kind: str
-) -> None:
-    content, message = NESTED[kind]
-    torch.save(content, tmp_path / "run.pth")
+def test_an_adapter_in_a_checkpoint_of_a_training_run(tmp_path: Path, kind: str) -> None:
+    torch.save(NESTED[kind], tmp_path / "run.pth")
+    loaded = lorafx.load(Model(), tmp_path / "run.pth")
+    assert all(tensor.eq(1).all() for tensor in lorafx.parameters(loaded))
+
+
+HALF = {"up.lora.A.weight": torch.ones(2, 5)}
+UNCLEAR: dict[str, tuple[dict[str, Any], str]] = {
+    "two": (
+        {"model": FLAT, "ema": FLAT},
+        "'{path}' holds tensors under 'model', 'ema': save the part that is meant by itself, "
+        "torch.save(content['model'], ...)."),
+    "one and around it": (
+        {**FLAT, "ema": FLAT},
+        "'{path}' holds tensors under 'ema': save that part by itself, "
+        "torch.save(content['ema'], ...)."),
+    "none": (
+        {"epoch": 1, "net": {"part": {"up.weight": torch.zeros(5, 5)}}},
+        "'{path}' holds tensors under 'net.part': save that part by itself, "
+        "torch.save(content['net']['part'], ...)."),
+    "half": (
+        {"epoch": 1, "net": HALF},
+        "Under 'net', '{path}' has 'up.lora.A.weight' but not its other half."),
+    "not finite": (
+        {"net": FLAT | {"up.lora.B.weight": torch.full((5, 2), torch.inf)}},
+        "'{path}', under 'net', cannot be loaded: 'up.lora.B' has NaN or infinite values, which "
+        "lorafx.load lets in with allow_nonfinite=True."),
+}
+
+
+@pytest.mark.parametrize("kind", UNCLEAR)
+def test_a_checkpoint_says_which_part_is_meant(tmp_path: Path, kind: str) -> None:
+    content, message = UNCLEAR[kind]
+    path = tmp_path / "run.pth"
+    torch.save(content, path)
     with pytest.raises(lorafx.FormatError) as caught:
-        lorafx.load(Model(), tmp_path / "run.pth")
-    assert str(caught.value) == f"'{tmp_path / 'run.pth'}' holds tensors {message}"
+        lorafx.load(Model(), path)
+    assert str(caught.value) == message.format(path=path)
 
 
 def test_the_part_that_is_named_loads(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Checkpoints of unmerged models: the base's keys, the adapter's, and nothing lost in silence."""
 
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 import lorafx
 from tests.support.oracle import randomise
@@ -51,3 +54,26 @@ def test_a_lost_site_is_not_saved_as_if_whole(tmp_path):
     model[0].register_parameter("weight", None)
     with pytest.raises(lorafx.AdapterError, match="no longer at '0'"):
         lorafx.save(model, tmp_path / "adapter.safetensors")
+
+
+class SaveAdapter(transformers.TrainerCallback):
+    """As the README of the formats has it."""
+
+    def on_save(self, args, state, control, model, **more):
+        folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+        lorafx.save(model, f"{folder}/adapter.safetensors")
+
+
+def test_a_trainer_s_checkpoint_and_what_a_callback_saves_in_it(tmp_path):
+    """Both load as the adapter that it has then, with its scale; the former's run goes on."""
+    base, model = injected(llama, targets="linear", alpha=6)
+    losses = train(model, tmp_path, callbacks=[SaveAdapter()])
+    checkpoint = Path(tmp_path, "checkpoint-6")
+    again = lorafx.load(base, checkpoint)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert torch.equal(lorafx.load(base, checkpoint / "adapter.safetensors")(IDS).logits,
+                       model(IDS).logits)
+    half = lorafx.load(base, tmp_path / "checkpoint-3")
+    assert not torch.equal(half(IDS).logits, model(IDS).logits)
+    fresh = lorafx.inject(base, rank=2, targets="linear", alpha=6)
+    assert train(fresh, tmp_path, resume=str(tmp_path / "checkpoint-3")) == losses

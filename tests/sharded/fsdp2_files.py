@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, set_model_state_dict
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -161,3 +165,36 @@ def a_run_is_resumed() -> float:
     found = max(largest_difference(losses, alone), largest_difference(rest, alone[2:]))
     assert found < 1e-5
     return found
+
+
+@setup
+def a_state_dict_that_torch_gathers_is_an_adapter() -> None:
+    """With its scale; and a state_dict in parts, or of the first process, fits the same adapter."""
+    model, alone = shard(adapted(alpha=5)), adapted(alpha=5)
+    values = whole_values(model)
+    whole = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    parts = get_model_state_dict(model)
+    scales = [name for name in parts if name.endswith(".s")]
+    assert len(scales) == len(lorafx.summary(model).sites)
+    assert all(isinstance(parts[name], DTensor) for name in scales)
+    with shared_folder() as folder:
+        if dist.get_rank() == 0:
+            torch.save({"model": whole}, folder / "run.pt")
+            loaded = lorafx.load(decoder(), folder / "run.pt")
+            tokens = batches()[0]
+            assert torch.equal(loaded(tokens), with_values(alone, values)(tokens))
+        dcp.save({"model": parts}, checkpoint_id=folder / "parts")
+        other = shard(lorafx.inject(decoder(), targets="linear", rank=4, alpha=5))
+        found = get_model_state_dict(other)
+        dcp.load({"model": found}, checkpoint_id=folder / "parts")
+        set_model_state_dict(other, found)
+        for name, tensor in whole_values(other).items():
+            assert torch.equal(tensor, values[name])
+    again = shard(lorafx.inject(decoder(), targets="linear", rank=4, alpha=5))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(again, whole if dist.get_rank() == 0 else {}, options=options)
+    for name, tensor in whole_values(again).items():
+        assert torch.equal(tensor, values[name])
+    with pytest.raises(RuntimeError, match="the scale, is 1.25, and here it is 1:"):
+        set_model_state_dict(shard(adapted()), parts)

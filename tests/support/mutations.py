@@ -117,6 +117,24 @@ def mutate_native(data: bytes, dice: Dice) -> bytes:
     return length.to_bytes(8, "little") + content + body
 
 
+def mutate_safetensors(data: bytes, dice: Dice, names: list[str]) -> bytes:
+    """Change bytes anywhere, a place in the header or a name, so that what is around still fits."""
+    if dice.random() < 0.2:
+        return dice.bytes_of(data)
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8:8 + length]), data[8 + length:]
+    if dice.random() < 0.5:
+        header[dice.choice(names)] = header.pop(
+            dice.choice([name for name in header if name != "__metadata__"])
+        )
+    else:
+        header = dice.json(header)
+    if dice.random() < 0.2:
+        body = dice.bytes_of(body)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
 def mutate_zip(data: bytes, dice: Dice) -> bytes:
     """Change bytes anywhere, or those of one member under a right checksum, or the members."""
     if dice.random() < 0.3:

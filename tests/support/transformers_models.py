@@ -119,7 +119,7 @@ def generate(model, inputs=IDS, **options):
     return found.sequences, torch.stack(found.scores)
 
 
-def train(model, folder, labels=None, resume=None, **options):
+def train(model, folder, labels=None, resume=None, callbacks=(), **options):
     """The losses of six steps of a Trainer on one batch; it saves after the third and the last."""
     ids = torch.randint(3, 99, (4, 8), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": label}
@@ -131,7 +131,7 @@ def train(model, folder, labels=None, resume=None, **options):
             learning_rate=0.05, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
             **options
         ),
-        train_dataset=rows
+        train_dataset=rows, callbacks=[*callbacks]
     )
     trainer.train(resume_from_checkpoint=resume)
     assert len(trainer.optimizer.state) == len(keys(model))
