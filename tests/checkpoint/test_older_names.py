@@ -20,19 +20,20 @@ from tests.support.oracle import randomise
 pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT says of old options
 
 MODELS = [
-    (qwen2_vl, ["q_proj", "qkv"]), (llava, ["q_proj", "linear_1"]), (clip_text, ["q_proj"]),
-    (mixtral, ["q_proj", "gate", "gate_up_proj", "down_proj"]),
-    (qwen3_moe, ["gate_up_proj", "down_proj"])]
+    (qwen2_vl, ["q_proj", "qkv"], []), (llava, ["q_proj", "linear_1"], ["linear_2"]),
+    (clip_text, ["q_proj"], ["final_layer_norm"]),
+    (mixtral, ["q_proj", "gate", "gate_up_proj", "down_proj"], ["norm"]),
+    (qwen3_moe, ["gate_up_proj", "down_proj"], [])]
 
 
 @pytest.mark.parametrize("original", [True, False])
-@pytest.mark.parametrize("build, targets", MODELS)
+@pytest.mark.parametrize("build, targets, trainable", MODELS)
 def test_names_of_today_in_a_checkpoint(
-    tmp_path: Path, build, targets: list[str], original: bool
+    tmp_path: Path, build, targets: list[str], trainable: list[str], original: bool
 ) -> None:
     """Folded on a disk and in memory, the same comes out, to the bit."""
     base = build().eval()
-    model = randomise(lorafx.inject(base, 2, alpha=3, targets=targets))
+    model = randomise(lorafx.inject(base, 2, alpha=3, targets=targets, trainable=trainable))
     lorafx.save(model, tmp_path / "a.safetensors")
     base.save_pretrained(tmp_path / "base", save_original_format=original)
     merge(tmp_path, "a.safetensors")
@@ -77,8 +78,9 @@ def test_older_names_in_a_checkpoint_of_today(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [
-    {"architectures": ["MixtralForAnything"]}, {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
-    {"architectures": None}, {"num_hidden_layers": "many"}, {"architectures": ["AutoModel"]},
+    {"architectures": ["MixtralForAnything"]}, {"architectures": ["AutoModel"]},
+    {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, {"architectures": None},
+    {"num_hidden_layers": "many"},
 ], ids=str)
 def test_a_config_of_which_there_is_no_table(
     tmp_path: Path, config: dict[str, object], capsys: pytest.CaptureFixture[str]
