@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from .._adapter.conversions import ConversionTable
 from .._model.older_names import conversion_table
@@ -21,10 +22,18 @@ def table_of(config: Mapping[str, Any]) -> ConversionTable | None:
         return None
     transformers = importlib.import_module("transformers")
     for name in architectures:
-        cls = getattr(transformers, str(name), None)
+        cls: Any = getattr(transformers, str(name), None)
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            made: Any = cls
-            with torch.device("meta"):
-                model = made(made.config_class.from_dict(dict(config)))
-            return conversion_table(model)
+            model = _empty(cls, config)
+            return None if model is None else conversion_table(model)
     return None
+
+
+def _empty(cls: Any, config: Mapping[str, Any]) -> nn.Module | None:
+    """A model on the meta device; None where this transformers cannot make it of this config."""
+    try:
+        with torch.device("meta"):
+            model: nn.Module = cls(cls.config_class.from_dict(dict(config)))
+    except Exception:  # of any class, from any code in transformers: then there is no table
+        return None
+    return model

@@ -15,7 +15,7 @@ from .._errors import ConfigError, FormatError
 from .._storage.files import read_metadata, read_pickle, read_safetensors
 from .other_kinds import refuse_adapterhub, refuse_other_kinds
 from .peft_config import ADAPTER_CONFIG, bytes_digest, config_digest, parse_config
-from .peft_names import named_as_saved
+from .peft_names import config_as_saved, named_as_saved
 
 
 TENSORS, OLD = "adapter_model.safetensors", "adapter_model.bin"
@@ -92,7 +92,7 @@ def read_files(folder: Path, file: str | None) -> PeftFiles:
         refuse_other_kinds(tensors, path)
         config = _config(content, folder / ADAPTER_CONFIG, header, path, len(tensors))
         if config is not None:
-            return PeftFiles(config, path, named_as_saved(tensors, path))
+            return PeftFiles(config_as_saved(config), path, named_as_saved(tensors, path))
         # else another process has saved meanwhile
         if _content(folder / ADAPTER_CONFIG)[1] == version:
             raise FormatError(f"'{path}' was not written together with the {ADAPTER_CONFIG} beside "

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,9 @@ PREFIX = "base_model.model."  # of every tensor's name
 
 # Parts that wrappers put into names: of FSDP, torch.compile and activation checkpoints anywhere, of
 # DDP before all of a name.
-_WRAPPED = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+_PARTS = r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)"
+_WRAPPED = re.compile(rf"(?<![^.]){_PARTS}\.")
+_WRAPPED_IN_PATTERN = re.compile(rf"(?<!\w){_PARTS}\\?\.(?![*+?{{])")  # whose dot is one dot
 _WRAPPED_WHOLE = re.compile(rf"module\.(?={re.escape(PREFIX)})")
 
 # Halves of a pair after which the adapter's name was left, as it is in PEFT's live models.
@@ -39,6 +42,21 @@ def named_as_saved(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
         raise FormatError(f"'{path}' holds several adapters, {names}: save each by itself, by "
                           "PEFT's save_pretrained.")
     return found
+
+
+def config_as_saved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config whose names and patterns of modules lack what wrappers put into them."""
+    return {entry: _unwrapped(value) for entry, value in config.items()}
+
+
+def _unwrapped(value: Any) -> Any:
+    if isinstance(value, str):
+        return _WRAPPED_IN_PATTERN.sub("", value)
+    if isinstance(value, list):
+        return [_unwrapped(part) for part in value]
+    if isinstance(value, dict):
+        return {_unwrapped(name): part for name, part in value.items()}
+    return value
 
 
 def without_repeated_prefix(

@@ -157,7 +157,10 @@ def test_older_names_inside_a_layer(tmp_path: Path) -> None:
 
 
 def change_config(folder: Path, **changes: object) -> None:
-    file = folder / "adapter_config.json"
+    change_json(folder / "adapter_config.json", **changes)
+
+
+def change_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
@@ -224,6 +227,15 @@ def test_experts_of_other_ranks_and_scales(tmp_path: Path) -> None:
         torch.testing.assert_close(
             ours.down_proj[expert], was.down_proj[expert] + delta(expert, "w2"),
             rtol=1e-5, atol=1e-5)
+
+
+def test_an_injected_model_knows_the_older_names_too(tmp_path: Path) -> None:
+    base = mixtral().eval()
+    one_by_one(tmp_path, base, "block_sparse_moe", ("w1", "w2", "w3"))
+    model = lorafx.inject(base, targets=["q_proj"], adapter="other")
+    lorafx.load(model, tmp_path)
+    lorafx.activate(model, "default")
+    assert torch.equal(model(IDS)[0], lorafx.load(base, tmp_path)(IDS)[0])
 
 
 def test_what_the_table_cannot_join_stays_an_error(tmp_path: Path) -> None:

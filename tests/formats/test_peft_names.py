@@ -1,5 +1,6 @@
 """What wrappers and PEFT's live models put into names of a PEFT folder is seen through."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,21 @@ def saved(folder: Path, rename: Callable[[str], str]) -> tuple[nn.Module, nn.Mod
 @pytest.mark.parametrize("rename", NAMES.values(), ids=NAMES)
 def test_names_with_more_in_them(tmp_path: Path, rename: Callable[[str], str]) -> None:
     base, theirs = saved(tmp_path, rename)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(lorafx.load(base, tmp_path)(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [
+    ["_orig_mod.layers.0", "layers.1"], r"_orig_mod\.layers\.\d", r"(_orig_mod.)?layers.(0|1)"])
+def test_a_config_that_has_what_wrappers_put_into_names(
+    tmp_path: Path, targets: list[str] | str
+) -> None:
+    """PEFT, given a compiled model, names its modules so in the config and in the keys."""
+    base, theirs = saved(tmp_path, NAMES["compile inside"])
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {
+        "target_modules": targets, "modules_to_save": ["_orig_mod.head"],
+        "rank_pattern": {"_orig_mod.layers.0": 2}, "r": 2}))
     x = torch.randn(5, 8)
     torch.testing.assert_close(lorafx.load(base, tmp_path)(x), theirs(x), rtol=1e-5, atol=1e-6)
 
