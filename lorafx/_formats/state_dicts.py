@@ -115,6 +115,11 @@ def _tensors_of_folder(folder: Path) -> dict[str, Tensor]:
     for name in _SINGLE:
         if (folder / name).is_file():
             return _tensors_of_file(folder / name)
+    for part in (folder, *folder.iterdir()):
+        if (part / ".metadata").is_file():
+            raise FormatError(
+                f"'{part}' is a checkpoint of torch.distributed.checkpoint: make one file of it by "
+                "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, 'model.pth').")
     return {}
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import lorafx
 from tests.support.adapter_files import Model
@@ -197,3 +199,15 @@ def test_a_model_s_folder_without_an_adapter_says_what_it_lacks(tmp_path: Path) 
     safetensors.torch.save_file(Model().state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(lorafx.FormatError, match="has no adapter_config.json"):
         lorafx.load(Model(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of one process
+def test_a_distributed_checkpoint_says_how_it_becomes_a_file(tmp_path: Path) -> None:
+    """Of a Trainer with FSDP2; the file that torch makes of it loads."""
+    net, run = Net(), tmp_path / "checkpoint-5"
+    model = injected(net)
+    dcp.save({"model": without_copies(model)}, checkpoint_id=run / "pytorch_model_fsdp_0")
+    with pytest.raises(lorafx.FormatError, match=r"fsdp_0' is a checkpoint of .*dcp_to_torch_save"):
+        lorafx.load(net, run)
+    dcp_to_torch_save(run / "pytorch_model_fsdp_0", tmp_path / "model.pth")
+    assert torch.equal(lorafx.load(net, tmp_path / "model.pth")(X), model(X))
