@@ -143,6 +143,36 @@ def test_a_state_dict_keeps_the_scale_apart_from_casts() -> None:
     assert torch.equal(moved(X), model(X))
 
 
+class Attends(nn.Module):
+    """Sites that are blocks of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def test_blocks_of_rows(tmp_path: Path) -> None:
+    net, x = Attends(), torch.randn(2, 3, 6)
+    model = injected(net, trainable=(), targets="linear")
+    torch.save(model.state_dict(), tmp_path / "m.pth")
+    assert torch.equal(lorafx.load(net, tmp_path / "m.pth")(x), model(x))
+
+
+def test_functional_calls_take_a_state_dict() -> None:
+    net, x = Attends(), torch.randn(2, 3, 6)
+    model = injected(net, trainable=(), targets="linear")
+    other = lorafx.inject(net, rank=2, alpha=3, targets="linear")
+    found = torch.func.functional_call(other, model.state_dict(), (x,))
+    torch.testing.assert_close(found, model(x))
+    assert not torch.allclose(found, net(x), atol=0.1)
+    wrong = model.state_dict() | {"attention.out_proj.lora.default.s": torch.tensor(2.0)}
+    with pytest.raises(lorafx.AdapterError, match="The scale is 2.0, and here it is 1.5"):
+        torch.func.functional_call(other, wrong, (x,))
+
+
 def test_only_the_adapter_is_read(tmp_path: Path) -> None:
     """Not the base's data, which may be large, nor its dtypes, which torch may lack."""
     net, path = Net(), tmp_path / "m.safetensors"
