@@ -194,6 +194,11 @@ def _has_a_long_scale(model: nn.Module, path: Path) -> None:
         "layers.0.lora.default.s": torch.ones(2)}, path)
 
 
+def _has_a_number_beyond_float32(model: nn.Module, path: Path) -> None:
+    safetensors.torch.save_file(without_copies(model) | {
+        "layers.0.lora.default.s": torch.tensor(1e300, dtype=torch.float64)}, path)
+
+
 def _has_no_number(model: nn.Module, path: Path) -> None:
     safetensors.torch.save_file(without_copies(model) | {
         "layers.0.lora.default.s": torch.tensor(torch.inf)}, path)
@@ -201,7 +206,7 @@ def _has_no_number(model: nn.Module, path: Path) -> None:
 
 @pytest.mark.parametrize("write, message", [
     (_lacks, "has only A, s of 'layers.0'"), (_has_a_long_scale, "a scale of shape"),
-    (_has_no_number, "the scale is inf")])
+    (_has_a_number_beyond_float32, "the scale is 1e.300"), (_has_no_number, "the scale is inf")])
 def test_damaged_state_dicts(
     tmp_path: Path, write: Callable[[nn.Module, Path], None], message: str
 ) -> None:
