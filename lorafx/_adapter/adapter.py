@@ -83,7 +83,7 @@ def validate(adapter: Adapter) -> None:
         check_plain(name, tensor)
     for site, (A, B, scale) in adapter.pairs.items():
         check_shapes(site, A, B)
-        if not is_number(scale):
+        if not is_number(scale) or abs(scale) > torch.finfo(torch.float32).max:
             raise ConfigError(f"at '{site}', the scale is {scale!r}.")
     for name, tensor in adapter.tensors():
         if tensor.dtype not in FLOATS:

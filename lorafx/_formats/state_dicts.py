@@ -7,7 +7,7 @@ folder, in one file or in shards with an index.
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,11 @@ def _tensors_of_folder(folder: Path) -> dict[str, Tensor]:
     for name in _SINGLE:
         if (folder / name).is_file():
             return _tensors_of_file(folder / name)
+    for part in (folder, *folder.iterdir()):
+        if (part / ".metadata").is_file():
+            raise FormatError(
+                f"'{part}' is a checkpoint of torch.distributed.checkpoint: make one file of it by "
+                "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, 'model.pth').")
     return {}
 
 
@@ -142,11 +147,4 @@ def _tensors_of_file(path: Path) -> dict[str, Tensor]:
         found: Mapping[str, Tensor] = read_safetensors(path, names_in_file)[0]
     else:
         found = read_part(path, names_in)[0]
-    return {name: found[name] for name in names_in(_sorted_names(found))}
-
-
-def _sorted_names(names: Iterable[str]) -> list[str]:
-    """In the order in which layers with numbers come."""
-    return sorted(names, key=lambda name: [
-        (not part.isdigit(), int(part) if part.isdigit() else 0, part)
-        for part in name.split(".")])
+    return {name: found[name] for name in names_in(found)}

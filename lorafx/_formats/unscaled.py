@@ -10,7 +10,7 @@ writes for PEFT, or in litgpt's `hyperparameters.yaml`.
 
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +26,7 @@ from .peft_config import ADAPTER_CONFIG
 from .peft_pairs import conv1d
 
 
+_TORCHTUNES = ("lora_a.weight", "lora_b.weight")
 _HALVES = {"lora_a.weight": "A", "lora_b.weight": "B", "lora_A": "A", "lora_B": "B"}
 _KEY = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _HALVES))})")
 
@@ -110,17 +111,20 @@ def _rows(file: AdapterFile, site: str, count: int, length: int) -> Rows:
 
 
 def _alpha(file: AdapterFile, rank: int) -> float:
-    """The alpha that was given, or that stands beside the file."""
+    """The alpha that was given, or that stands beside the file, with this rank."""
     if file.alpha is not None:
         return file.alpha
+    found: Mapping[str, Any] = {}
     beside = file.path.parent / ADAPTER_CONFIG
-    settings = read_config(beside) if beside.is_file() else {}
-    found: list[tuple[Any, Any]] = [(settings.get("r"), settings.get("lora_alpha"))]
-    settings = settings_of(file.path)
-    found.append((settings.get("lora_r"), settings.get("lora_alpha")))
-    for of_rank, alpha in found:
-        if of_rank == rank and is_number(alpha):
-            return float(alpha)
-    raise FormatError(
-        f"'{file.path}' holds A and B without their scale, alpha / rank, as torchtune, litgpt and "
-        "loralib write them: name the alpha of its training, load(..., alpha=16) or --alpha 16.")
+    if not any(name.endswith(_TORCHTUNES) for name in file.tensors):
+        settings = settings_of(file.path)
+        found = {"r": settings.get("lora_r"), "lora_alpha": settings.get("lora_alpha")}
+    elif beside.is_file():
+        found = read_config(beside)
+    alpha = found.get("lora_alpha")
+    if alpha is None or not is_number(alpha) or found.get("r") != rank:
+        raise FormatError(
+            f"'{file.path}' holds A and B without their scale, alpha / rank, as torchtune, litgpt "
+            "and loralib write them: name the alpha of its training, load(..., alpha=16) or "
+            "--alpha 16.")
+    return float(alpha)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._errors import AdapterError
 from .held import Held
 from .shards import local_part, whole_beside
 
@@ -20,7 +21,26 @@ class Scaled(Held):
     @property
     def s(self) -> Tensor:
         """The scale, float64: on the CPU, or where A is spread over processes, in each of them."""
-        return whole_beside(self._parameters["A"], torch.tensor(self.scale, dtype=torch.float64))
+        return whole_beside(
+            self._parameters["A"], torch.tensor(self.scale, dtype=torch.float64))
+
+    @s.setter
+    def s(self, value: Tensor) -> None:
+        """The same again, for `torch.func.functional_call(model, model.state_dict(), x)`."""
+        problem = self._difference(value)
+        if problem:
+            raise AdapterError(f"The scale {problem}")
+
+    def _difference(self, value: Tensor) -> str:
+        """What to say where this is not the scale, else nothing."""
+        if value.is_meta:
+            return ""
+        there = local_part(value).cpu()
+        here = torch.tensor(self.scale, dtype=torch.float64)
+        if torch.equal(there, here.to(there.dtype)):
+            return ""
+        return (f"is {there.tolist()}, and here it is {self.scale:g}: make this adapter with the "
+                "alpha and rank of the one that was saved.")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -35,11 +55,6 @@ class Scaled(Held):
         rest = {name: value for name, value in state_dict.items() if name != key}
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing, unexpected, errors)
-        found = state_dict.get(key)
-        if found is None or found.is_meta:
-            return
-        found = local_part(found).cpu()
-        here = torch.tensor(self.scale, dtype=torch.float64)
-        if not torch.equal(found, here.to(found.dtype)):
-            errors.append(f"{key}, the scale, is {found.tolist()}, and here it is {self.scale:g}: "
-                          "make this adapter with the alpha and rank of the one that was saved.")
+        problem = self._difference(state_dict[key]) if key in state_dict else ""
+        if problem:
+            errors.append(f"{key}, the scale, {problem}")

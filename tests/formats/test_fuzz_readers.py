@@ -18,12 +18,13 @@ import lorafx
 from tests.support.adapter_files import Model
 from tests.support.mutations import SEED, Dice, mutate_safetensors, mutate_zip, tensors_of
 
-A, B = torch.randn(2, 5), torch.randn(5, 2)
+CHANCE = torch.Generator().manual_seed(SEED)  # what is damaged is the same in each run
+A, B = (torch.randn(shape, generator=CHANCE) for shape in ((2, 5), (5, 2)))
 Deltas = dict[str, Tensor]
 
 
 def named(a: str, b: str, **more: Tensor) -> dict[str, Tensor]:
-    return {a: A, b: B, "head.weight": torch.randn(3, 3), **more}
+    return {a: A, b: B, "head.weight": torch.ones(3, 3), **more}
 
 
 NAMES = ["up.lora.default.A", "up.lora.default.s", "up.lora.x.A", "head.trained.default.weight",
@@ -76,7 +77,7 @@ def torchtune(folder: Path) -> Path:
 
 
 def litgpt(folder: Path) -> Path:
-    torch.save({"model": {"attn.qkv.lora_A": A, "attn.qkv.lora_B": torch.randn(3, 2)}},
+    torch.save({"model": {"attn.qkv.lora_A": A, "attn.qkv.lora_B": torch.ones(3, 2)}},
                folder / "lit_model.pth.lora")
     (folder / "hyperparameters.yaml").write_text(
         "lora_r: 2\nlora_alpha: 3\nlora_query: true\nlora_key: false\nlora_value: false\n")

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import lorafx
 from tests.support.adapter_files import Model
@@ -141,6 +143,36 @@ def test_a_state_dict_keeps_the_scale_apart_from_casts() -> None:
     assert torch.equal(moved(X), model(X))
 
 
+class Attends(nn.Module):
+    """Sites that are blocks of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def test_blocks_of_rows(tmp_path: Path) -> None:
+    net, x = Attends(), torch.randn(2, 3, 6)
+    model = injected(net, trainable=(), targets="linear")
+    torch.save(model.state_dict(), tmp_path / "m.pth")
+    assert torch.equal(lorafx.load(net, tmp_path / "m.pth")(x), model(x))
+
+
+def test_functional_calls_take_a_state_dict() -> None:
+    net, x = Attends(), torch.randn(2, 3, 6)
+    model = injected(net, trainable=(), targets="linear")
+    other = lorafx.inject(net, rank=2, alpha=3, targets="linear")
+    found = torch.func.functional_call(other, model.state_dict(), (x,))
+    torch.testing.assert_close(found, model(x))
+    assert not torch.allclose(found, net(x), atol=0.1)
+    wrong = model.state_dict() | {"attention.out_proj.lora.default.s": torch.tensor(2.0)}
+    with pytest.raises(lorafx.AdapterError, match="The scale is 2.0, and here it is 1.5"):
+        torch.func.functional_call(other, wrong, (x,))
+
+
 def test_only_the_adapter_is_read(tmp_path: Path) -> None:
     """Not the base's data, which may be large, nor its dtypes, which torch may lack."""
     net, path = Net(), tmp_path / "m.safetensors"
@@ -162,6 +194,11 @@ def _has_a_long_scale(model: nn.Module, path: Path) -> None:
         "layers.0.lora.default.s": torch.ones(2)}, path)
 
 
+def _has_a_number_beyond_float32(model: nn.Module, path: Path) -> None:
+    safetensors.torch.save_file(without_copies(model) | {
+        "layers.0.lora.default.s": torch.tensor(1e300, dtype=torch.float64)}, path)
+
+
 def _has_no_number(model: nn.Module, path: Path) -> None:
     safetensors.torch.save_file(without_copies(model) | {
         "layers.0.lora.default.s": torch.tensor(torch.inf)}, path)
@@ -169,7 +206,7 @@ def _has_no_number(model: nn.Module, path: Path) -> None:
 
 @pytest.mark.parametrize("write, message", [
     (_lacks, "has only A, s of 'layers.0'"), (_has_a_long_scale, "a scale of shape"),
-    (_has_no_number, "the scale is inf")])
+    (_has_a_number_beyond_float32, "the scale is 1e.300"), (_has_no_number, "the scale is inf")])
 def test_damaged_state_dicts(
     tmp_path: Path, write: Callable[[nn.Module, Path], None], message: str
 ) -> None:
@@ -197,3 +234,15 @@ def test_a_model_s_folder_without_an_adapter_says_what_it_lacks(tmp_path: Path) 
     safetensors.torch.save_file(Model().state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(lorafx.FormatError, match="has no adapter_config.json"):
         lorafx.load(Model(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of one process
+def test_a_distributed_checkpoint_says_how_it_becomes_a_file(tmp_path: Path) -> None:
+    """Of a Trainer with FSDP2; the file that torch makes of it loads."""
+    net, run = Net(), tmp_path / "checkpoint-5"
+    model = injected(net)
+    dcp.save({"model": without_copies(model)}, checkpoint_id=run / "pytorch_model_fsdp_0")
+    with pytest.raises(lorafx.FormatError, match=r"fsdp_0' is a checkpoint of .*dcp_to_torch_save"):
+        lorafx.load(net, run)
+    dcp_to_torch_save(run / "pytorch_model_fsdp_0", tmp_path / "model.pth")
+    assert torch.equal(lorafx.load(net, tmp_path / "model.pth")(X), model(X))

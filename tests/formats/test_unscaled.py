@@ -52,6 +52,19 @@ def test_torchtune(tmp_path: Path, beside: bool) -> None:
     torch.testing.assert_close(loaded(x), with_delta(net, "attn.q_proj", 4 * b @ a)(x))
 
 
+def test_what_torchtune_writes_for_peft(tmp_path: Path) -> None:
+    """A folder in PEFT's layout, of as few settings as its recipes write."""
+    net, x = Attention("qkv", 7), torch.randn(2, 6)
+    A, B = torch.randn(2, 6), torch.randn(5, 2)
+    stem = "base_model.model.attn.q_proj.lora"
+    torch.save({f"{stem}_A.weight": A, f"{stem}_B.weight": B}, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({
+        "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "peft_type": "LORA",
+        "base_model_name_or_path": "some/base"}))
+    loaded = lorafx.load(net, tmp_path)
+    torch.testing.assert_close(loaded(x), with_delta(net, "attn.q_proj", 2 * B @ A)(x))
+
+
 def grouped(x: Tensor, A: Tensor, B: Tensor, sizes: list[int]) -> list[Tensor]:
     """What each adapted one of q, k, v gets: its own rank rows of A, and of B."""
     rank = B.shape[1]
@@ -118,6 +131,14 @@ def test_loralib(tmp_path: Path, transposed: bool) -> None:
     delta = torch.cat(grouped(x, tensors["c_attn.lora_A"], tensors["c_attn.lora_B"], [6] * 3), -1)
     expected = net(x) - net.c_attn.bias + tensors["c_attn.bias"] + 3 * delta
     torch.testing.assert_close(loaded(x), expected)
+
+
+def test_a_config_of_another_adapter_beside_it_says_nothing(tmp_path: Path) -> None:
+    torch.save({"c_attn.lora_A": torch.ones(2, 6), "c_attn.lora_B": torch.ones(18, 2)},
+               tmp_path / "a.pt")
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
+    with pytest.raises(lorafx.FormatError, match="without their scale"):
+        lorafx.load(Joined(False), tmp_path / "a.pt")
 
 
 def test_a_state_dict_of_loralib_in_a_checkpoint(tmp_path: Path) -> None:
