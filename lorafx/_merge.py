@@ -166,15 +166,15 @@ def _place_trained(model: nn.Module, twin: nn.Module, chosen: Iterable[str]) -> 
     clones: dict[nn.Parameter, nn.Parameter] = {}  # a parameter under two names stays one
     for path, _, trained in trained_modules(model):
         owner = submodule(twin, path)
-        adapter = trained.choose(chosen) or ""
-        for name, parameter in trained.sets().get(adapter, {}).items():
-            base = owner._parameters[name]
-            assert base is not None
-            if parameter not in clones:
-                value = value_of(submodule(trained, adapter), name, parameter.detach())
-                clones[parameter] = same_kind(base, gathered_beside(base, value).clone())
-            if not put(owner, name, clones[parameter]):
-                owner._parameters[name] = clones[parameter]
+        for adapter in trained.having(chosen):
+            for name, parameter in trained.sets()[adapter].items():
+                base = owner._parameters[name]
+                assert base is not None
+                if parameter not in clones:
+                    value = value_of(submodule(trained, adapter), name, parameter.detach())
+                    clones[parameter] = same_kind(base, gathered_beside(base, value).clone())
+                if not put(owner, name, clones[parameter]):
+                    owner._parameters[name] = clones[parameter]
 
 
 def _owners(

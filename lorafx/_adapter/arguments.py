@@ -30,7 +30,7 @@ SYNONYMS = {  # {name in PEFT's LoraConfig or get_peft_model, or in loralib or k
     "autocast_adapter_dtype": "dtype",
 }
 NOTES = {
-    "bias": "biases stay frozen, unless a module is trained whole",
+    "bias": "PEFT's 'all' is '*.bias'",
     "init_lora_weights": "PEFT's True is 'kaiming'",
     "layers_pattern": "a glob such as '*.layers.0.*'",
     "layers_to_transform": "a glob such as '*.layers.0.*'",

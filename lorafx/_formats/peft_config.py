@@ -215,7 +215,10 @@ def lora_config(
     config: Mapping[str, Any], pairs: Mapping[str, Pair], trained: Mapping[str, Tensor]
 ) -> LoRAConfig:
     """Return the config as lorafx has it; alphas that are not above 0 stand only in the scales."""
-    owners = {name.rpartition(".")[0] for name in trained}
+    trainable = set()
+    for name in trained:
+        owner = name.rpartition(".")[0]
+        trainable.add(owner if is_saved(config, owner) else name)
     alphas = {"": config.get("lora_alpha", 8)} | (config.get("alpha_pattern") or {})
     for name, alpha in list(alphas.items()):
         if not (is_number(alpha) and alpha > 0):
@@ -226,6 +229,6 @@ def lora_config(
             rank=config.get("r", 8), alpha=alphas.pop("", None), rslora=rslora,
             dropout=config.get("lora_dropout", 0.0) or 0.0,
             rank_pattern=config.get("rank_pattern") or {}, alpha_pattern=alphas,
-            targets=list(pairs), trainable=tuple(sorted(owners - pairs.keys())))
+            targets=list(pairs), trainable=tuple(sorted(trainable)))
     except ConfigError as error:
         raise FormatError(f"The config cannot be used: {error}") from error

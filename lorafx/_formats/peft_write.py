@@ -86,11 +86,17 @@ def _trained(
             kinds.add("lora_only" if owner in adapted else "all")
             stem = _stem(owner, pairs) + ".base_layer" * (owner in adapted)
             tensors[dotted(stem, "bias")] = adapter.trained[dotted(owner, "bias")]
-        elif owner:
-            owners.append(owner)
-        else:
-            raise ConfigError(f"PEFT trains whole modules, and '{min(names)}' belongs to the model "
+            continue
+        name = dotted(owner, min(names))
+        if not owner:
+            raise ConfigError(f"PEFT trains whole modules, and '{name}' belongs to the model "
                               f"itself: {INSTEAD}.")
+        inside = [pair.name for pair in pairs if _is_inside(pair.module, [owner])]
+        if owner in adapted or inside:
+            raise ConfigError(
+                f"PEFT trains whole modules, and that of '{name}' has an adapter at "
+                f"'{(inside or [owner])[0]}' too: {INSTEAD}.")
+        owners.append(owner)
     bias = next(kind for kind in ("all", "lora_only", "none") if kind in kinds)
     modules = [owner for owner in owners if not _is_inside(owner, owners)]
     return bias, modules, tensors | _whole_modules(adapter, model, modules)

@@ -10,10 +10,8 @@ from torch import nn
 
 from .._adapter.adapter import Adapter, Pair
 from .._adapter.config import LoRAConfig, pattern_matches
-from .._adapter.names import (
-    branch_name, check_name, closest_names, dotted, name_matches, split_block
-)
-from .._errors import AdapterError, ConfigError, NoSiteError, UnsupportedModelError
+from .._adapter.names import branch_name, check_name, closest_names, dotted, split_block
+from .._errors import AdapterError, NoSiteError, UnsupportedModelError
 from .._graph.modules import LorafxModule, Place, submodule
 from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
@@ -34,6 +32,7 @@ from .regions import (
     Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
 )
 from .shards import only_mesh, spread_like
+from .trained import trained_tensors
 
 
 def begin_injection(
@@ -63,7 +62,7 @@ def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
 
     A is drawn, B is zero, and tensors to be trained whole are copied.
     """
-    trained = _trained_tensors(program.base_parameters, config)
+    trained = trained_tensors(program.base_parameters, config.trainable)
     trained_ids = {id(parameter) for parameter in trained.values()}
     reasons = program.left_alone
     free: list[Site] = []
@@ -84,31 +83,6 @@ def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
         pairs[site.name] = new_pair(config, site, program.weight(site), device)
     copies = {name: program.base_value(name).clone() for name in trained}
     return Adapter(name, config, pairs, copies)
-
-
-def _trained_tensors(
-    base: Mapping[str, nn.Parameter], config: LoRAConfig
-) -> dict[str, nn.Parameter]:
-    """{first name: frozen Parameter} of all base modules that the config trains whole."""
-    paths: set[str] = set()
-    for name in base:
-        for depth in range(1, name.count(".") + 1):
-            paths.add(name.rsplit(".", depth)[0])
-    wanted: set[nn.Parameter] = set()
-    for pattern in config.trainable:
-        if not isinstance(pattern, str):
-            raise ConfigError(f"trainable takes names and globs of modules, not {pattern!r}.")
-        matched = tuple(f"{path}." for path in paths if name_matches(pattern, path))
-        if not matched:
-            names = closest_names(pattern, sorted(paths))
-            raise NoSiteError(f"No module with parameters matches trainable={pattern!r}; this "
-                              f"model has {names}.")
-        wanted |= {parameter for name, parameter in base.items() if name.startswith(matched)}
-    first_names: dict[nn.Parameter, str] = {}
-    for name, parameter in base.items():
-        if parameter in wanted:
-            first_names.setdefault(parameter, name)
-    return {name: parameter for parameter, name in first_names.items()}
 
 
 def attach(program: Program, adapter: Adapter) -> None:

@@ -190,14 +190,14 @@ class Copies(Held):
 
 
 class Trained(LorafxModule):
-    """The parameters of one base module that adapters train whole, a set for each adapter.
+    """What adapters train of one base module's parameters, a set for each adapter.
 
-    `used` names the set that stands in the place of the base's own.
+    `used` names the adapters whose parameters stand in the place of the base's own.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.used: str | None = None
+        self.used: tuple[str, ...] = ()
 
     def sets(self) -> dict[str, dict[str, nn.Parameter]]:
         """{adapter: {name: Parameter}}."""
@@ -211,9 +211,9 @@ class Trained(LorafxModule):
             if old is not None:
                 parameters[name] = spread_parameter(old, weight)
 
-    def choose(self, adapters: Iterable[str]) -> str | None:
-        """The adapter among these that has a set."""
-        return next((name for name in adapters if name in self._modules), None)
+    def having(self, adapters: Iterable[str]) -> tuple[str, ...]:
+        """Those among these adapters that have a set."""
+        return tuple(name for name in adapters if name in self._modules)
 
 
 def refuse_gradients(module: nn.Module, name: str, tensor: Tensor) -> None:

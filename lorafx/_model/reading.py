@@ -48,10 +48,10 @@ def base_tensor(owner: nn.Module, attribute: str) -> Any:
 
 
 def base_or_trained(owner: nn.Module, attribute: str) -> Any:
-    """Return W, or what an active adapter that trains the module whole has in its place."""
+    """Return W, or what an active adapter that trains it has in its place."""
     trained = owner._modules.get("trained")
-    if isinstance(trained, Trained) and trained.used is not None:
-        copies: Copies = trained._modules[trained.used]  # type: ignore[assignment]
+    for adapter in trained.used if isinstance(trained, Trained) else ():
+        copies: Copies = trained._modules[adapter]  # type: ignore[union-attr, assignment]
         if attribute in copies._parameters:
             return _trained_tensor(owner, attribute, copies)
     return base_tensor(owner, attribute)
@@ -65,7 +65,7 @@ def _as_base_is(tensor: Any, base: Tensor) -> Any:
 
 
 def _trained_tensor(owner: nn.Module, attribute: str, copies: Copies) -> Any:
-    """What an adapter that trains a module whole has in the place of one of its tensors."""
+    """What an adapter has in the place of one of a module's tensors, which it trains."""
     base, held = base_tensor(owner, attribute), copies._parameters[attribute]
     if copies.missing:
         copies.check([*copies.parameters()], base, "computing with it")

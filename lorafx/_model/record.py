@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .._adapter.config import LoRAConfig, is_number
+from .._adapter.names import dotted
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.modules import LorafxModule, named_modules, unwrapped, users_modules
 from .branches import Trained, branches
@@ -77,7 +78,7 @@ def is_cut(model: nn.Module) -> bool:
 
 
 def trained_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Trained]]:
-    """(path, module, its Trained) of every module with parameters that an adapter trains whole."""
+    """(path, module, its Trained) of every module of which an adapter trains parameters."""
     for path, module in named_modules(model):
         trained = module._modules.get("trained")
         if isinstance(trained, Trained):
@@ -98,7 +99,7 @@ def refresh(model: nn.Module) -> None:
     for branch in branches(model).values():
         branch._active = tuple(item for item in live.items() if item[0] in branch._modules)
     for _, _, trained in trained_modules(model):
-        trained.used = trained.choose(live)
+        trained.used = trained.having(live)
 
 
 def set_trainable(model: nn.Module) -> None:
@@ -117,7 +118,7 @@ def weights_of(
 ) -> dict[str, float]:
     """{adapter: weight} for one name, several or a mapping.
 
-    Each must be known and finite, and no module trained by two.
+    Each must be known and finite, and no tensor trained by two.
     """
     if not isinstance(spec, (str, Iterable)):
         raise AdapterError("Adapters are given as a name, several names, or {name: weight}, not as "
@@ -130,11 +131,14 @@ def weights_of(
             raise AdapterError(f"The weight of adapter {adapter!r} must be a finite number, not "
                                f"{weight!r}.")
     for path, _, trained in trained_modules(model):
-        conflicting = [name for name in weights if name in trained._modules]
-        if len(conflicting) > 1:
-            first, second = conflicting[:2]
-            raise AdapterError(f"Adapters {first!r} and {second!r} both train '{path}' whole, and "
-                               "one module cannot use two sets of weights: activate one of them.")
+        first: dict[str, str] = {}  # {name: the adapter that trains it}
+        for adapter in trained.having(weights):
+            for name in trained.sets()[adapter]:
+                other = first.setdefault(name, adapter)
+                if other != adapter:
+                    raise AdapterError(
+                        f"Adapters {other!r} and {adapter!r} both train '{dotted(path, name)}' "
+                        "whole, and one tensor cannot be both: activate one of them.")
     return {adapter: float(weight) for adapter, weight in weights.items()}
 
 
