@@ -105,7 +105,8 @@ SETTINGS = {
     ),
     "class": ({"targets": nn.Linear}, ConfigError, "targets takes names, globs"),
     "trainable type": (
-        {"trainable": 5}, ConfigError, "trainable takes names and globs of modules and parameters, not 5"
+        {"trainable": 5}, ConfigError,
+        "trainable takes names and globs of modules and parameters, not 5"
     ),
     "taken name": ({"adapter": "train"}, ConfigError, "'train' cannot name an adapter"),
     "empty name": ({"adapter": ""}, ConfigError, "'' cannot name an adapter"),
