@@ -32,7 +32,7 @@ from .regions import (
     Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
 )
 from .shards import only_mesh, spread_like
-from .trained import trained_tensors
+from .trainable import trained_tensors
 
 
 def begin_injection(
