@@ -4,18 +4,18 @@ import dataclasses
 import inspect
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter, Pair
-from .._adapter.config import LoRAConfig, pattern_matches
+from .._adapter.config import LoRAConfig, pattern_matches, trained_dtype
 from .._adapter.names import branch_name, check_name, closest_names, dotted, split_block
 from .._errors import AdapterError, NoSiteError, UnsupportedModelError
-from .._graph.modules import LorafxModule, Place, submodule
+from .._graph.modules import LorafxModule, Place, named_modules, submodule
 from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
-from .branches import Branch, Copies, Factors, Trained, new_pair, spread
+from .branches import Branch, Factors, new_pair, spread
 from .copies import keep_attributes, same_kind
 from .flat import check_takes_parameters
 from .fsdp import check_beside, managed_modules
@@ -33,6 +33,7 @@ from .regions import (
 )
 from .shards import only_mesh, spread_like
 from .trainable import trained_tensors
+from .trained import Copies, Trained
 
 
 def begin_injection(
@@ -62,7 +63,7 @@ def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
 
     A is drawn, B is zero, and tensors to be trained whole are copied.
     """
-    trained = trained_tensors(program.base_parameters, config.trainable)
+    trained = trained_tensors(program.base_tensors, config.trainable)
     trained_ids = {id(parameter) for parameter in trained.values()}
     reasons = program.left_alone
     free: list[Site] = []
@@ -81,8 +82,12 @@ def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
     for site in chosen:
         device = program.home(site, has_values=False)
         pairs[site.name] = new_pair(config, site, program.weight(site), device)
-    copies = {name: program.base_value(name).clone() for name in trained}
-    return Adapter(name, config, pairs, copies)
+    copies: dict[str, Tensor] = {}
+    buffers = frozenset(trained.keys() - program.base_parameters.keys())
+    for path, tensor in trained.items():
+        dtype = tensor.dtype if path in buffers else trained_dtype(config, tensor)
+        copies[path] = program.base_value(path).to(dtype, copy=True)
+    return Adapter(name, config, pairs, copies, buffers=buffers)
 
 
 def attach(program: Program, adapter: Adapter) -> None:
@@ -181,7 +186,8 @@ def _check_fsdp(
             check_beside(program.weight(site), site.name, adapter.name)
     for name in adapter.trained:
         if submodule(program.model, name.rpartition(".")[0]) in managed:
-            check_beside(program.base_parameters[name], name, adapter.name)
+            if name not in adapter.buffers:
+                check_beside(program.base_parameters[name], name, adapter.name)
 
 
 def _small_numbers(model: nn.Module) -> set[float]:
@@ -225,22 +231,39 @@ def _join_calls(program: Program) -> None:
 
 
 def _register_trained(program: Program, adapter: Adapter) -> None:
-    """Register the tensors that an adapter trains whole beside every module that has one."""
-    trained: dict[nn.Parameter, nn.Parameter] = {}
+    """Put copies of what an adapter trains whole beside every module that has such a tensor.
+
+    What several have is held at the first.
+    """
+    copies: dict[Tensor, Tensor] = {}
     for name, tensor in adapter.trained.items():
-        base = program.base_parameters[name]
-        trained[base] = same_kind(base, spread_like(base, tensor))
-    for module in list(program.model.modules()):
+        copies[program.base_tensors[name]] = _copy_for(program.base_tensors[name], tensor)
+    holders: dict[Tensor, tuple[Copies, str]] = {}
+    names = injection(program.model).trained[adapter.name] = []
+    for path, module in list(named_modules(program.model)):
         if isinstance(module, LorafxModule):
             continue
         own = Copies()
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter in trained:
-                own._parameters[name] = trained[parameter]
-                own.missing = own.missing or own.on_meta
-                own.came_first = parameter.is_meta and not own.on_meta
-        if own._parameters:
+        for name, base in (*module._parameters.items(), *module._buffers.items()):
+            if base is None or base not in copies:
+                continue
+            if base in holders:
+                own.elsewhere[name] = holders[base]
+                continue
+            holders[base] = own, name
+            held: dict[str, Any] = own._parameters if name in module._parameters else own._buffers
+            held[name] = copies[base]
+            own.missing = own.missing or own.on_meta
+            own.came_first = base.is_meta and not own.on_meta
+        if own.holders():
             module._modules.setdefault("trained", Trained())
             submodule(module, "trained")._modules[adapter.name] = own
-            for name in own._parameters:
+            for name in own.holders():
                 adapt_attribute(module, name)
+                names.append(dotted(path, name))
+
+
+def _copy_for(base: Tensor, tensor: Tensor) -> Tensor:
+    """What stands in the place of a base's tensor: a Parameter in that of one."""
+    copy = spread_like(base, tensor)
+    return same_kind(base, copy) if isinstance(base, nn.Parameter) else copy

@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._adapter.adapter import Adapter, Pair
-from .._adapter.config import factor_dtype
+from .._adapter.config import factor_dtype, trained_dtype
 from .._adapter.names import closest_names, renaming, split_block
 from .._errors import MismatchError
 from .._graph.modules import submodule
@@ -24,7 +24,7 @@ def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -
     Raises MismatchError where it does not fit. `made_for` is the fingerprint of the model that it
     was made for, if known.
     """
-    base = program.base_parameters
+    base = program.base_tensors
     sites: dict[str, Site] = {}
     for site in program.sites:
         sites.update(dict.fromkeys(site.names, site))
@@ -61,8 +61,12 @@ def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -
     for name, tensor in fitted.items():
         owner = submodule(program.model, name.rpartition(".")[0])
         device = home(owner, base[name], has_values=True)
-        fitted[name] = tensor.to(device, base[name].dtype, copy=True)
-    return dataclasses.replace(adapter, pairs=pairs, trained=fitted)
+        dtype = base[name].dtype
+        if name in program.base_parameters:
+            dtype = trained_dtype(adapter.config, base[name])
+        fitted[name] = tensor.to(device, dtype, copy=True)
+    buffers = frozenset(fitted.keys() - program.base_parameters.keys())
+    return dataclasses.replace(adapter, pairs=pairs, trained=fitted, buffers=buffers)
 
 
 def _check_pair(
@@ -97,7 +101,7 @@ def _sizes(in_features: int, out_features: int, experts: int | None = None) -> s
 
 
 def _fit_trained(
-    base: Mapping[str, nn.Parameter], adapted: Mapping[int, str], tensors: Mapping[str, Tensor],
+    base: Mapping[str, Tensor], adapted: Mapping[int, str], tensors: Mapping[str, Tensor],
     untied: bool, source: str,
 ) -> dict[str, Tensor]:
     """The tensors that an adapter trained whole; `adapted` has the sites of its pairs, by id."""

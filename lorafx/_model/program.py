@@ -21,7 +21,7 @@ from .._graph.trace import tracing
 from .._graph.watch import Unsound
 from .fsdp import settle
 from .homes import home
-from .places import Weight, Weights, base_parameters, places_of, tensor_at
+from .places import Weight, Weights, base_buffers, base_parameters, places_of, tensor_at
 from .quantised import is_packed, why_not_linear
 from .refusals import is_unsupported_torch_layer, unsupported_layer, why_not_site, why_packed
 from .regions import why_not_region
@@ -61,6 +61,11 @@ class Program:
         """{name: Parameter} of the base, under every name."""
         return base_parameters(self.model)
 
+    @functools.cached_property
+    def base_tensors(self) -> dict[str, Tensor]:
+        """{name: tensor} of the base, its parameters and persistent buffers, under every name."""
+        return self.base_parameters | base_buffers(self.model)
+
     def weight(self, site: Site) -> Tensor:
         """The base's tensor of which a site is all or some rows."""
         tensor: Tensor = tensor_at(self.places[split_block(site.name)[0]])
@@ -72,10 +77,10 @@ class Program:
         return home(owner, self.weight(site), has_values)
 
     def base_value(self, name: str) -> Tensor:
-        """A Parameter of the base, as it is while it is used."""
+        """A Parameter or buffer of the base, as it is while it is used."""
         path, _, attribute = name.rpartition(".")
-        parameter = self.base_parameters[name]
-        return value_of(submodule(self.model, path), attribute, parameter.detach())
+        tensor = self.base_tensors[name].detach()
+        return value_of(submodule(self.model, path), attribute, tensor)
 
     @property
     def left_alone(self) -> dict[str, str]:

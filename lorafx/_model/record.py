@@ -10,8 +10,9 @@ from .._adapter.config import LoRAConfig, is_number
 from .._adapter.names import dotted
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.modules import LorafxModule, named_modules, unwrapped, users_modules
-from .branches import Trained, branches
+from .branches import branches
 from .fsdp import notice_what_trains, settle
+from .trained import Trained
 
 
 @dataclasses.dataclass
@@ -28,6 +29,8 @@ class Injection:
     fingerprint: str  # of the base's sites
     recompute: bool = True  # False if inputs of linear calls are always kept for backward
     configs: dict[str, LoRAConfig] = dataclasses.field(default_factory=dict)
+    # {adapter: names of the base's tensors in whose places it has its own}
+    trained: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     active: dict[str, float] = dataclasses.field(default_factory=dict)
     disabled: int = 0
 
@@ -133,7 +136,7 @@ def weights_of(
     for path, _, trained in trained_modules(model):
         first: dict[str, str] = {}  # {name: the adapter that trains it}
         for adapter in trained.having(weights):
-            for name in trained.sets()[adapter]:
+            for name in trained.sets()[adapter].holders():
                 other = first.setdefault(name, adapter)
                 if other != adapter:
                     raise AdapterError(

@@ -15,7 +15,7 @@ from torch import fx, nn
 from .._graph.dispatched import rebind
 from .._graph.functions import package
 from .._graph.modules import LorafxModule
-from .branches import Trained, spread
+from .branches import spread
 from .fsdp import change_class, own_class, state_without_fsdp
 from .generated import adapted_property, compiled, frozen_property, resetting_base
 from .lower import LinearForward, forward_of, lower
@@ -23,6 +23,7 @@ from .readers import Answer, answer, can_spread
 from .reading import FROZEN_PREFIX, adapted_names, branches_beside, followers
 from .rebinding import watch_parameters
 from .shards import check_meshes
+from .trained import Trained
 
 
 # What `fx.GraphModule` keeps on an instance beside the module's own attributes.
