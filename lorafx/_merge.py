@@ -1,20 +1,20 @@
 """Folds adapters into weights, W + s B A, or drops them: a new model of the original class."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from ._adapter.names import branch_name, dotted, split_block
+from ._adapter.names import branch_name, dotted, ranges_of, split_block
 from ._errors import TiedWeightError, UnsupportedModelError
 from ._graph.dispatched import put, value_of
 from ._graph.modules import LorafxModule, Place, named_modules, submodule, unwrapped
 from ._kernels.addend import Addend
 from ._kernels.scratch import Scratch
-from ._kernels.weights import folded
+from ._kernels.weights import folded, with_rows
 from ._model.branches import Branch, branches, factors_at
 from ._model.extract import check_in_place
 from ._model.guard import check_each_in_its_place, check_graphs_not_dispatched
@@ -171,12 +171,12 @@ def _place_trained(model: nn.Module, twin: nn.Module, chosen: Iterable[str]) -> 
         owner = submodule(twin, path)
         for adapter in trained.having(chosen):
             for name, (holder, key) in trained.sets()[adapter].holders().items():
-                held = holder.held(key)
+                held, (attribute, block) = holder.held(key), split_block(name)
                 if held not in clones:
                     value = value_of(holder, key, held.detach())
-                    clones[held] = _in_the_place_of(owner, name, value)
-                if not put(owner, name, clones[held]):
-                    _tensors(owner, name)[name] = clones[held]
+                    clones[held] = _in_the_place_of(owner, attribute, value, ranges_of(block))
+                if not put(owner, attribute, clones[held]):
+                    _tensors(owner, attribute)[attribute] = clones[held]
 
 
 def _tensors(owner: nn.Module, name: str) -> dict[str, Any]:
@@ -184,10 +184,17 @@ def _tensors(owner: nn.Module, name: str) -> dict[str, Any]:
     return owner._parameters if name in owner._parameters else owner._buffers
 
 
-def _in_the_place_of(owner: nn.Module, name: str, value: Tensor) -> Tensor:
-    """A copy of what was trained, as the base's tensor is: rounded once to its dtype."""
+def _in_the_place_of(
+    owner: nn.Module, name: str, value: Tensor, ranges: Sequence[range]
+) -> Tensor:
+    """A copy of what was trained, as the base's tensor is: rounded once to its dtype.
+
+    Of what stands for some rows of it, with the others.
+    """
     base = _tensors(owner, name)[name]
     copied = gathered_beside(base, value).to(base.dtype, copy=True)
+    if ranges:
+        copied = with_rows(value_of(owner, name, base.detach()), ranges, copied)
     return same_kind(base, copied) if isinstance(base, nn.Parameter) else copied
 
 

@@ -25,7 +25,8 @@ _ABOUT = {
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
     "bias", "modules_to_save", "target_modules", "target_parameters", "init_lora_weights",
-    "fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    "fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "trainable_token_indices"}
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
 _TYPES: dict[str, tuple[type, ...]] = {  # a list is of strings
     "rank_pattern": (dict,), "alpha_pattern": (dict,), "modules_to_save": (list,),

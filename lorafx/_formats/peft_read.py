@@ -25,6 +25,7 @@ from .peft_config import (
     check_complete, is_saved, is_target, lora_config, parameters_of, rank_and_scale, with_heads
 )
 from .peft_folder import PREFIX, PeftFiles, find_adapter, read_files
+from .peft_tokens import SUFFIX, read_rows, tied_alone
 
 
 def decode(file: AdapterFile) -> Decoded:
@@ -59,10 +60,17 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
         pairs[site] = read.pair
         if read.stored is not None:
             stored[site] = read.stored
-    others = {name: tensor for name, tensor in tensors.items() if name not in keys}
+    others = {name: tensor for name, tensor in tensors.items()
+              if name not in keys and not name.endswith(SUFFIX)}
     persistent = {} if model is None else base_buffers(model)
     trained = _trained_here(_trained(others, adapted, config, path), here, modules, others, path,
                             config, persistent)
+    for (module, block), rows in read_rows(config, tensors, path).items():
+        tied = tied_alone(model, here(module)) if model and here(module) in modules else None
+        if tied is not None:
+            raise FormatError(f"'{path}' has rows of '{module}' alone, but in this model its "
+                              f"weight is that of '{tied}' too: untie them first.")
+        trained[dotted(here(module), f"weight{block}")] = rows
     buffers = frozenset(name for name, tensor in trained.items()
                         if name in persistent or not tensor.is_floating_point())
     check_complete(config, {here(module) for module in adapted}, modules,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter
-from .._adapter.names import dotted
+from .._adapter.names import dotted, split_block
 from .._errors import ConfigError
 from .._graph.loaded import loaded
 from .._graph.modules import submodule, users_modules
@@ -19,6 +19,7 @@ from .adapter_file import INSTEAD, Destination
 from .peft_config import ADAPTER_CONFIG, bytes_digest, config_digest
 from .peft_folder import BEFORE, DIGEST, PREFIX, TENSORS, WHOLE
 from .peft_pairs import PeftPair, as_matrices, conv1d, peft_pairs
+from .peft_tokens import INDICES, written_rows
 
 
 def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
@@ -33,10 +34,11 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
             "PEFT's format depends on the model: load the adapter into it, and save it from there.")
     pairs = peft_pairs(adapter, model)
     bias, modules, trained = _trained(adapter, model, pairs)
+    indices, rows = written_rows(adapter, model, {pair.module for pair in pairs})
     tensors = {}
-    for name, tensor in (trained | _factors(model, pairs)).items():
+    for name, tensor in (trained | rows | _factors(model, pairs)).items():
         tensors[PREFIX + name] = tensor
-    config = config_of(adapter, model, pairs, modules, bias)
+    config = config_of(adapter, model, pairs, modules, bias, indices)
     text = json.dumps(config, indent=2).encode()
     header = {"format": "pt", DIGEST: config_digest(config)}
     there = destination.path / ADAPTER_CONFIG
@@ -79,7 +81,8 @@ def _trained(
     by_owner: dict[str, set[str]] = defaultdict(set)
     for name in adapter.trained:
         owner, _, attribute = name.rpartition(".")
-        by_owner[owner].add(attribute)
+        if not split_block(name)[1]:
+            by_owner[owner].add(attribute)
     kinds, owners, tensors = {"none"}, [], {}
     for owner, names in by_owner.items():
         if names == {"bias"} and len(submodule(model, owner)._parameters) > 1:
@@ -133,7 +136,8 @@ def _all_tensors(adapter: Adapter, path: str, module: nn.Module) -> dict[str, Te
 
 
 def config_of(
-    adapter: Adapter, model: nn.Module, pairs: Sequence[PeftPair], modules: list[str], bias: str
+    adapter: Adapter, model: nn.Module, pairs: Sequence[PeftPair], modules: list[str], bias: str,
+    indices: Mapping[str, list[int]],
 ) -> dict[str, Any]:
     """Return PEFT's config of an adapter, in as few entries as mean the same."""
     ranks, alphas = {}, {}
@@ -159,6 +163,7 @@ def config_of(
     options = {
         "use_rslora": adapter.config.rslora, "fan_in_fan_out": bool(names) and conv1ds == names,
         "bias": bias if bias != "none" else None, "modules_to_save": modules,
+        INDICES: dict(indices),
         "rank_pattern": _pattern(ranks, rank), "alpha_pattern": _pattern(alphas, alpha)}
     for name, value in options.items():
         if value:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter, Pair
 from .._adapter.config import LoRAConfig, pattern_matches, trained_dtype
-from .._adapter.names import branch_name, check_name, closest_names, dotted, split_block
+from .._adapter.names import (
+    branch_name, check_name, closest_names, dotted, ranges_of, split_block
+)
 from .._errors import AdapterError, NoSiteError, UnsupportedModelError
 from .._graph.modules import LorafxModule, Place, named_modules, submodule
 from .._graph.scan import weights_in_attributes
@@ -31,7 +33,7 @@ from .record import RECORD, Injection, injection, set_trainable
 from .regions import (
     Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
 )
-from .shards import only_mesh, spread_like
+from .shards import is_sharded, only_mesh, spread_like
 from .trainable import trained_tensors
 from .trained import Copies, Trained
 
@@ -64,7 +66,7 @@ def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
     A is drawn, B is zero, and tensors to be trained whole are copied.
     """
     trained = trained_tensors(program.base_tensors, config.trainable)
-    trained_ids = {id(parameter) for parameter in trained.values()}
+    trained_ids = {id(tensor) for path, tensor in trained.items() if not split_block(path)[1]}
     reasons = program.left_alone
     free: list[Site] = []
     for site in program.sites:
@@ -83,7 +85,8 @@ def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
         device = program.home(site, has_values=False)
         pairs[site.name] = new_pair(config, site, program.weight(site), device)
     copies: dict[str, Tensor] = {}
-    buffers = frozenset(trained.keys() - program.base_parameters.keys())
+    buffers = frozenset(
+        path for path, tensor in trained.items() if not isinstance(tensor, nn.Parameter))
     for path, tensor in trained.items():
         dtype = tensor.dtype if path in buffers else trained_dtype(config, tensor)
         copies[path] = program.base_value(path).to(dtype, copy=True)
@@ -157,15 +160,17 @@ def _check_names_are_free(program: Program, sites: list[Site], adapter: Adapter)
             if attribute not in adapted_names(owner):
                 needed.append(_Needed(owner, FROZEN_PREFIX + attribute, Branch, name))
     for name in adapter.trained:
-        path, _, attribute = name.rpartition(".")
+        path, _, attribute = split_block(name)[0].rpartition(".")
         owner = submodule(program.model, path)
         why = "it is a GraphModule" if is_plain_graph(owner) else why_not_adapted(owner)
         if why is None and Place(owner, attribute) in weights_in_attributes(owner):
             why = "its module also holds it in another attribute"
+        if split_block(name)[1] and is_sharded(program.base_tensors[split_block(name)[0]]):
+            why = "its weight is spread over processes, and rows are trained where all of it is"
         if is_packed(owner):
             why = "its layer stores its weight packed, as quantised layers do"
         if why is not None:
-            raise UnsupportedModelError(f"'{name}' cannot be trained whole: {why}.")
+            raise UnsupportedModelError(f"'{name}' cannot be trained: {why}.")
         needed.append(_Needed(owner, "trained", Trained, name))
     for module, name, kind, at in needed:
         if isinstance(module._modules.get(name), kind):
@@ -187,7 +192,7 @@ def _check_fsdp(
     for name in adapter.trained:
         if submodule(program.model, name.rpartition(".")[0]) in managed:
             if name not in adapter.buffers:
-                check_beside(program.base_parameters[name], name, adapter.name)
+                check_beside(program.base_parameters[split_block(name)[0]], name, adapter.name)
 
 
 def _small_numbers(model: nn.Module) -> set[float]:
@@ -235,9 +240,11 @@ def _register_trained(program: Program, adapter: Adapter) -> None:
 
     What several have is held at the first.
     """
-    copies: dict[Tensor, Tensor] = {}
+    copies: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)  # by the rows that they are
     for name, tensor in adapter.trained.items():
-        copies[program.base_tensors[name]] = _copy_for(program.base_tensors[name], tensor)
+        whole, block = split_block(name)
+        original = program.base_tensors[whole]
+        copies[original][block] = _copy_for(original, tensor, bool(block))
     holders: dict[Tensor, tuple[Copies, str]] = {}
     names = injection(program.model).trained[adapter.name] = []
     for path, module in list(named_modules(program.model)):
@@ -247,23 +254,27 @@ def _register_trained(program: Program, adapter: Adapter) -> None:
         for name, base in (*module._parameters.items(), *module._buffers.items()):
             if base is None or base not in copies:
                 continue
-            if base in holders:
-                own.elsewhere[name] = holders[base]
-                continue
-            holders[base] = own, name
-            held: dict[str, Any] = own._parameters if name in module._parameters else own._buffers
-            held[name] = copies[base]
-            own.missing = own.missing or own.on_meta
-            own.came_first = base.is_meta and not own.on_meta
+            for block, copy in copies[base].items():
+                if copy in holders:
+                    own.elsewhere[name + block] = holders[copy]
+                    continue
+                holders[copy] = own, name + block
+                is_parameter = name in module._parameters
+                held: dict[str, Any] = own._parameters if is_parameter else own._buffers
+                held[name + block] = copy
+                if block:
+                    own.rows[name + block] = ranges_of(block)
+                own.missing = own.missing or own.on_meta
+                own.came_first = base.is_meta and not own.on_meta
         if own.holders():
             module._modules.setdefault("trained", Trained())
             submodule(module, "trained")._modules[adapter.name] = own
             for name in own.holders():
-                adapt_attribute(module, name)
+                adapt_attribute(module, split_block(name)[0])
                 names.append(dotted(path, name))
 
 
-def _copy_for(base: Tensor, tensor: Tensor) -> Tensor:
+def _copy_for(base: Tensor, tensor: Tensor, is_rows: bool) -> Tensor:
     """What stands in the place of a base's tensor: a Parameter in that of one."""
-    copy = spread_like(base, tensor)
+    copy = tensor if is_rows else spread_like(base, tensor)
     return same_kind(base, copy) if isinstance(base, nn.Parameter) else copy

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter, Pair, StoredWeight
-from .._adapter.names import dotted, split_block
+from .._adapter.names import dotted, split_block, stands_for
 from .._errors import AdapterError
 from .._graph.dispatched import value_of
 from .._graph.modules import submodule
@@ -85,11 +85,12 @@ def check_in_place(model: nn.Module, adapter: str) -> None:
     for path, owner, trained in trained_modules(model):
         copies = trained.sets().get(adapter)
         for name, (holder, key) in {} if copies is None else copies.holders().items():
-            if name not in adapted_names(owner):
+            attribute, block = split_block(name)
+            if attribute not in adapted_names(owner):
                 continue
             there.add(dotted(path, name))
-            ours, base = tuple(holder.held(key).shape), base_tensor(owner, name)
-            if base is None or tuple(base.shape) != ours:
+            ours, base = tuple(holder.held(key).shape), base_tensor(owner, attribute)
+            if base is None or not stands_for(ours, block, base.shape):
                 raise AdapterError(
                     f"Adapter {adapter!r} trains '{dotted(path, name)}' {ours}, which in the model "
                     f"is {None if base is None else tuple(base.shape)} now, resized after "

@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from .._adapter.names import split_block
+from .._adapter.names import ranges_of, split_block
 from .._graph.dispatched import value_of
 from .._graph.modules import Place, paths_of, submodule, users_modules
 from .._graph.rules import linear_call
 from .._graph.sites import Site, blocks_matching, sort_key
 from .._graph.trace import tracing
 from .._graph.watch import Unsound
+from .._kernels.weights import rows_at
 from .fsdp import settle
 from .homes import home
 from .places import Weight, Weights, base_buffers, base_parameters, places_of, tensor_at
@@ -77,10 +78,12 @@ class Program:
         return home(owner, self.weight(site), has_values)
 
     def base_value(self, name: str) -> Tensor:
-        """A Parameter or buffer of the base, as it is while it is used."""
-        path, _, attribute = name.rpartition(".")
-        tensor = self.base_tensors[name].detach()
-        return value_of(submodule(self.model, path), attribute, tensor)
+        """A Parameter or buffer of the base, or rows of it, as it is while it is used."""
+        whole, block = split_block(name)
+        path, _, attribute = whole.rpartition(".")
+        tensor = self.base_tensors[whole].detach()
+        value = value_of(submodule(self.model, path), attribute, tensor)
+        return rows_at(value, ranges_of(block)) if block else value
 
     @property
     def left_alone(self) -> dict[str, str]:

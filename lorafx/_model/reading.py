@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .._adapter.names import branch_name
+from .._errors import UnsupportedModelError
 from .._graph.dispatched import value_of
 from .._kernels.addend import Addend
 from .._kernels.private import is_transforming
-from .._kernels.weights import whole
+from .._kernels.weights import whole, with_rows
 from .adapted_weight import NARROW, AdaptedWeight
 from .branches import Branch, refuse_gradients
 from .quantised_tensors import dense
@@ -49,25 +50,39 @@ def base_tensor(owner: nn.Module, attribute: str) -> Any:
     return getattr(cls, attribute).__get__(owner)  # a parametrization's property
 
 
-def trained_beside(owner: nn.Module, attribute: str) -> tuple[Copies, str] | None:
-    """Return who holds what an active adapter has in the place of a tensor, and its name there."""
+def trained_beside(owner: nn.Module, attribute: str) -> list[tuple[Copies, str]]:
+    """Return who holds what active adapters have in the place of a tensor or rows of it, and its
+    name there."""
     trained = owner._modules.get("trained")
-    return trained.holder(attribute) if isinstance(trained, Trained) else None
+    return trained.holders(attribute) if isinstance(trained, Trained) else []
 
 
 def base_or_trained(owner: nn.Module, attribute: str) -> Any:
-    """Return W, or what an active adapter that trains it has in its place.
+    """Return W, or what active adapters that train it, or some rows, have in its place.
 
     That is in W's dtype, whatever it is trained in.
     """
-    base, found = base_tensor(owner, attribute), trained_beside(owner, attribute)
-    if found is None or base is None:  # there is no W while another is registered
-        return base
-    copies, name = found
+    tensor = base_tensor(owner, attribute)
+    for copies, name in () if tensor is None else trained_beside(owner, attribute):
+        found, ranges = _trained_tensor(copies, name, tensor), copies.rows.get(name)
+        tensor = found if ranges is None else _with_rows(tensor, ranges, found)
+    return tensor  # None while another is registered
+
+
+def _with_rows(base: Tensor, ranges: Sequence[range], rows: Tensor) -> Tensor:
+    if is_sharded(base):
+        raise UnsupportedModelError(
+            "Rows of a weight are trained, and it is spread over processes: train all of it, or "
+            "leave it whole in each process.")
+    return with_rows(dense(base), ranges, rows)
+
+
+def _trained_tensor(copies: Copies, name: str, base: Tensor) -> Tensor:
+    """What an adapter holds under this name, as the base's tensor is for which it stands."""
     if copies.missing:
         copies.check([*copies.parameters(), *copies.buffers()], base, "computing with it")
     held = copies.held(name)
-    tensor = value_of(copies, name, held)
+    tensor: Tensor = value_of(copies, name, held)
     if tensor is not held and name in copies._parameters:
         tensor = tensor.detach().requires_grad_(held.requires_grad)
         refuse_gradients(copies, name, tensor)
@@ -133,8 +148,8 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
 
 def _unwritable(owner: nn.Module, attribute: str, tensor: Any) -> Any:
     """The same tensor; what is made anew for each reader lets nobody write into it."""
-    found = trained_beside(owner, attribute)
-    if found is None or type(tensor) is not Tensor or found[0].held(found[1]) is tensor:
+    holders = trained_beside(owner, attribute) if type(tensor) is Tensor else []
+    if not holders or any(copies.held(name) is tensor for copies, name in holders):
         return tensor
     return tensor.as_subclass(TrainedCast)
 

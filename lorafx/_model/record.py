@@ -1,13 +1,14 @@
 """What an injected model remembers of its injection, and the adapters that it holds."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from .._adapter.config import LoRAConfig, is_number
-from .._adapter.names import dotted
+from .._adapter.names import dotted, have_rows_in_common
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.modules import LorafxModule, named_modules, unwrapped, users_modules
 from .branches import branches
@@ -134,14 +135,16 @@ def weights_of(
             raise AdapterError(f"The weight of adapter {adapter!r} must be a finite number, not "
                                f"{weight!r}.")
     for path, _, trained in trained_modules(model):
-        first: dict[str, str] = {}  # {name: the adapter that trains it}
+        before: dict[str, str] = {}  # {name: the adapter that trains it}
         for adapter in trained.having(weights):
-            for name in trained.sets()[adapter].holders():
-                other = first.setdefault(name, adapter)
-                if other != adapter:
+            names = trained.sets()[adapter].holders()
+            for name, other in itertools.product(names, before):
+                if have_rows_in_common(name, other):
                     raise AdapterError(
-                        f"Adapters {other!r} and {adapter!r} both train '{dotted(path, name)}' "
-                        "whole, and one tensor cannot be both: activate one of them.")
+                        f"Adapters {before[other]!r} and {adapter!r} both train "
+                        f"'{dotted(path, name)}', and one tensor cannot be both: activate one of "
+                        "them.")
+            before |= dict.fromkeys(names, adapter)
     return {adapter: float(weight) for adapter, weight in weights.items()}
 
 

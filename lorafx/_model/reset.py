@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .._adapter.names import dotted, split_block
+from .._adapter.names import dotted, ranges_of, split_block
 from .._errors import AdapterError
+from .._kernels.weights import rows_at
 from .branches import Branch, Factors, branches, factors_at, spread
 from .copies import same_kind
 from .fsdp import settle
@@ -43,7 +44,7 @@ def reset(model: nn.Module, adapter: str, keep: bool) -> None:
         copies = trained._modules.get(adapter)
         if isinstance(copies, Copies) and not (keep and copies.came_first):
             for name in copies.holders():
-                _check_base(dotted(path, name), base_tensor(owner, name))
+                _check_base(dotted(path, name), base_tensor(owner, split_block(name)[0]))
             todo.append(_copying(owner, copies))
     for action in todo:
         action()
@@ -76,7 +77,10 @@ def _copying(owner: nn.Module, copies: Copies) -> Callable[[], None]:
     def copy() -> None:
         for name, tensor in (*copies._parameters.items(), *copies._buffers.items()):
             assert tensor is not None
-            base = base_tensor(owner, name)
+            attribute, block = split_block(name)
+            base = base_tensor(owner, attribute)
+            if block:
+                base = rows_at(gathered(base), ranges_of(block))
             if not tensor.is_meta:
                 values = base if is_sharded(tensor) else gathered(base)
                 tensor.copy_(spread_like(tensor, values))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._adapter.names import split_block
 from .._errors import UnsupportedModelError
 from .._graph.modules import LorafxModule
 from .held import Held
@@ -16,12 +17,15 @@ class Copies(Held):
     """What one adapter has in the place of a base module's tensors: its parameters and buffers.
 
     What the base has in several places, as a head tied to an embedding, is held in the first of
-    them. `elsewhere` says of the others who holds it: {name: (copies, name there)}.
+    them. `elsewhere` says of the others who holds it: {name: (copies, name there)}. What stands in
+    the place of some rows is named by them too, `weight[100:103]`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.elsewhere: dict[str, tuple["Copies", str]] = {}
+        # {name: the rows in whose place it stands}, where that is not all of a tensor
+        self.rows: dict[str, tuple[range, ...]] = {}
         # {name: in whose place the base was spread over processes, so that this was too}
         self.spread_by: dict[str, Trained] = {}
 
@@ -38,6 +42,10 @@ class Copies(Held):
         if name in self._parameters or name in self._buffers:
             return self, name
         return self.elsewhere.get(name)
+
+    def holders_for(self, name: str) -> list[tuple["Copies", str]]:
+        """Who holds what stands in the place of a tensor, or of some of its rows."""
+        return [found for key, found in self.holders().items() if split_block(key)[0] == name]
 
     def held(self, name: str) -> Tensor:
         """A tensor that is held here."""
@@ -85,11 +93,15 @@ class Trained(LorafxModule):
         return {name: copies for name, copies in self._modules.items()
                 if isinstance(copies, Copies)}
 
-    def holder(self, name: str) -> tuple[Copies, str] | None:
-        """Who holds what stands now in the place of a tensor of the base; None: nobody."""
-        sets = self.sets()
-        found = (sets[adapter].holder(name) for adapter in self.used)
-        return next((holder for holder in found if holder is not None), None)
+    def holders(self, name: str) -> list[tuple[Copies, str]]:
+        """Who holds what stands now in the place of a tensor of the base, or of some of its rows.
+        """
+        found: list[tuple[Copies, str]] = []
+        for adapter in self.used:
+            copies = self._modules[adapter]
+            assert isinstance(copies, Copies)
+            found += copies.holders_for(name)
+        return found
 
     def spread(self, name: str, weight: Tensor | None) -> None:
         """Spread all that stands in the place of one base tensor over processes as that is."""

@@ -147,7 +147,7 @@ def test_two_adapters():
     torch.testing.assert_close(model(IDS), both, rtol=1e-10, atol=1e-10)
     assert (alone - both).abs().max() > 1e-3
     with pytest.raises(
-        lorafx.AdapterError, match="'b' and 'c' both train 'layers.0.norm.bias' whole"
+        lorafx.AdapterError, match="'b' and 'c' both train 'layers.0.norm.bias', and one"
     ):
         lorafx.activate(model, ["b", "c"])
     lorafx.remove(model, "both")
