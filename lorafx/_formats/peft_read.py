@@ -25,7 +25,7 @@ from .peft_config import (
     check_complete, is_saved, is_target, lora_config, parameters_of, rank_and_scale, with_heads
 )
 from .peft_folder import PREFIX, PeftFiles, find_adapter, read_files
-from .peft_tokens import SUFFIX, read_rows, tied_alone
+from .peft_tokens import SUFFIX, read_rows
 
 
 def decode(file: AdapterFile) -> Decoded:
@@ -65,12 +65,7 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
     persistent = {} if model is None else base_buffers(model)
     trained = _trained_here(_trained(others, adapted, config, path), here, modules, others, path,
                             config, persistent)
-    for (module, block), rows in read_rows(config, tensors, path).items():
-        tied = tied_alone(model, here(module)) if model and here(module) in modules else None
-        if tied is not None:
-            raise FormatError(f"'{path}' has rows of '{module}' alone, but in this model its "
-                              f"weight is that of '{tied}' too: untie them first.")
-        trained[dotted(here(module), f"weight{block}")] = rows
+    trained |= read_rows(config, tensors, here, model, path)
     buffers = frozenset(name for name, tensor in trained.items()
                         if name in persistent or not tensor.is_floating_point())
     check_complete(config, {here(module) for module in adapted}, modules,
@@ -292,8 +287,7 @@ def _equal(own: Tensor, tensor: Tensor) -> bool:
 def _is_base_tensor(
     name: str, tensor: Tensor, base: Mapping[str, Tensor], tensors: Container[str], path: Path
 ) -> bool:
-    """True for what the base has anyway: a buffer, or an adapted layer's weight, which PEFT saves.
-    """
+    """True for what the base has: a buffer, or an adapted layer's weight, which PEFT saves."""
     own = base.get(name)
     module, _, attribute = name.rpartition(".")
     copied = f"{module}.base_layer.{attribute}" in tensors and attribute != "bias"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter
 from .._adapter.config import short_repr
-from .._adapter.names import block_of, ranges_of, split_block
+from .._adapter.names import Rename, block_of, dotted, ranges_of, split_block
 from .._errors import ConfigError, FormatError
 from .._graph.loaded import loaded
 from .._graph.modules import submodule, users_modules
@@ -26,26 +26,31 @@ INDICES = "trainable_token_indices"  # the entry of the config
 
 
 def read_rows(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
-) -> dict[tuple[str, str], Tensor]:
-    """Return {(module, block of rows): what stands in their place}; FormatError if unsound."""
-    found: dict[tuple[str, str], Tensor] = {}
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], here: Rename,
+    model: nn.Module | None, path: Path,
+) -> dict[str, Tensor]:
+    """Return {weight in this model and block of rows: what stands in the place of these}."""
+    entry, found = config.get(INDICES), dict[str, Tensor]()
     for name, tensor in tensors.items():
         if not name.endswith(SUFFIX):
             continue
         module = name.removesuffix(SUFFIX)
-        indices = _indices_of(config.get(INDICES), module)
-        sound = isinstance(indices, list) and all(
+        indices = _indices_of(entry, module)
+        sound = isinstance(indices, list) and len(indices) > 0 and all(
             type(index) is int and 0 <= index < 2**31 for index in indices)
         if not sound or len(set(indices)) != len(indices):
-            raise FormatError(f"'{path}' has rows of '{module}', and {INDICES} does not say which: "
-                              f"it is {short_repr(config.get(INDICES))}.")
+            raise FormatError(f"'{path}' has rows of '{module}', and its {INDICES}, "
+                              f"{short_repr(entry)}, does not say which.")
         if tensor.ndim < 1 or len(tensor) != len(indices):
             raise FormatError(f"'{path}' has {tuple(tensor.shape)} for the {len(indices)} rows of "
                               f"'{module}' that {INDICES} names.")
+        tied = None if model is None else _tied_alone(model, here(module))
+        if tied is not None:
+            raise FormatError(f"'{path}' has rows of '{module}' alone, but in this model its "
+                              f"weight is that of '{tied}' too: untie them first.")
         block = block_of(range(index, index + 1) for index in indices)
-        found[module, block] = tensor[torch.tensor(indices).argsort()]
-    if config.get(INDICES) and not found:
+        found[dotted(here(module), f"weight{block}")] = tensor[torch.tensor(indices).argsort()]
+    if entry and not found:
         raise FormatError(f"'{path}' has no rows of an embedding, which {INDICES} names.")
     return found
 
@@ -57,14 +62,16 @@ def _indices_of(entry: Any, module: str) -> Any:
     return next((rows for name, rows in entry.items() if module.endswith(name)), None)
 
 
-def tied_alone(model: nn.Module, module: str) -> str | None:
+def _tied_alone(model: nn.Module, module: str) -> str | None:
     """Return a module whose weight a module has, where PEFT would change it in the latter only."""
-    names: list[str] = []
-    weight = submodule(model, module)._parameters.get("weight")
-    for path, owner in users_modules(model).items():
-        names += [path for parameter in owner._parameters.values()
-                  if parameter is weight is not None and path != module]
-    return names[0] if names and not _ties_head(model, module) else None
+    modules = users_modules(model)
+    weight = modules[module]._parameters.get("weight") if module in modules else None
+    if weight is None or _ties_head(model, module):
+        return None
+    for path, owner in modules.items():
+        if path != module and any(own is weight for own in owner._parameters.values()):
+            return path
+    return None
 
 
 def _ties_head(model: Any, module: str) -> bool:
@@ -100,7 +107,7 @@ def written_rows(
             if other != owner and other.endswith(owner):
                 raise ConfigError(f"PEFT would train rows of '{other}' too, since its name ends as "
                                   f"'{owner}' does.")
-        tied = tied_alone(model, owner)
+        tied = _tied_alone(model, owner)
         if tied is not None:
             raise ConfigError(f"PEFT would change rows of '{owner}' and not of '{tied}', which is "
                               f"tied to it: {INSTEAD}.")
