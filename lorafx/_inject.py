@@ -56,7 +56,7 @@ def inject(
         dropout: in training, the probability that an element of the branch's input is zeroed.
         rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
         rank_pattern, alpha_pattern: {regular expression: rank or alpha}; the first match wins.
-        trainable: base modules and parameters to copy, train whole and save: "head", "*.bias".
+        trainable: modules, parameters and rows to train too: "head", "*.bias", "embed[100:103]".
         init: how A is drawn: "gaussian", or "kaiming" (uniform, a = sqrt(5), as in PEFT).
         dtype: of A and B; float32 for narrower weights, else the weight's own, by default.
         rounding: let Python read narrow weights as W + s B A rounded, instead of raising an error.

@@ -17,8 +17,9 @@ SPREADING_IS_LOST = (
     "parallelize_module or distribute_module, spread `frozen_...` of the same module, or do it "
     "before lorafx.inject.")
 CAST_IS_LOST = (
-    "Something writes into a weight that an adapter trains in another dtype than the base's: what "
-    "Python reads of it is a copy in the base's dtype, and what is written there would be lost. "
+    "Something writes into a weight that an adapter trains in another dtype than the base's, or of "
+    "which it trains some rows: what Python reads of it is a copy, and what is written there would "
+    "be lost. "
     "Write into `<module>.trained.<adapter>.<name>`, which lorafx.named_parameters(model) has, or "
     "do it before lorafx.inject.")
 
