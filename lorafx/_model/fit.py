@@ -16,6 +16,7 @@ from .._graph.modules import submodule
 from .._graph.sites import Site, blocks_matching
 from .homes import home
 from .program import Program
+from .shards import gathered
 
 
 def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -> Adapter:
@@ -105,7 +106,8 @@ def _fit_trained(
     untied: bool, source: str,
 ) -> dict[str, Tensor]:
     """The tensors that an adapter trained whole; `adapted` has the sites of its pairs, by id."""
-    fitted, names = {}, dict(adapted)
+    fitted: dict[str, Tensor] = {}
+    names = dict(adapted)
     for name, tensor in tensors.items():
         if name not in base or base[name].shape != tensor.shape:
             has = (f"has it as {tuple(base[name].shape)}" if name in base
@@ -114,15 +116,31 @@ def _fit_trained(
                                 f"model {has}.")
         tied = [other for other, parameter in base.items()
                 if parameter is base[name] and other != name]
-        if untied and tied:
+        as_one = all(_is_same(tensors.get(other), tensor) for other in tied)
+        if untied and not as_one and _is_values_of(base[name], tensor):
+            continue  # as PEFT saves all of a module, also what is tied and was not trained
+        if untied and not as_one:
             raise MismatchError(f"{source} has a '{name}' of its own, but in this model that is "
                                 f"tied to '{tied[0]}': untie them first.")
         other = names.setdefault(id(base[name]), name)
+        if other is not name and other in fitted and _is_same(fitted[other], tensor):
+            continue
         if other is not name:
             raise MismatchError(f"{source} has a trained '{name}', which in this model is the "
                                 f"weight of '{other}', that it has too.")
         fitted[name] = tensor
     return fitted
+
+
+def _is_same(other: Tensor | None, tensor: Tensor) -> bool:
+    """True if a file has one tensor under two names of a tied pair, as PEFT's do."""
+    return other is not None and torch.equal(other, tensor)
+
+
+def _is_values_of(base: Tensor, tensor: Tensor) -> bool:
+    """True if a tensor from a file has the values that the base's own has."""
+    own = gathered(base.detach())
+    return not own.is_meta and torch.equal(own.to(tensor.device, tensor.dtype), tensor)
 
 
 def _as_stored_here(
