@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter
-from .._adapter.names import dotted, split_block
+from .._adapter.names import dotted
 from .._errors import ConfigError
 from .._graph.loaded import loaded
 from .._graph.modules import submodule, users_modules
@@ -18,7 +18,9 @@ from .._storage.safetensors_files import safetensors_bytes
 from .adapter_file import INSTEAD, Destination
 from .peft_config import ADAPTER_CONFIG, bytes_digest, config_digest
 from .peft_folder import BEFORE, DIGEST, PREFIX, TENSORS, WHOLE
-from .peft_pairs import PeftPair, as_matrices, conv1d, peft_pairs
+from .peft_pairs import (
+    PeftPair, as_matrices, conv1d, peft_pairs, trained_under_every_name
+)
 from .peft_tokens import INDICES, written_rows
 
 
@@ -33,7 +35,8 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
         raise ConfigError(
             "PEFT's format depends on the model: load the adapter into it, and save it from there.")
     pairs = peft_pairs(adapter, model)
-    bias, modules, trained = _trained(adapter, model, pairs)
+    everywhere = trained_under_every_name(adapter, model)
+    bias, modules, trained = _trained(everywhere, model, pairs)
     indices, rows = written_rows(adapter, model, {pair.module for pair in pairs})
     tensors = {}
     for name, tensor in (trained | rows | _factors(model, pairs)).items():
@@ -74,21 +77,20 @@ def _stem(module: str, pairs: Iterable[PeftPair]) -> str:
 
 
 def _trained(
-    adapter: Adapter, model: nn.Module, pairs: Sequence[PeftPair]
+    trained: Mapping[str, Tensor], model: nn.Module, pairs: Sequence[PeftPair]
 ) -> tuple[str, list[str], dict[str, Tensor]]:
     """The config's bias, its modules_to_save, and the tensors of both."""
     adapted = {pair.module for pair in pairs if pair.attribute is None}
     by_owner: dict[str, set[str]] = defaultdict(set)
-    for name in adapter.trained:
+    for name in trained:
         owner, _, attribute = name.rpartition(".")
-        if not split_block(name)[1]:
-            by_owner[owner].add(attribute)
+        by_owner[owner].add(attribute)
     kinds, owners, tensors = {"none"}, [], {}
     for owner, names in by_owner.items():
         if names == {"bias"} and len(submodule(model, owner)._parameters) > 1:
             kinds.add("lora_only" if owner in adapted else "all")
             stem = _stem(owner, pairs) + ".base_layer" * (owner in adapted)
-            tensors[dotted(stem, "bias")] = adapter.trained[dotted(owner, "bias")]
+            tensors[dotted(stem, "bias")] = trained[dotted(owner, "bias")]
             continue
         name = dotted(owner, min(names))
         if not owner:
@@ -102,11 +104,11 @@ def _trained(
         owners.append(owner)
     bias = next(kind for kind in ("all", "lora_only", "none") if kind in kinds)
     modules = [owner for owner in owners if not _is_inside(owner, owners)]
-    return bias, modules, tensors | _whole_modules(adapter, model, modules)
+    return bias, modules, tensors | _whole_modules(trained, model, modules)
 
 
 def _whole_modules(
-    adapter: Adapter, model: nn.Module, modules: Sequence[str]
+    trained: Mapping[str, Tensor], model: nn.Module, modules: Sequence[str]
 ) -> dict[str, Tensor]:
     """{name: tensor} of all that modules have, as PEFT trains whole ones.
 
@@ -115,7 +117,7 @@ def _whole_modules(
     tensors: dict[str, Tensor] = {}
     for path, module in users_modules(model).items():
         if path in modules or _is_inside(path, modules):
-            tensors |= _all_tensors(adapter, path, module)
+            tensors |= _all_tensors(trained, path, module)
         elif path.endswith(tuple(modules)):
             raise ConfigError(f"PEFT would train '{path}' too, since its name ends as that of a "
                               "trained module does.")
@@ -126,12 +128,14 @@ def _is_inside(path: str, modules: Iterable[str]) -> bool:
     return path.startswith(tuple(f"{module}." for module in modules))
 
 
-def _all_tensors(adapter: Adapter, path: str, module: nn.Module) -> dict[str, Tensor]:
+def _all_tensors(
+    trained: Mapping[str, Tensor], path: str, module: nn.Module
+) -> dict[str, Tensor]:
     """{name: tensor} of all that a module's state_dict has, as the adapter trained it."""
     tensors = {}
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name not in module._non_persistent_buffers_set:
-            tensors[dotted(path, name)] = adapter.trained.get(dotted(path, name), tensor)
+            tensors[dotted(path, name)] = trained.get(dotted(path, name), tensor)
     return tensors
 
 

@@ -18,6 +18,7 @@ from .._graph.modules import submodule
 from .._graph.sites import Site, blocks_matching
 from .homes import home
 from .program import Program
+from .shards import gathered
 
 
 def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -> Adapter:
@@ -124,11 +125,16 @@ def _fit_trained(
                                 f"model {has}.")
         tied = [other for other, parameter in base.items()
                 if parameter is base[whole] and other != whole]
-        if untied and tied and not block:
+        as_one = bool(block) or all(_is_same(tensors.get(other), tensor) for other in tied)
+        if untied and not as_one and _is_values_of(base[whole], tensor):
+            continue  # as PEFT saves all of a module, also what is tied and was not trained
+        if untied and not as_one:
             raise MismatchError(f"{source} has a '{name}' of its own, but in this model that is "
                                 f"tied to '{tied[0]}': untie them first.")
         others = [other for other in found[id(base[whole])]
                   if have_rows_in_common(block, split_block(other)[1])]
+        if len(others) == 1 and not block and _is_same(fitted.get(others[0]), tensor):
+            continue
         if id(base[whole]) in adapted and not block:
             others.append(adapted[id(base[whole])])
         if others:
@@ -137,6 +143,17 @@ def _fit_trained(
         found[id(base[whole])].append(name)
         fitted[name] = tensor
     return fitted
+
+
+def _is_same(other: Tensor | None, tensor: Tensor) -> bool:
+    """True if a file has one tensor under two names of a tied pair, as PEFT's do."""
+    return other is not None and torch.equal(other, tensor)
+
+
+def _is_values_of(base: Tensor, tensor: Tensor) -> bool:
+    """True if a tensor from a file has the values that the base's own has."""
+    own = gathered(base.detach())
+    return not own.is_meta and torch.equal(own.to(tensor.device, tensor.dtype), tensor)
 
 
 def _as_stored_here(

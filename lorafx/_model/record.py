@@ -89,6 +89,19 @@ def trained_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Trained]
             yield path, module, trained
 
 
+def check_ties_are_here(model: nn.Module) -> None:
+    """Raise if what is trained in the place of a tied tensor is in another stage of a pipeline."""
+    modules = set(model.modules())
+    for path, _, trained in trained_modules(model):
+        for adapter, copies in trained.sets().items():
+            for name, (holder, _) in copies.elsewhere.items():
+                if holder not in modules:
+                    raise AdapterError(
+                        f"Adapter {adapter!r} trains '{dotted(path, name)}', which is tied to a "
+                        "tensor of a module that is not here, as in another stage of a pipeline: "
+                        "cut the model so that both are in one.")
+
+
 def holders(model: nn.Module) -> list[LorafxModule]:
     """Every module whose children are adapters: all branches and all Trained."""
     found: list[LorafxModule] = [*branches(model).values()]

@@ -150,7 +150,7 @@ def test_two_adapters():
     torch.testing.assert_close(model(IDS), both, rtol=1e-10, atol=1e-10)
     lorafx.activate(model, "b")
     assert (model(IDS) - both).abs().max() > 1e-3
-    for others, name in ((["default", "c"], r"10:13"), (["b", "c"], r"10:13"), (["d", "b"], "3,12")):
+    for others, name in ((["default", "c"], "10:13"), (["b", "c"], "10:13"), (["d", "b"], "3,12")):
         with pytest.raises(
             lorafx.AdapterError, match=rf"both train 'tokens.weight\[{name}\]', and one tensor"
         ):
@@ -185,7 +185,7 @@ def test_a_weight_that_is_resized_later(tmp_path):
     torch.testing.assert_close(model(ids), lorafx.merge(model)(ids))
     lorafx.save(model, tmp_path / "a.safetensors")
     model.tokens.weight = nn.Parameter(torch.ones(10, 6))
-    with pytest.raises(lorafx.AdapterError, match=r"trains 'tokens.weight\[9:11\]' \(2, 6\), which"):
+    with pytest.raises(lorafx.AdapterError, match=r"trains 'tokens.weight\[9:11\]' \(2, 6\)"):
         lorafx.save(model, tmp_path / "a.safetensors")
 
 
