@@ -56,9 +56,11 @@ def inject(
         dropout: in training, the probability that an element of the branch's input is zeroed.
         rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
         rank_pattern, alpha_pattern: {regular expression: rank or alpha}; the first match wins.
-        trainable: names of base modules to copy, train whole and save, such as a classifier head.
+        trainable: names of base modules to copy, train whole and save, such as a classifier head,
+            with their persistent buffers, such as the statistics of a BatchNorm.
         init: how A is drawn: "gaussian", or "kaiming" (uniform, a = sqrt(5), as in PEFT).
-        dtype: of A and B; float32 for narrower weights, else the weight's own, by default.
+        dtype: of A, B and what is trained whole; float32 for narrower weights, else the weight's
+            own, by default. A copy is never narrower than its weight, and is cast where it is used.
         rounding: let Python read narrow weights as W + s B A rounded, instead of raising an error.
         share_dropout: let branches computed together drop out the same elements, which is faster.
         adapter: the name of this adapter.

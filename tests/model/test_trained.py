@@ -111,7 +111,7 @@ class TestDtype:
         for forward in (compiled, again):
             forward(IDS).float().square().sum().backward()
         for name, tensor in trained(model).items():
-            torch.testing.assert_close(tensor.grad, trained(again)[name].grad)
+            torch.testing.assert_close(tensor.grad, trained(again)[name].grad, rtol=1e-4, atol=1e-4)
         stats = model.batch_norm.trained.default, again.batch_norm.trained.default
         assert torch.equal(stats[0].running_var, stats[1].running_var)
         assert stats[0].num_batches_tracked == 1
