@@ -222,9 +222,10 @@ class TestReplaced:
     def test_is_an_error_where_it_would_be_lost(self, replace, message, tmp_path):
         model = lorafx.inject(net(), targets="up", trainable=WHOLE)
         replace(model)
-        for use in (
+        uses = (
             lambda: lorafx.save(model, tmp_path / "a.safetensors"), lambda: lorafx.merge(model),
-            lambda: lorafx.compose(model, {"default": 1}, "b")):
+            lambda: lorafx.compose(model, {"default": 1}, "b"))
+        for use in uses:
             with pytest.raises(lorafx.AdapterError, match=message + ".*before lorafx.inject"):
                 use()
         assert not [*tmp_path.iterdir()]
