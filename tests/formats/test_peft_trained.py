@@ -91,5 +91,5 @@ def test_a_buffer_of_a_module_that_is_not_saved_whole(tmp_path: Path) -> None:
     safetensors.torch.save_file(stored | {"base_model.model.2.shift": torch.zeros(3)}, file)
     assert "trained" not in lorafx.load(net, tmp_path)[2]._modules
     safetensors.torch.save_file(stored | {"base_model.model.2.shift": torch.ones(3)}, file)
-    with pytest.raises(lorafx.FormatError, match="'2.shift', a buffer, in which this model differs"):
+    with pytest.raises(lorafx.FormatError, match="'2.shift', a buffer, in which this model"):
         lorafx.load(net, tmp_path)

@@ -111,7 +111,7 @@ class TestDtype:
         for forward in (compiled, again):
             forward(IDS).float().square().sum().backward()
         for name, tensor in trained(model).items():
-            torch.testing.assert_close(tensor.grad, trained(again)[name].grad)
+            torch.testing.assert_close(tensor.grad, trained(again)[name].grad, rtol=1e-4, atol=1e-4)
         stats = model.batch_norm.trained.default, again.batch_norm.trained.default
         assert torch.equal(stats[0].running_var, stats[1].running_var)
         assert stats[0].num_batches_tracked == 1
@@ -222,9 +222,10 @@ class TestReplaced:
     def test_is_an_error_where_it_would_be_lost(self, replace, message, tmp_path):
         model = lorafx.inject(net(), targets="up", trainable=WHOLE)
         replace(model)
-        for use in (
+        uses = (
             lambda: lorafx.save(model, tmp_path / "a.safetensors"), lambda: lorafx.merge(model),
-            lambda: lorafx.compose(model, {"default": 1}, "b")):
+            lambda: lorafx.compose(model, {"default": 1}, "b"))
+        for use in uses:
             with pytest.raises(lorafx.AdapterError, match=message + ".*before lorafx.inject"):
                 use()
         assert not [*tmp_path.iterdir()]
