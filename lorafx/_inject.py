@@ -56,9 +56,9 @@ def inject(
         dropout: in training, the probability that an element of the branch's input is zeroed.
         rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
         rank_pattern, alpha_pattern: {regular expression: rank or alpha}; the first match wins.
-        trainable: names of base modules to copy, train whole and save, such as a classifier head.
+        trainable: modules, parameters and rows to train too: "head", "*.bias", "embed[100:103]".
         init: how A is drawn: "gaussian", or "kaiming" (uniform, a = sqrt(5), as in PEFT).
-        dtype: of A and B; float32 for narrower weights, else the weight's own, by default.
+        dtype: of A, B and what else trains; by default the weight's own, at least float32.
         rounding: let Python read narrow weights as W + s B A rounded, instead of raising an error.
         share_dropout: let branches computed together drop out the same elements, which is faster.
         adapter: the name of this adapter.

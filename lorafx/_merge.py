@@ -1,21 +1,22 @@
 """Folds adapters into weights, W + s B A, or drops them: a new model of the original class."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from ._adapter.names import branch_name, dotted, split_block
+from ._adapter.names import branch_name, dotted, ranges_of, split_block
 from ._errors import TiedWeightError, UnsupportedModelError
 from ._graph.dispatched import put, value_of
 from ._graph.modules import LorafxModule, Place, named_modules, submodule, unwrapped
 from ._kernels.addend import Addend
 from ._kernels.scratch import Scratch
-from ._kernels.weights import folded
+from ._kernels.weights import folded, with_rows
 from ._model.branches import Branch, branches, factors_at
+from ._model.extract import check_in_place
 from ._model.guard import check_each_in_its_place, check_graphs_not_dispatched
 from ._model.copies import same_kind, share
 from ._model.flat import check_can_be_copied
@@ -116,6 +117,8 @@ def merge(
     check_each_in_its_place(model)
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
     check_can_be_copied(model)
+    for adapter in chosen:
+        check_in_place(model, adapter)
     held: dict[str, Branch] = {}
     for site, branch in branches(model).items():
         if any(factors_at(branch, adapter) for adapter in chosen):
@@ -163,18 +166,36 @@ def _check_untied(owners: Mapping[str, tuple[list[str], list[str]]]) -> None:
 
 def _place_trained(model: nn.Module, twin: nn.Module, chosen: Iterable[str]) -> None:
     """Put copies of what the adapters train whole in the place of the twin's parameters."""
-    clones: dict[nn.Parameter, nn.Parameter] = {}  # a parameter under two names stays one
+    clones: dict[Tensor, Tensor] = {}  # a tensor under two names stays one
     for path, _, trained in trained_modules(model):
         owner = submodule(twin, path)
-        adapter = trained.choose(chosen) or ""
-        for name, parameter in trained.sets().get(adapter, {}).items():
-            base = owner._parameters[name]
-            assert base is not None
-            if parameter not in clones:
-                value = value_of(submodule(trained, adapter), name, parameter.detach())
-                clones[parameter] = same_kind(base, gathered_beside(base, value).clone())
-            if not put(owner, name, clones[parameter]):
-                owner._parameters[name] = clones[parameter]
+        for adapter in trained.having(chosen):
+            for name, (holder, key) in trained.sets()[adapter].holders().items():
+                held, (attribute, block) = holder.held(key), split_block(name)
+                if held not in clones:
+                    value = value_of(holder, key, held.detach())
+                    clones[held] = _in_the_place_of(owner, attribute, value, ranges_of(block))
+                if not put(owner, attribute, clones[held]):
+                    _tensors(owner, attribute)[attribute] = clones[held]
+
+
+def _tensors(owner: nn.Module, name: str) -> dict[str, Any]:
+    """The table of a module in which a tensor is registered."""
+    return owner._parameters if name in owner._parameters else owner._buffers
+
+
+def _in_the_place_of(
+    owner: nn.Module, name: str, value: Tensor, ranges: Sequence[range]
+) -> Tensor:
+    """A copy of what was trained, as the base's tensor is: rounded once to its dtype.
+
+    Of what stands for some rows of it, with the others.
+    """
+    base = _tensors(owner, name)[name]
+    copied = gathered_beside(base, value).to(base.dtype, copy=True)
+    if ranges:
+        copied = with_rows(value_of(owner, name, base.detach()), ranges, copied)
+    return same_kind(base, copied) if isinstance(base, nn.Parameter) else copied
 
 
 def _owners(
@@ -230,11 +251,8 @@ def _fold(places: list[Place], addends: list[Addend], scratch: Scratch) -> None:
     total = folded(value, parts, scratch)
     new = same_kind(weight, total) if isinstance(weight, nn.Parameter) else total
     for owner, attribute in places:
-        if put(owner, attribute, new):
-            continue
-        is_parameter = attribute in owner._parameters
-        tensors: dict[str, Any] = owner._parameters if is_parameter else owner._buffers
-        tensors[attribute] = new
+        if not put(owner, attribute, new):
+            _tensors(owner, attribute)[attribute] = new
 
 
 def _bake(owner: nn.Module, attribute: str) -> None:

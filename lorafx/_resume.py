@@ -29,7 +29,7 @@ def resume(
     were: training goes on bit for bit. It is a call of its own, after `lorafx.load`, because an
     optimizer can only be made for parameters that exist. What lorafx does not know of is yours to
     continue: a scheduler (make it anew and load its own state_dict before this call, as making it
-    sets the rate), generators, the place in the data, buffers. Nothing changes on failure.
+    sets the rate), generators, the place in the data, the base's buffers. All or nothing changes.
 
     Args:
         model: an injected model with an adapter of the same sites and shapes, best by

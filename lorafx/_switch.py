@@ -18,7 +18,8 @@ from ._model.extract import extract_here
 from ._model.fsdp import settle
 from ._model.program import read_program
 from ._model.record import (
-    check_adapter, holders, injection, refresh, set_trainable, trained_modules, weights_of
+    check_adapter, check_ties_are_here, holders, injection, refresh, set_trainable, trained_modules,
+    weights_of
 )
 from ._model.reduced import check_reduced
 
@@ -96,7 +97,8 @@ def named_parameters(
     These are each A and B, and the parameters of modules trained whole.
 
     Raises:
-        AdapterError: accelerate offloads them, and new ones take their places in each call.
+        AdapterError: accelerate offloads them, and new ones take their places in each call; or one
+            is of a tied pair, of which a pipeline's stage has the other half.
 
     Example:
         >>> import torch, lorafx
@@ -106,6 +108,7 @@ def named_parameters(
     if adapter is not None:
         check_adapter(model, adapter)
     wanted = list(injection(model).active) if adapter is None else [adapter]
+    check_ties_are_here(model)
     settle(model)
     holding, seen, away = set(holders(model)), set(), offloaded_parameters(model)
     for path, module in named_modules(model):
@@ -146,7 +149,7 @@ def remove(model: nn.Module, adapter: str) -> None:
     """
     check_adapter(model, adapter)
     record = injection(model)
-    del record.configs[adapter]
+    del record.configs[adapter], record.trained[adapter]
     record.active = {name: w for name, w in record.active.items() if name != adapter}
     for holder in holders(model):
         holder._modules.pop(adapter, None)

@@ -50,6 +50,8 @@ class Training:
 class Adapter:
     """A named adapter apart from any model: config, {site: Pair}, base tensors trained beside it.
 
+    `buffers` names those of them that are buffers, as a BatchNorm's statistics: of any dtype, and
+    infinity may mean something in them, as in a mask.
     `stored` says how the weights of its sites are stored, where that is known; `training` where its
     training stands. `untied` says that what it is for goes by no other name: where a model has a
     site or a trained tensor under several, it means something else. `says_transposed` is true if
@@ -64,6 +66,7 @@ class Adapter:
     training: Training | None = None
     untied: bool = False
     says_transposed: bool = False
+    buffers: frozenset[str] = frozenset()
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         """Yield every tensor and its name in a file of lorafx.
@@ -86,14 +89,15 @@ def validate(adapter: Adapter) -> None:
         if not is_number(scale) or abs(scale) > torch.finfo(torch.float32).max:
             raise ConfigError(f"at '{site}', the scale is {scale!r}.")
     for name, tensor in adapter.tensors():
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOATS and name not in adapter.buffers:
             raise ConfigError(f"'{name}' has dtype {tensor.dtype}.")
 
 
 def check_finite(adapter: Adapter, otherwise: str = "") -> None:
     """Raise ConfigError if a value is NaN or infinite."""
     for name, tensor in adapter.tensors():
-        if not all_finite(tensor):
+        sound = not tensor.isnan().any() if name in adapter.buffers else all_finite(tensor)
+        if not sound:
             raise ConfigError(f"'{name}' has NaN or infinite values{otherwise}.")
 
 

@@ -30,11 +30,11 @@ SYNONYMS = {  # {name in PEFT's LoraConfig or get_peft_model, or in loralib or k
     "autocast_adapter_dtype": "dtype",
 }
 NOTES = {
-    "bias": "biases stay frozen, unless a module is trained whole",
+    "bias": "PEFT's 'all' is '*.bias'",
     "init_lora_weights": "PEFT's True is 'kaiming'",
     "layers_pattern": "a glob such as '*.layers.0.*'",
     "layers_to_transform": "a glob such as '*.layers.0.*'",
-    "trainable_token_indices": "the whole embedding",
+    "trainable_token_indices": "rows such as 'embed_tokens[100:103]'",
 }
 NOT_NEEDED = {"task_type", "inference_mode", "fan_in_fan_out", "peft_type", "low_cpu_mem_usage"}
 

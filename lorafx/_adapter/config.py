@@ -135,3 +135,8 @@ def first_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
 def factor_dtype(config: LoRAConfig, weight: Tensor) -> torch.dtype:
     """Return the dtype of a weight's A and B: the config's, else its own, at least float32."""
     return config.dtype or torch.promote_types(weight.dtype, torch.float32)
+
+
+def trained_dtype(config: LoRAConfig, weight: Tensor) -> torch.dtype:
+    """Return the dtype of what is trained in a tensor's place: as A and B, but an exact copy."""
+    return torch.promote_types(factor_dtype(config, weight), weight.dtype)

@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import functools
+import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -35,6 +36,58 @@ def split_block(name: str) -> tuple[str, str]:
     """Return a site's name without its block, and the block: ("attn.qkv", "[q]")."""
     base, bracket, block = name.partition("[")
     return base, bracket + block
+
+
+_RANGE = r"\d{1,18}(?::\d{1,18})?"
+
+
+def ranges_of(block: str) -> tuple[range, ...]:
+    """Return the rows that a block means, as written: `[5,100:103]`; none for any other block."""
+    if not re.fullmatch(rf"\[{_RANGE}(,{_RANGE})*\]", block):
+        return ()
+    ranges: list[range] = []
+    for part in block[1:-1].split(","):
+        start, colon, stop = part.partition(":")
+        ranges.append(range(int(start), int(stop) if colon else int(start) + 1))
+    return tuple(ranges) if all(ranges) else ()
+
+
+def block_of(ranges: Iterable[range]) -> str:
+    """Return the one name of a set of rows: `[5,100:103]`."""
+    joined: list[range] = []
+    for rows in sorted(ranges, key=lambda rows: rows.start):
+        if joined and rows.start <= joined[-1].stop:
+            joined[-1] = range(joined[-1].start, max(joined[-1].stop, rows.stop))
+        else:
+            joined.append(rows)
+    parts = [f"{rows.start}:{rows.stop}" if len(rows) > 1 else str(rows.start) for rows in joined]
+    return f"[{','.join(parts)}]"
+
+
+def stands_for(shape: Sequence[int], block: str, whole: Sequence[int]) -> bool:
+    """True if a tensor of this shape can take the place of a whole one, or of a block of its rows.
+
+    The rows must be named as by `block_of`.
+    """
+    if not block:
+        return tuple(shape) == tuple(whole)
+    ranges = ranges_of(block)
+    if not ranges or block_of(ranges) != block or not shape or not whole:
+        return False
+    fits = ranges[-1].stop <= whole[0] and sum(map(len, ranges)) == shape[0]
+    return fits and tuple(shape[1:]) == tuple(whole[1:])
+
+
+def have_rows_in_common(first: str, second: str) -> bool:
+    """True if two names are of one tensor, and not of rows of it that differ."""
+    (name, block), (other, other_block) = split_block(first), split_block(second)
+    if name != other or not block or not other_block:
+        return name == other
+    for rows in ranges_of(block):
+        for more in ranges_of(other_block):
+            if max(rows.start, more.start) < min(rows.stop, more.stop):
+                return True
+    return False
 
 
 def name_matches(pattern: str, name: str) -> bool:

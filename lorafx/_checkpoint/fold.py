@@ -31,9 +31,12 @@ def summed(
 ) -> Tensor:
     """Return W + sum s L R in this dtype, rounded once, in scratch memory.
 
-    W is `matrix`, (..., m, n), or what was trained in its place.
+    W is `matrix`, (..., m, n), or what was trained in its place or that of its rows.
     """
     source = matrix if change.trained is None else change.trained.cpu()
+    for place, rows in change.pieces:
+        source = source.to(torch.promote_types(source.dtype, rows.dtype), copy=True)
+        source[place.start:place.stop] = rows
     if dtype == matrix.dtype:
         source = source.to(dtype)  # as when an adapter is loaded
     total = scratch.empty("sum", matrix.shape, dtype)

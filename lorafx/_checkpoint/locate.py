@@ -23,7 +23,8 @@ def locate(weighted: WeightedAdapter, checkpoint: Checkpoint) -> dict[str, Locat
     """Return {site or trained tensor: where it is}; MismatchError unless one renaming fits all."""
     adapter = weighted.adapter
     weights = {site: split_block(site)[0] for site in adapter.pairs}  # blocks of rows share one
-    weights |= {name: name for name in adapter.trained}
+    weights |= {name: split_block(name)[0] for name in adapter.trained}
+    of_rows = {split_block(name)[0] for name in adapter.trained if split_block(name)[1]}
     names = list(dict.fromkeys(weights.values()))
     twins = _tied_twins(adapter)
     complete = _complete_locations(adapter, names, checkpoint, twins)
@@ -40,7 +41,8 @@ def locate(weighted: WeightedAdapter, checkpoint: Checkpoint) -> dict[str, Locat
         # beside a pair, PEFT may save the weight of the head that it is for
         both = {name, owners.setdefault(key, name)}
         expected = adapter.untied and both & adapter.pairs.keys() and both & adapter.trained.keys()
-        if len(both) == 2 and not expected and not both <= twins.keys():
+        one = not both.isdisjoint(of_rows) or both <= twins.keys()
+        if len(both) == 2 and not expected and not one:
             raise MismatchError(
                 f"{weighted.label} has both '{owners[key]}' and '{name}', which are one tensor of "
                 f"{checkpoint.label}, '{key}'.")
@@ -56,7 +58,8 @@ def _complete_locations(
         shapes[split_block(site)[0]] = _weight_shape(adapter, site)
     if adapter.untied:
         for name, tensor in adapter.trained.items():
-            shapes[name] = tuple(tensor.shape)
+            if not split_block(name)[1]:
+                shapes[name] = tuple(tensor.shape)
     of_transformers = checkpoint.ties is not None  # its config is there
     for ties in (None, checkpoint.ties):  # heads that are not in the checkpoint come last
         found: dict[tuple[str, ...], dict[str, Location]] = {}

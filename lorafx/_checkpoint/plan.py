@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._adapter.config import FLOATS, factor_dtype
 from .._adapter.conversions import ConversionTable, as_stored
+from .._adapter.names import have_rows_in_common, ranges_of, split_block, stands_for
 from .._errors import AdapterError, FormatError, MismatchError
 from .._kernels.addend import Addend
 from .._kernels.weights import rows_of
@@ -36,17 +37,32 @@ class MergeRequest:
 class Change:
     """What becomes of a tensor: `trained` takes its place, if any, and the addends are added.
 
-    `untied` says that what is trained is for this name only, where the tensor has others.
+    `pieces` take the places of some rows. `untied` says that what is trained is for this name only,
+    where the tensor has others.
     """
 
     trained: Tensor | None = None
     addends: list[Addend] = field(default_factory=list)
     untied: bool = False
+    pieces: list[tuple[range, Tensor]] = field(default_factory=list)
+
+    def put_rows(self, ranges: Sequence[range], tensor: Tensor) -> None:
+        """Let the rows of a tensor take the places of these."""
+        taken = 0
+        for place in ranges:
+            self.pieces.append((place, tensor.narrow(0, taken, len(place))))
+            taken += len(place)
 
     def rows(self, start: int, length: int) -> "Change":
         """Return what becomes of some rows of a matrix."""
         trained = None if self.trained is None else self.trained.narrow(0, start, length)
-        return Change(trained, rows_of(self.addends, start, length))
+        pieces = []
+        for place, tensor in self.pieces:
+            first, stop = max(place.start, start), min(place.stop, start + length)
+            if first < stop:
+                here = range(first - start, stop - start)
+                pieces.append((here, tensor.narrow(0, first - place.start, len(here))))
+        return Change(trained, rows_of(self.addends, start, length), pieces=pieces)
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,7 @@ def plan_merge(request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:
     new: dict[str, str] = {}
     # of a tensor, by site, so that they add up in the order of lorafx.merge
     addends: dict[str, dict[str, list[Addend]]] = {}
-    first_to_train: dict[str, str] = {}
+    first_to_train: dict[str, dict[str, str]] = {}  # {tensor: {block of rows: adapter}}
     unties_any, orientations = False, stored_orientations(checkpoint)
     for weighted in request.adapters:
         weighted, locations = _found(weighted, checkpoint, request)
@@ -73,9 +89,14 @@ def plan_merge(request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:
             if key != source:
                 new[key] = source
         for name, tensor in adapter.trained.items():
-            key = locations[name].written
-            first = first_to_train.setdefault(key, weighted.label)
-            _check_trained(weighted, name, first, locations[name], checkpoint)
+            key, block = locations[name].written, split_block(name)[1]
+            before = first_to_train.setdefault(key, {})
+            _check_trained(weighted, name, before, locations[name], checkpoint)
+            before[block] = weighted.label
+            if block:
+                for other in tied_names(key, checkpoint):
+                    changes.setdefault(other, Change()).put_rows(ranges_of(block), tensor)
+                continue
             if adapter.untied and tensor.ndim == 2:
                 site = name.removesuffix(".weight")
                 unties_any |= unties(locations[name], site, checkpoint, request.untie)
@@ -117,24 +138,28 @@ def _found(
 
 
 def _check_trained(
-    weighted: WeightedAdapter, name: str, first: str, location: Location, checkpoint: Checkpoint
+    weighted: WeightedAdapter, name: str, before: Mapping[str, str], location: Location,
+    checkpoint: Checkpoint,
 ) -> None:
-    """Raise unless a tensor that an adapter trained whole can take the place of the checkpoint's.
+    """Raise unless what an adapter trained can take the place of the checkpoint's, or of its rows.
 
-    `first` is the first adapter that trains it.
+    `before` are the blocks of rows that others take already, and whose they are.
     """
     label, adapter, weight = weighted
-    if first != label:
-        raise AdapterError(f"{first} and {label} both train '{name}' whole, and one tensor cannot "
-                           "be both: fold one of them.")
+    block = split_block(name)[1]
+    for other, first in before.items():
+        if have_rows_in_common(block, other):
+            raise AdapterError(f"{first} and {label} both train '{name}' whole, and one tensor "
+                               "cannot be both: fold one of them.")
     if weight != 1:
         raise AdapterError(f"{label} trains '{name}' whole, which cannot be weighed by "
                            f"{weight:g}: give it the weight 1, or leave it out.")
     shape, stored = tuple(adapter.trained[name].shape), checkpoint.tensors[location.read].shape
-    if shape != stored:
+    if not stands_for(shape, block, stored):
         raise MismatchError(f"{label} has a trained '{name}' {shape}, but {checkpoint.label} has "
                             f"it as {stored}.")
-    _check_dtype(location.read, checkpoint)
+    if name not in adapter.buffers:
+        _check_dtype(location.read, checkpoint)
 
 
 def _check_dtype(name: str, checkpoint: Checkpoint) -> None:

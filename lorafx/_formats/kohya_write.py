@@ -26,7 +26,7 @@ def diffusers(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
     for name, _, _, (A, B, _) in pairs:
         tensors[f"{before}{name}.lora_A.weight"] = A
         tensors[f"{before}{name}.lora_B.weight"] = B
-    config = config_of(adapter, model, pairs, [], "none")
+    config = config_of(adapter, model, pairs, [], "none", {})
     settings = {f"{before}{key}": value for key, value in config.items()}
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
     return {destination.path.name: safetensors_bytes(tensors, header)}

@@ -28,7 +28,8 @@ VERSION = "1"
 _FLAGS = {"alone": "untied", "turned": "says_transposed"}
 # what reading a damaged header raises
 _DAMAGE = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
-_KNOWN = {"name", "config", "base", "scales", "trained", "stored", "training", *_FLAGS}
+_KNOWN = {
+    "name", "config", "base", "scales", "trained", "buffers", "stored", "training", *_FLAGS}
 
 
 def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
@@ -37,6 +38,8 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
         "name": adapter.name, "config": _config_to_json(adapter.config), "base": destination.base,
         "scales": {site: pair.scale for site, pair in adapter.pairs.items()},
         "trained": list(adapter.trained), "stored": adapter.stored}
+    if adapter.buffers:
+        about["buffers"] = sorted(adapter.buffers)
     for key, field in _FLAGS.items():
         if getattr(adapter, field):
             about[key] = True
@@ -87,8 +90,12 @@ def _adapter(about: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> A
     pairs = _ordered(pairs_of(factors, "lora.A", "lora.B", path, scales), scales, config, path)
     trained = {name: tensors[name] for name in names}
     stored = {site: _stored(*fields) for site, fields in about.get("stored", {}).items()}
+    buffers = frozenset(list_of_names(about.get("buffers", [])))
+    if not buffers <= whole:
+        raise ValueError("a buffer is not among what is trained")
     flags = {field: _flag(about[key]) for key, field in _FLAGS.items() if key in about}
-    return Adapter(about["name"], config, pairs, trained, stored, training, **flags)
+    return Adapter(
+        about["name"], config, pairs, trained, stored, training, buffers=buffers, **flags)
 
 
 def _take_training(about: Any, tensors: dict[str, Tensor]) -> Training:

@@ -26,7 +26,7 @@ _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
     "bias", "modules_to_save", "target_modules", "target_parameters", "init_lora_weights",
     "fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "ensure_weight_tying"}
+    "ensure_weight_tying", "trainable_token_indices"}
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
 _TYPES: dict[str, tuple[type, ...]] = {  # a list is of strings
     "rank_pattern": (dict,), "alpha_pattern": (dict,), "modules_to_save": (list,),
@@ -220,7 +220,10 @@ def lora_config(
     config: Mapping[str, Any], pairs: Mapping[str, Pair], trained: Mapping[str, Tensor]
 ) -> LoRAConfig:
     """Return the config as lorafx has it; alphas that are not above 0 stand only in the scales."""
-    owners = {name.rpartition(".")[0] for name in trained}
+    trainable = set()
+    for name in trained:
+        owner = name.rpartition(".")[0]
+        trainable.add(owner if is_saved(config, owner) else name)
     alphas = {"": config.get("lora_alpha", 8)} | (config.get("alpha_pattern") or {})
     for name, alpha in list(alphas.items()):
         if not (is_number(alpha) and alpha > 0):
@@ -231,6 +234,6 @@ def lora_config(
             rank=config.get("r", 8), alpha=alphas.pop("", None), rslora=rslora,
             dropout=config.get("lora_dropout", 0.0) or 0.0,
             rank_pattern=config.get("rank_pattern") or {}, alpha_pattern=alphas,
-            targets=list(pairs), trainable=tuple(sorted(owners - pairs.keys())))
+            targets=list(pairs), trainable=tuple(sorted(trainable)))
     except ConfigError as error:
         raise FormatError(f"The config cannot be used: {error}") from error

@@ -11,7 +11,7 @@ from .._adapter.adapter import Adapter, Pair, StoredWeight
 from .._adapter.names import dotted, split_block
 from .._errors import ConfigError
 from .._graph.loaded import loaded
-from .._graph.modules import LorafxModule, named_modules, submodule, users_modules
+from .._graph.modules import named_modules, submodule, users_modules
 from .._model.branches import Branch
 from .._model.quantised import is_packed
 from .adapter_file import INSTEAD
@@ -34,7 +34,7 @@ def conv1d() -> tuple[type, ...]:
 
 def peft_pairs(adapter: Adapter, model: nn.Module) -> list[PeftPair]:
     """Return an adapter's pairs as PEFT has them; ConfigError where PEFT would add another sum."""
-    _check_untied(adapter, model)
+    _check_sites_untied(adapter, model)
     attentions: dict[str, dict[str, Pair]] = defaultdict(dict)
     found: list[PeftPair] = []
     modules = users_modules(model)
@@ -119,23 +119,45 @@ def _as_parameter(name: str, pair: Pair, stored: StoredWeight, module: nn.Module
     return pair
 
 
-def _check_untied(adapter: Adapter, model: nn.Module) -> None:
-    """Raise where a tensor has several names: PEFT would change it under one of them only."""
+def _check_sites_untied(adapter: Adapter, model: nn.Module) -> None:
+    """Raise where a site has several names: PEFT would adapt one of them only."""
     sites: dict[Branch, list[str]] = defaultdict(list)
-    tensors: dict[nn.Parameter, list[str]] = defaultdict(list)
     for path, module in named_modules(model, every_name=True):
         if isinstance(module, Branch) and adapter.name in module._modules:
             sites[module].append(path.rpartition(".")[0])
-        if isinstance(module, LorafxModule):
-            continue
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                tensors[parameter].append(dotted(path, name))
-    trained = [names for names in tensors.values() if not adapter.trained.keys().isdisjoint(names)]
-    for names in (*sites.values(), *trained):
+    for names in sites.values():
         if len(names) > 1:
-            raise ConfigError(f"PEFT would change '{names[0]}' and not '{names[1]}', which is tied "
-                              f"to it: {INSTEAD}.")
+            raise _tied(names[0], names[1])
+
+
+def trained_under_every_name(adapter: Adapter, model: nn.Module) -> dict[str, Tensor]:
+    """Return what an adapter trains, as many times as the model has names for it, tied to another.
+
+    PEFT copies each module that has one. A module that has two names itself it copies once.
+    """
+    places: dict[Tensor, list[tuple[str, nn.Module]]] = defaultdict(list)
+    base: dict[str, Tensor] = {}
+    for path, module in users_modules(model).items():
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                name = dotted(path, attribute)
+                base[name] = tensor
+                places[tensor].append((name, module))
+    found: dict[str, Tensor] = {}
+    for name, tensor in adapter.trained.items():
+        if split_block(name)[1]:
+            continue  # PEFT has a place of its own for rows
+        first: dict[nn.Module, str] = {}
+        for other, module in places[base[name]]:
+            if first.setdefault(module, other) != other:
+                raise _tied(first[module], other)
+            found[other] = tensor
+    return found
+
+
+def _tied(name: str, other: str) -> ConfigError:
+    return ConfigError(
+        f"PEFT would change '{name}' and not '{other}', which is tied to it: {INSTEAD}.")
 
 
 def _check_together(adapter: Adapter, model: nn.Module, pairs: list[PeftPair]) -> None:

@@ -20,12 +20,14 @@ from .._adapter.names import dotted
 from .._errors import FormatError
 from .._graph.modules import users_modules
 from .._model.older_names import renaming_here
+from .._model.places import base_buffers
 from .adapter_file import AdapterFile, Decoded
 from .peft_config import (
     check_complete, is_saved, is_target, lora_config, parameters_of, rank_and_scale, with_heads
 )
 from .peft_folder import PeftFiles, find_adapter, read_files
 from .peft_names import PREFIX, without_repeated_prefix
+from .peft_tokens import SUFFIX, read_rows
 
 
 def decode(file: AdapterFile) -> Decoded:
@@ -60,14 +62,19 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
         pairs[site] = read.pair
         if read.stored is not None:
             stored[site] = read.stored
-    others = {name: tensor for name, tensor in tensors.items() if name not in keys}
+    others = {name: tensor for name, tensor in tensors.items()
+              if name not in keys and not name.endswith(SUFFIX)}
+    persistent = {} if model is None else base_buffers(model)
     trained = _trained_here(_trained(others, adapted, config, path), here, modules, others, path,
-                            config)
+                            config, persistent)
+    trained |= read_rows(config, tensors, here, model, path)
+    buffers = frozenset(name for name, tensor in trained.items()
+                        if name in persistent or not tensor.is_floating_point())
     check_complete(config, {here(module) for module in adapted}, modules,
                    [name.replace(".base_layer.", ".") for name in others], path)
     return Adapter("default", lora_config(config, pairs, trained), pairs, trained, stored,
                    untied=not config.get("ensure_weight_tying"),
-                   says_transposed=bool(config.get("fan_in_fan_out")))
+                   says_transposed=bool(config.get("fan_in_fan_out")), buffers=buffers)
 
 
 class HalfName(NamedTuple):
@@ -244,9 +251,12 @@ def _is_copy(owner: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any
 
 def _trained_here(
     trained: Mapping[str, Tensor], here: Callable[[str], str], modules: Mapping[str, nn.Module],
-    tensors: Container[str], path: Path, config: Mapping[str, Any],
+    tensors: Container[str], path: Path, config: Mapping[str, Any], buffers: Container[str],
 ) -> dict[str, Tensor]:
-    """Trained tensors by their names in this model, without those that the base has anyway."""
+    """Trained tensors by their names in this model, without those that the base has anyway.
+
+    `buffers` are the model's persistent ones, which belong to a module that is saved whole.
+    """
     base = {}
     for path_of_module, module in modules.items():
         for name, own in (*module._parameters.items(), *module._buffers.items()):
@@ -258,10 +268,11 @@ def _trained_here(
     found = {}
     for name, tensor in renamed_tensors.items():
         owner, _, attribute = name.rpartition(".")
-        named = is_saved(config, owner) or attribute == "bias"
+        saved = is_saved(config, owner)
+        named = saved or attribute == "bias"
         if not named and name in base and _equal(base[name], tensor):
             continue  # such as an embedding that was resized and not trained
-        if not _is_base_tensor(name, tensor, base, tensors, path):
+        if saved and name in buffers or not _is_base_tensor(name, tensor, base, tensors, path):
             found[name] = tensor
     return found
 
@@ -273,8 +284,7 @@ def _equal(own: Tensor, tensor: Tensor) -> bool:
 def _is_base_tensor(
     name: str, tensor: Tensor, base: Mapping[str, Tensor], tensors: Container[str], path: Path
 ) -> bool:
-    """True for what the base has anyway: a buffer, or an adapted layer's weight, which PEFT saves.
-    """
+    """True for what the base has: a buffer, or an adapted layer's weight, which PEFT saves."""
     own = base.get(name)
     module, _, attribute = name.rpartition(".")
     copied = f"{module}.base_layer.{attribute}" in tensors and attribute != "bias"

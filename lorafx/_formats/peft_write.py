@@ -19,7 +19,10 @@ from .adapter_file import INSTEAD, Destination
 from .peft_config import ADAPTER_CONFIG, bytes_digest, config_digest
 from .peft_folder import BEFORE, DIGEST, TENSORS, WHOLE
 from .peft_names import PREFIX
-from .peft_pairs import PeftPair, as_matrices, conv1d, peft_pairs
+from .peft_pairs import (
+    PeftPair, as_matrices, conv1d, peft_pairs, trained_under_every_name
+)
+from .peft_tokens import INDICES, written_rows
 
 
 def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
@@ -33,11 +36,13 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
         raise ConfigError(
             "PEFT's format depends on the model: load the adapter into it, and save it from there.")
     pairs = peft_pairs(adapter, model)
-    bias, modules, trained = _trained(adapter, model, pairs)
+    everywhere = trained_under_every_name(adapter, model)
+    bias, modules, trained = _trained(everywhere, model, pairs)
+    indices, rows = written_rows(adapter, model, {pair.module for pair in pairs})
     tensors = {}
-    for name, tensor in (trained | _factors(model, pairs)).items():
+    for name, tensor in (trained | rows | _factors(model, pairs)).items():
         tensors[PREFIX + name] = tensor
-    config = config_of(adapter, model, pairs, modules, bias)
+    config = config_of(adapter, model, pairs, modules, bias, indices)
     text = json.dumps(config, indent=2).encode()
     header = {"format": "pt", DIGEST: config_digest(config)}
     there = destination.path / ADAPTER_CONFIG
@@ -73,12 +78,12 @@ def _stem(module: str, pairs: Iterable[PeftPair]) -> str:
 
 
 def _trained(
-    adapter: Adapter, model: nn.Module, pairs: Sequence[PeftPair]
+    trained: Mapping[str, Tensor], model: nn.Module, pairs: Sequence[PeftPair]
 ) -> tuple[str, list[str], dict[str, Tensor]]:
     """The config's bias, its modules_to_save, and the tensors of both."""
     adapted = {pair.module for pair in pairs if pair.attribute is None}
     by_owner: dict[str, set[str]] = defaultdict(set)
-    for name in adapter.trained:
+    for name in trained:
         owner, _, attribute = name.rpartition(".")
         by_owner[owner].add(attribute)
     kinds, owners, tensors = {"none"}, [], {}
@@ -86,19 +91,25 @@ def _trained(
         if names == {"bias"} and len(submodule(model, owner)._parameters) > 1:
             kinds.add("lora_only" if owner in adapted else "all")
             stem = _stem(owner, pairs) + ".base_layer" * (owner in adapted)
-            tensors[dotted(stem, "bias")] = adapter.trained[dotted(owner, "bias")]
-        elif owner:
-            owners.append(owner)
-        else:
-            raise ConfigError(f"PEFT trains whole modules, and '{min(names)}' belongs to the model "
+            tensors[dotted(stem, "bias")] = trained[dotted(owner, "bias")]
+            continue
+        name = dotted(owner, min(names))
+        if not owner:
+            raise ConfigError(f"PEFT trains whole modules, and '{name}' belongs to the model "
                               f"itself: {INSTEAD}.")
+        inside = [pair.name for pair in pairs if _is_inside(pair.module, [owner])]
+        if owner in adapted or inside:
+            raise ConfigError(
+                f"PEFT trains whole modules, and that of '{name}' has an adapter at "
+                f"'{(inside or [owner])[0]}' too: {INSTEAD}.")
+        owners.append(owner)
     bias = next(kind for kind in ("all", "lora_only", "none") if kind in kinds)
     modules = [owner for owner in owners if not _is_inside(owner, owners)]
-    return bias, modules, tensors | _whole_modules(adapter, model, modules)
+    return bias, modules, tensors | _whole_modules(trained, model, modules)
 
 
 def _whole_modules(
-    adapter: Adapter, model: nn.Module, modules: Sequence[str]
+    trained: Mapping[str, Tensor], model: nn.Module, modules: Sequence[str]
 ) -> dict[str, Tensor]:
     """{name: tensor} of all that modules have, as PEFT trains whole ones.
 
@@ -107,7 +118,7 @@ def _whole_modules(
     tensors: dict[str, Tensor] = {}
     for path, module in users_modules(model).items():
         if path in modules or _is_inside(path, modules):
-            tensors |= _all_tensors(adapter, path, module)
+            tensors |= _all_tensors(trained, path, module)
         elif path.endswith(tuple(modules)):
             raise ConfigError(f"PEFT would train '{path}' too, since its name ends as that of a "
                               "trained module does.")
@@ -118,17 +129,20 @@ def _is_inside(path: str, modules: Iterable[str]) -> bool:
     return path.startswith(tuple(f"{module}." for module in modules))
 
 
-def _all_tensors(adapter: Adapter, path: str, module: nn.Module) -> dict[str, Tensor]:
+def _all_tensors(
+    trained: Mapping[str, Tensor], path: str, module: nn.Module
+) -> dict[str, Tensor]:
     """{name: tensor} of all that a module's state_dict has, as the adapter trained it."""
     tensors = {}
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name not in module._non_persistent_buffers_set:
-            tensors[dotted(path, name)] = adapter.trained.get(dotted(path, name), tensor)
+            tensors[dotted(path, name)] = trained.get(dotted(path, name), tensor)
     return tensors
 
 
 def config_of(
-    adapter: Adapter, model: nn.Module, pairs: Sequence[PeftPair], modules: list[str], bias: str
+    adapter: Adapter, model: nn.Module, pairs: Sequence[PeftPair], modules: list[str], bias: str,
+    indices: Mapping[str, list[int]],
 ) -> dict[str, Any]:
     """Return PEFT's config of an adapter, in as few entries as mean the same."""
     ranks, alphas = {}, {}
@@ -154,6 +168,7 @@ def config_of(
     options = {
         "use_rslora": adapter.config.rslora, "fan_in_fan_out": bool(names) and conv1ds == names,
         "bias": bias if bias != "none" else None, "modules_to_save": modules,
+        INDICES: dict(indices),
         "rank_pattern": _pattern(ranks, rank), "alpha_pattern": _pattern(alphas, alpha)}
     for name, value in options.items():
         if value:

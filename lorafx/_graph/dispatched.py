@@ -134,6 +134,12 @@ def _offloading(module: nn.Module) -> list[Any]:
     return [hook for hook in found if isinstance(hook, align) and hook.offload]
 
 
+def _bringing(module: nn.Module, name: str) -> list[Any]:
+    """Those hooks of them that bring a tensor of this name, and not parameters alone."""
+    is_buffer = name in module._buffers
+    return [hook for hook in _offloading(module) if hook.offload_buffers or not is_buffer]
+
+
 def is_offloaded(module: nn.Module) -> bool:
     """True if a module's own parameters are new ones in each call, which accelerate brings."""
     return bool(_offloading(module))
@@ -158,7 +164,7 @@ def device_in_use(module: nn.Module, tensor: Tensor) -> torch.device:
 
 def value_of(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """A tensor that a module has under this name, or what accelerate brings in its place."""
-    for hook in _offloading(module):
+    for hook in _bringing(module, name):
         found: Tensor = hook.weights_map[name]
         return found.to(device_in_use(module, tensor), tensor.dtype)
     return tensor
@@ -169,7 +175,7 @@ def put(module: nn.Module, name: str, tensor: Tensor) -> bool:
 
     Other models that share the weights keep theirs.
     """
-    hooks = _offloading(module)
+    hooks = _bringing(module, name)
     for hook in hooks:
         hook.weights_map = collections.ChainMap({name: tensor.detach().cpu()}, hook.weights_map)
     return bool(hooks)

@@ -74,3 +74,21 @@ def folded(
         if buffer is not None:
             target.copy_(rows)
     return total
+
+
+def rows_at(matrix: Tensor, ranges: Sequence[range]) -> Tensor:
+    """Return these rows of a tensor, a copy."""
+    return torch.cat([matrix[rows.start:rows.stop] for rows in ranges])
+
+
+def with_rows(matrix: Tensor, ranges: Sequence[range], rows: Tensor) -> Tensor:
+    """Return a copy of a tensor with others in the place of these rows, which are in order.
+
+    It is differentiable in both, and reads neither of them twice.
+    """
+    pieces: list[Tensor] = []
+    end = taken = 0
+    for place in ranges:
+        pieces += [matrix[end:place.start], rows[taken:taken + len(place)]]
+        end, taken = place.stop, taken + len(place)
+    return torch.cat([*pieces, matrix[end:]])

@@ -4,20 +4,20 @@ import dataclasses
 import inspect
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter, Pair
-from .._adapter.config import LoRAConfig, pattern_matches
+from .._adapter.config import LoRAConfig, pattern_matches, trained_dtype
 from .._adapter.names import (
-    branch_name, check_name, closest_names, dotted, name_matches, split_block
+    branch_name, check_name, closest_names, dotted, ranges_of, split_block
 )
-from .._errors import AdapterError, ConfigError, NoSiteError, UnsupportedModelError
-from .._graph.modules import LorafxModule, Place, submodule
+from .._errors import AdapterError, NoSiteError, UnsupportedModelError
+from .._graph.modules import LorafxModule, Place, named_modules, submodule
 from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
-from .branches import Branch, Copies, Factors, Trained, new_pair, spread
+from .branches import Branch, Factors, new_pair, spread
 from .copies import keep_attributes, same_kind
 from .flat import check_takes_parameters
 from .fsdp import check_beside, managed_modules
@@ -33,7 +33,9 @@ from .record import RECORD, Injection, injection, set_trainable
 from .regions import (
     Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
 )
-from .shards import only_mesh, spread_like
+from .shards import is_sharded, only_mesh, spread_like
+from .trainable import trained_tensors
+from .trained import Copies, Trained
 
 
 def begin_injection(
@@ -63,8 +65,8 @@ def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
 
     A is drawn, B is zero, and tensors to be trained whole are copied.
     """
-    trained = _trained_tensors(program.base_parameters, config)
-    trained_ids = {id(parameter) for parameter in trained.values()}
+    trained = trained_tensors(program.base_tensors, config.trainable)
+    trained_ids = {id(tensor) for path, tensor in trained.items() if not split_block(path)[1]}
     reasons = program.left_alone
     free: list[Site] = []
     for site in program.sites:
@@ -82,33 +84,13 @@ def new_adapter(program: Program, name: str, config: LoRAConfig) -> Adapter:
     for site in chosen:
         device = program.home(site, has_values=False)
         pairs[site.name] = new_pair(config, site, program.weight(site), device)
-    copies = {name: program.base_value(name).clone() for name in trained}
-    return Adapter(name, config, pairs, copies)
-
-
-def _trained_tensors(
-    base: Mapping[str, nn.Parameter], config: LoRAConfig
-) -> dict[str, nn.Parameter]:
-    """{first name: frozen Parameter} of all base modules that the config trains whole."""
-    paths: set[str] = set()
-    for name in base:
-        for depth in range(1, name.count(".") + 1):
-            paths.add(name.rsplit(".", depth)[0])
-    wanted: set[nn.Parameter] = set()
-    for pattern in config.trainable:
-        if not isinstance(pattern, str):
-            raise ConfigError(f"trainable takes names and globs of modules, not {pattern!r}.")
-        matched = tuple(f"{path}." for path in paths if name_matches(pattern, path))
-        if not matched:
-            names = closest_names(pattern, sorted(paths))
-            raise NoSiteError(f"No module with parameters matches trainable={pattern!r}; this "
-                              f"model has {names}.")
-        wanted |= {parameter for name, parameter in base.items() if name.startswith(matched)}
-    first_names: dict[nn.Parameter, str] = {}
-    for name, parameter in base.items():
-        if parameter in wanted:
-            first_names.setdefault(parameter, name)
-    return {name: parameter for parameter, name in first_names.items()}
+    copies: dict[str, Tensor] = {}
+    buffers = frozenset(
+        path for path, tensor in trained.items() if not isinstance(tensor, nn.Parameter))
+    for path, tensor in trained.items():
+        dtype = tensor.dtype if path in buffers else trained_dtype(config, tensor)
+        copies[path] = program.base_value(path).to(dtype, copy=True)
+    return Adapter(name, config, pairs, copies, buffers=buffers)
 
 
 def attach(program: Program, adapter: Adapter) -> None:
@@ -178,15 +160,17 @@ def _check_names_are_free(program: Program, sites: list[Site], adapter: Adapter)
             if attribute not in adapted_names(owner):
                 needed.append(_Needed(owner, FROZEN_PREFIX + attribute, Branch, name))
     for name in adapter.trained:
-        path, _, attribute = name.rpartition(".")
+        path, _, attribute = split_block(name)[0].rpartition(".")
         owner = submodule(program.model, path)
         why = "it is a GraphModule" if is_plain_graph(owner) else why_not_adapted(owner)
         if why is None and Place(owner, attribute) in weights_in_attributes(owner):
             why = "its module also holds it in another attribute"
+        if split_block(name)[1] and is_sharded(program.base_tensors[split_block(name)[0]]):
+            why = "its weight is spread over processes, and rows are trained where all of it is"
         if is_packed(owner):
             why = "its layer stores its weight packed, as quantised layers do"
         if why is not None:
-            raise UnsupportedModelError(f"'{name}' cannot be trained whole: {why}.")
+            raise UnsupportedModelError(f"'{name}' cannot be trained: {why}.")
         needed.append(_Needed(owner, "trained", Trained, name))
     for module, name, kind, at in needed:
         if isinstance(module._modules.get(name), kind):
@@ -207,7 +191,8 @@ def _check_fsdp(
             check_beside(program.weight(site), site.name, adapter.name)
     for name in adapter.trained:
         if submodule(program.model, name.rpartition(".")[0]) in managed:
-            check_beside(program.base_parameters[name], name, adapter.name)
+            if name not in adapter.buffers:
+                check_beside(program.base_parameters[split_block(name)[0]], name, adapter.name)
 
 
 def _small_numbers(model: nn.Module) -> set[float]:
@@ -251,22 +236,45 @@ def _join_calls(program: Program) -> None:
 
 
 def _register_trained(program: Program, adapter: Adapter) -> None:
-    """Register the tensors that an adapter trains whole beside every module that has one."""
-    trained: dict[nn.Parameter, nn.Parameter] = {}
+    """Put copies of what an adapter trains whole beside every module that has such a tensor.
+
+    What several have is held at the first.
+    """
+    copies: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)  # by the rows that they are
     for name, tensor in adapter.trained.items():
-        base = program.base_parameters[name]
-        trained[base] = same_kind(base, spread_like(base, tensor))
-    for module in list(program.model.modules()):
+        whole, block = split_block(name)
+        original = program.base_tensors[whole]
+        copies[original][block] = _copy_for(original, tensor, bool(block))
+    holders: dict[Tensor, tuple[Copies, str]] = {}
+    names = injection(program.model).trained[adapter.name] = []
+    for path, module in list(named_modules(program.model)):
         if isinstance(module, LorafxModule):
             continue
         own = Copies()
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter in trained:
-                own._parameters[name] = trained[parameter]
+        for name, base in (*module._parameters.items(), *module._buffers.items()):
+            if base is None or base not in copies:
+                continue
+            for block, copy in copies[base].items():
+                if copy in holders:
+                    own.elsewhere[name + block] = holders[copy]
+                    continue
+                holders[copy] = own, name + block
+                is_parameter = name in module._parameters
+                held: dict[str, Any] = own._parameters if is_parameter else own._buffers
+                held[name + block] = copy
+                if block:
+                    own.rows[name + block] = ranges_of(block)
                 own.missing = own.missing or own.on_meta
-                own.came_first = parameter.is_meta and not own.on_meta
-        if own._parameters:
+                own.came_first = base.is_meta and not own.on_meta
+        if own.holders():
             module._modules.setdefault("trained", Trained())
             submodule(module, "trained")._modules[adapter.name] = own
-            for name in own._parameters:
-                adapt_attribute(module, name)
+            for name in own.holders():
+                adapt_attribute(module, split_block(name)[0])
+                names.append(dotted(path, name))
+
+
+def _copy_for(base: Tensor, tensor: Tensor, is_rows: bool) -> Tensor:
+    """What stands in the place of a base's tensor: a Parameter in that of one."""
+    copy = tensor if is_rows else spread_like(base, tensor)
+    return same_kind(base, copy) if isinstance(base, nn.Parameter) else copy

@@ -1,4 +1,4 @@
-"""The modules that hold adapters inside a model: branches beside linear calls, trained modules."""
+"""The modules that hold adapters beside linear calls: branches, and the factors in them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -15,11 +15,9 @@ from .._graph.modules import LorafxModule, is_bare, named_modules, submodule
 from .._graph.sites import Site
 from .._kernels.addend import Addend
 from .._kernels.again import Proven
-from .held import Held
 from .scaled import Scaled
 from .shards import (
-    agreed, gathered_for_use, is_sharded, reduced_for_use, spread_beside, spread_evenly,
-    spread_like, spread_parameter
+    agreed, gathered_for_use, is_sharded, reduced_for_use, spread_beside, spread_evenly, spread_like
 )
 
 
@@ -181,40 +179,6 @@ class Branch(LorafxModule):
                             factors.dropping, factors.share_dropout, factors.rounding, proven)
             found.append(addend.transposed if stored and self.transposed else addend)
         return found
-
-
-class Copies(Held):
-    """What one adapter trains whole of a base module: copies of its parameters."""
-
-    def reset_parameters(self) -> None:
-        """Nothing, for loops that call it: `lorafx.reset_parameters` copies the base's values."""
-
-
-class Trained(LorafxModule):
-    """The parameters of one base module that adapters train whole, a set for each adapter.
-
-    `used` names the set that stands in the place of the base's own.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.used: str | None = None
-
-    def sets(self) -> dict[str, dict[str, nn.Parameter]]:
-        """{adapter: {name: Parameter}}."""
-        return {name: module._parameters  # type: ignore[misc]
-                for name, module in self._modules.items() if module is not None}
-
-    def spread(self, name: str, weight: Tensor | None) -> None:
-        """Spread all that stands in the place of one base tensor over processes as that is."""
-        for parameters in self.sets().values():
-            old = parameters.get(name)
-            if old is not None:
-                parameters[name] = spread_parameter(old, weight)
-
-    def choose(self, adapters: Iterable[str]) -> str | None:
-        """The adapter among these that has a set."""
-        return next((name for name in adapters if name in self._modules), None)
 
 
 def refuse_gradients(module: nn.Module, name: str, tensor: Tensor) -> None:

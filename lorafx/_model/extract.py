@@ -6,18 +6,20 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter, Pair, StoredWeight
-from .._adapter.names import dotted, split_block
+from .._adapter.names import dotted, split_block, stands_for
 from .._errors import AdapterError
 from .._graph.dispatched import value_of
 from .._graph.modules import submodule
-from .branches import Copies, branches, factors_at
+from .branches import branches, factors_at
 from .flat import in_shape
 from .fsdp import settle
 from .guard import check_each_in_its_place
 from .places import places_of, tensor_at
+from .reading import adapted_names, base_tensor
 from .record import check_adapter, injection, is_cut, trained_modules
 from .shards import gathered
 from .together import from_all, on_cpu
+from .trained import Copies
 from .zero import check_gathered
 
 
@@ -35,9 +37,7 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
         found = _with_other_stages(found, _positions(model))
     lost = [site for site in found.config.targets if site not in found.pairs]
     if lost:
-        raise AdapterError(f"Adapter {adapter!r} is no longer at '{lost[0]}', whose module or "
-                           "weight was replaced after injection, as by resize_token_embeddings "
-                           "with a head: do that before lorafx.inject.")
+        raise AdapterError(_LOST.format(adapter, lost[0]))
     return found
 
 
@@ -52,6 +52,7 @@ def extract_here(model: nn.Module, adapter: str) -> Adapter:
         pairs: dict[str, Pair] = {}
         stored: dict[str, StoredWeight] = {}
         places = places_of(model)
+        check_in_place(model, adapter)
         for site, branch in branches(model).items():
             factors, place = factors_at(branch, adapter), places.get(split_block(site)[0])
             if factors is not None and place is not None:
@@ -63,16 +64,53 @@ def extract_here(model: nn.Module, adapter: str) -> Adapter:
                 stored[site] = StoredWeight(shape, branch.transposed, start)
         whole = trained_whole(model, adapter)
         trained = {name: gathered(_value(model, adapter, name)) for name in whole}
-    return Adapter(adapter, config, pairs, trained, stored, untied=injection(model).untied)
+        buffers = frozenset(
+            name for name, tensor in whole.items() if not isinstance(tensor, nn.Parameter))
+    return Adapter(adapter, config, pairs, trained, stored, untied=injection(model).untied,
+                   buffers=buffers)
+
+
+def check_in_place(model: nn.Module, adapter: str) -> None:
+    """Raise if something in whose place or beside which an adapter stands was replaced or resized.
+
+    Of a stage of a pipeline that is not known.
+    """
+    record, held, places = injection(model), branches(model), places_of(model)
+    if is_cut(model):
+        return
+    for site in record.configs[adapter].targets:
+        if site not in held or factors_at(held[site], adapter) is None \
+                or split_block(site)[0] not in places:
+            raise AdapterError(_LOST.format(adapter, site))
+    there: set[str] = set()
+    for path, owner, trained in trained_modules(model):
+        copies = trained.sets().get(adapter)
+        for name, (holder, key) in {} if copies is None else copies.holders().items():
+            attribute, block = split_block(name)
+            if attribute not in adapted_names(owner):
+                continue
+            there.add(dotted(path, name))
+            ours, base = tuple(holder.held(key).shape), base_tensor(owner, attribute)
+            if base is None or not stands_for(ours, block, base.shape):
+                raise AdapterError(
+                    f"Adapter {adapter!r} trains '{dotted(path, name)}' {ours}, which in the model "
+                    f"is {None if base is None else tuple(base.shape)} now, resized after "
+                    "injection, as by resize_token_embeddings: do that before lorafx.inject.")
+    for name in record.trained[adapter]:
+        if name not in there:
+            raise AdapterError(_LOST.format(adapter, name))
+
+
+_LOST = ("Adapter {!r} is no longer at '{}', whose module or weight was replaced after injection, "
+         "as by resize_token_embeddings with a head: do that before lorafx.inject.")
 
 
 def _value(model: nn.Module, adapter: str, name: str) -> Tensor:
     """What an adapter trains in the place of a base tensor."""
     path, _, attribute = name.rpartition(".")
     own = submodule(model, dotted(path, f"trained.{adapter}"))
-    parameter = own._parameters[attribute]
-    assert isinstance(own, Copies) and parameter is not None
-    value = value_of(own, attribute, parameter.detach())
+    assert isinstance(own, Copies)
+    value = value_of(own, attribute, own.held(attribute).detach())
     own.check([value], None, _TAKING)
     return value
 
@@ -83,10 +121,12 @@ def _with_other_stages(here: Adapter, positions: Mapping[str, int]) -> Adapter:
     pairs: dict[str, Pair] = {}
     trained: dict[str, Tensor] = {}
     stored: dict[str, StoredWeight] = {}
-    own = here.config.targets, here.pairs, here.trained, here.stored
+    buffers: frozenset[str] = frozenset()
+    own = here.config.targets, here.pairs, here.trained, here.stored, here.buffers
     for part in from_all(on_cpu(own)):
         targets |= dict.fromkeys(part[0])
         pairs, trained, stored = part[1] | pairs, part[2] | trained, part[3] | stored
+        buffers |= part[4]
 
     def position(name: str) -> int:
         return positions.get(split_block(name)[0], len(positions))
@@ -94,8 +134,9 @@ def _with_other_stages(here: Adapter, positions: Mapping[str, int]) -> Adapter:
     pairs = {name: pairs[name] for name in sorted(pairs, key=position)}
     trained = {name: trained[name] for name in sorted(trained, key=position)}
     config = dataclasses.replace(here.config, targets=sorted(targets, key=position))
-    return dataclasses.replace(here, config=config, pairs=pairs, trained=trained, stored={
-        name: stored[name] for name in pairs})
+    stored = {name: stored[name] for name in pairs}
+    return dataclasses.replace(here, config=config, pairs=pairs, trained=trained, stored=stored,
+                               buffers=buffers)
 
 
 def _positions(model: nn.Module) -> dict[str, int]:
@@ -107,10 +148,12 @@ def _positions(model: nn.Module) -> dict[str, int]:
     return positions
 
 
-def trained_whole(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """{first name: Parameter} of all that an adapter trains in the place of the base's."""
-    first_names: dict[nn.Parameter, str] = {}
+def trained_whole(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """{first name: tensor} of all that an adapter has in the place of the base's, each once."""
+    found: dict[str, Tensor] = {}
     for path, _, trained in trained_modules(model):
-        for name, parameter in trained.sets().get(adapter, {}).items():
-            first_names.setdefault(parameter, dotted(path, name))
-    return {name: parameter for parameter, name in first_names.items()}
+        copies = trained.sets().get(adapter)
+        if copies is not None:
+            for name in (*copies._parameters, *copies._buffers):
+                found[dotted(path, name)] = copies.held(name)
+    return found

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter, Pair
-from .._adapter.config import factor_dtype
-from .._adapter.names import closest_names, renaming, split_block
+from .._adapter.config import factor_dtype, trained_dtype
+from .._adapter.names import (
+    closest_names, have_rows_in_common, renaming, split_block, stands_for
+)
 from .._errors import MismatchError
 from .._graph.modules import submodule
 from .._graph.sites import Site, blocks_matching
 from .homes import home
 from .program import Program
+from .shards import gathered
 
 
 def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -> Adapter:
@@ -24,7 +27,7 @@ def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -
     Raises MismatchError where it does not fit. `made_for` is the fingerprint of the model that it
     was made for, if known.
     """
-    base = program.base_parameters
+    base = program.base_tensors
     sites: dict[str, Site] = {}
     for site in program.sites:
         sites.update(dict.fromkeys(site.names, site))
@@ -35,7 +38,8 @@ def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -
     for name, site in sites.items():
         if site.rows is not None:
             blocks_of[split_block(name)[0]].append(site)
-    rename = renaming([*adapter.pairs, *adapter.trained], {*sites, *blocks_of, *base})
+    wholes = {name: split_block(name)[0] for name in adapter.trained}
+    rename = renaming([*adapter.pairs, *wholes.values()], {*sites, *blocks_of, *base})
     pairs: dict[str, Pair] = {}
     for name, pair in _as_stored_here(adapter, rename, sites, blocks_of):
         _check_pair(program, sites, name, pair, source, made_for)
@@ -54,15 +58,24 @@ def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -
                                    memory_format=torch.contiguous_format)
         pairs[site.name] = Pair(copied(pair.A), copied(pair.B), pair.scale)
     adapted = {id(program.weight(sites[name])): name for name in pairs}
-    trained = {rename(name): tensor for name, tensor in adapter.trained.items()}
+    trained: dict[str, Tensor] = {}
+    for name, tensor in adapter.trained.items():
+        trained[rename(wholes[name]) + split_block(name)[1]] = tensor
     if len(trained) != len(adapter.trained):
         raise MismatchError(f"{source} has one trained tensor under two names of this model.")
     fitted = _fit_trained(base, adapted, trained, adapter.untied, source)
+    buffers: set[str] = set()
     for name, tensor in fitted.items():
-        owner = submodule(program.model, name.rpartition(".")[0])
-        device = home(owner, base[name], has_values=True)
-        fitted[name] = tensor.to(device, base[name].dtype, copy=True)
-    return dataclasses.replace(adapter, pairs=pairs, trained=fitted)
+        own = base[split_block(name)[0]]
+        device = home(submodule(program.model, name.rpartition(".")[0]), own, has_values=True)
+        dtype = own.dtype
+        if isinstance(own, nn.Parameter):
+            dtype = trained_dtype(adapter.config, own)
+        else:
+            buffers.add(name)
+        fitted[name] = tensor.to(device, dtype, copy=True)
+    return dataclasses.replace(adapter, pairs=pairs, trained=fitted,
+                               buffers=frozenset(buffers))
 
 
 def _check_pair(
@@ -97,30 +110,50 @@ def _sizes(in_features: int, out_features: int, experts: int | None = None) -> s
 
 
 def _fit_trained(
-    base: Mapping[str, nn.Parameter], adapted: Mapping[int, str], tensors: Mapping[str, Tensor],
+    base: Mapping[str, Tensor], adapted: Mapping[int, str], tensors: Mapping[str, Tensor],
     untied: bool, source: str,
 ) -> dict[str, Tensor]:
     """The tensors that an adapter trained whole; `adapted` has the sites of its pairs, by id."""
-    fitted, names = {}, dict(adapted)
+    fitted: dict[str, Tensor] = {}
+    found: dict[int, list[str]] = defaultdict(list)  # the names before, by the tensor's id
     for name, tensor in tensors.items():
-        if name not in base or base[name].shape != tensor.shape:
-            has = (f"has it as {tuple(base[name].shape)}" if name in base
-                   else f"has {closest_names(name, base)}")
+        whole, block = split_block(name)
+        if whole not in base or not stands_for(tensor.shape, block, base[whole].shape):
+            has = (f"has it as {tuple(base[whole].shape)}" if whole in base
+                   else f"has {closest_names(whole, base)}")
             raise MismatchError(f"{source} has a trained '{name}' {tuple(tensor.shape)}, but this "
                                 f"model {has}.")
         tied = [other for other, parameter in base.items()
-                if parameter is base[name] and other != name]
-        if untied and tied:
+                if parameter is base[whole] and other != whole]
+        as_one = bool(block) or all(_is_same(tensors.get(other), tensor) for other in tied)
+        if untied and not as_one and _is_values_of(base[whole], tensor):
+            continue  # as PEFT saves all of a module, also what is tied and was not trained
+        if untied and not as_one:
             raise MismatchError(f"{source} has a '{name}' of its own, but in this model that is "
                                 f"tied to '{tied[0]}': load it with untie=True.")
-        other = names.setdefault(id(base[name]), name)
-        if other is not name:
-            if not untied and other in tensors and torch.equal(tensors[other], tensor):
-                continue  # a tied tensor, saved under each of its names
+        others = [other for other in found[id(base[whole])]
+                  if have_rows_in_common(block, split_block(other)[1])]
+        if len(others) == 1 and not block and _is_same(fitted.get(others[0]), tensor):
+            continue
+        if id(base[whole]) in adapted and not block:
+            others.append(adapted[id(base[whole])])
+        if others:
             raise MismatchError(f"{source} has a trained '{name}', which in this model is the "
-                                f"weight of '{other}', that it has too.")
+                                f"weight of '{others[0]}', that it has too.")
+        found[id(base[whole])].append(name)
         fitted[name] = tensor
     return fitted
+
+
+def _is_same(other: Tensor | None, tensor: Tensor) -> bool:
+    """True if a file has one tensor under two names of a tied pair, as PEFT's do."""
+    return other is not None and torch.equal(other, tensor)
+
+
+def _is_values_of(base: Tensor, tensor: Tensor) -> bool:
+    """True if a tensor from a file has the values that the base's own has."""
+    own = gathered(base.detach())
+    return not own.is_meta and torch.equal(own.to(tensor.device, tensor.dtype), tensor)
 
 
 def _as_stored_here(

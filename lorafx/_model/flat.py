@@ -165,12 +165,12 @@ class Layout:
     def __init__(self, model: nn.Module) -> None:
         self._chunks = {id(chunk.parameter): chunk for chunk in chunks_of(model)}
 
-    def is_elsewhere(self, parameter: nn.Parameter) -> bool:
+    def is_elsewhere(self, parameter: Tensor) -> bool:
         """True if other processes have all of it."""
         chunk = self._chunks.get(id(parameter))
         return chunk is not None and not chunk.length
 
-    def spread(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    def spread(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         """What this process has of a tensor that lies as a parameter of its shape does."""
         chunk = self._chunks.get(id(parameter))
         if chunk is None or tensor.shape != chunk.shape:

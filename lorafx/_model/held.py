@@ -29,13 +29,14 @@ class Held(LorafxModule):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if all(f"{prefix}{name}" in state_dict for name in self._parameters) and not self.on_meta:
+        names = (*self._parameters, *self._buffers)
+        if all(f"{prefix}{name}" in state_dict for name in names) and not self.on_meta:
             self.missing = self.new = False
 
     @property
     def on_meta(self) -> bool:
         """True if a tensor is on the meta device, where none has values."""
-        return any(tensor.is_meta for tensor in self.parameters())
+        return any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
 
     def check(self, tensors: Collection[Tensor], beside: Tensor | None, doing: str) -> None:
         """Raise unless these tensors have values, or the weight beside them has none either."""
@@ -63,7 +64,9 @@ def _keeping(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         made = fn(tensor)
         if made is tensor or made.is_meta or made.shape != tensor.shape:
             return made
-        return made.fill_(torch.nan) if tensor.is_meta else made.copy_(tensor)
+        if not tensor.is_meta:
+            return made.copy_(tensor)
+        return made.fill_(torch.nan) if made.is_floating_point() else made.zero_()
 
     return apply
 

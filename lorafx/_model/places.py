@@ -34,6 +34,16 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
+def base_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """{name: buffer} of the base's persistent buffers, under every name."""
+    buffers: dict[str, Tensor] = {}
+    for path, module in users_modules(model).items():
+        for attribute, buffer in module._buffers.items():
+            if buffer is not None and attribute not in module._non_persistent_buffers_set:
+                buffers[dotted(path, attribute)] = buffer
+    return buffers
+
+
 def tensor_at(place: Place) -> Any:
     """Return what a module has under this name; None for a property.
 

@@ -12,16 +12,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from .._adapter.names import split_block
+from .._adapter.names import ranges_of, split_block
 from .._graph.dispatched import value_of
 from .._graph.modules import Place, paths_of, submodule, users_modules
 from .._graph.rules import linear_call
 from .._graph.sites import Site, blocks_matching, sort_key
 from .._graph.trace import tracing
 from .._graph.watch import Unsound
+from .._kernels.weights import rows_at
 from .fsdp import settle
 from .homes import home
-from .places import Weight, Weights, base_parameters, places_of, tensor_at
+from .places import Weight, Weights, base_buffers, base_parameters, places_of, tensor_at
 from .quantised import is_packed, why_not_linear
 from .refusals import is_unsupported_torch_layer, unsupported_layer, why_not_site, why_packed
 from .regions import why_not_region
@@ -61,6 +62,11 @@ class Program:
         """{name: Parameter} of the base, under every name."""
         return base_parameters(self.model)
 
+    @functools.cached_property
+    def base_tensors(self) -> dict[str, Tensor]:
+        """{name: tensor} of the base, its parameters and persistent buffers, under every name."""
+        return self.base_parameters | base_buffers(self.model)
+
     def weight(self, site: Site) -> Tensor:
         """The base's tensor of which a site is all or some rows."""
         tensor: Tensor = tensor_at(self.places[split_block(site.name)[0]])
@@ -72,10 +78,12 @@ class Program:
         return home(owner, self.weight(site), has_values)
 
     def base_value(self, name: str) -> Tensor:
-        """A Parameter of the base, as it is while it is used."""
-        path, _, attribute = name.rpartition(".")
-        parameter = self.base_parameters[name]
-        return value_of(submodule(self.model, path), attribute, parameter.detach())
+        """A Parameter or buffer of the base, or rows of it, as it is while it is used."""
+        whole, block = split_block(name)
+        path, _, attribute = whole.rpartition(".")
+        tensor = self.base_tensors[whole].detach()
+        value = value_of(submodule(self.model, path), attribute, tensor)
+        return rows_at(value, ranges_of(block)) if block else value
 
     @property
     def left_alone(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ import sys
 import types
 
 import torch
+from torch import nn
 
 
 class Answer(enum.Enum):
@@ -26,6 +27,8 @@ READERS: dict[str, Answer] = {
     "torch.distributed.": Answer.PARAMETER,
     "accelerate.": Answer.PARAMETER,
     "torchao.": Answer.PARAMETER,
+    # ties, resizes and initialises what models hold
+    "transformers.modeling_utils": Answer.PARAMETER,
     # torch.func and torch.export put tensors in the place of Parameters for one call
     "torch.nn.utils._named_member_accessor": Answer.PARAMETER,
     "torch.nn.utils.stateless": Answer.PARAMETER,
@@ -36,18 +39,19 @@ READERS: dict[str, Answer] = {
 # Functions, (module, name), that hand a model to their caller's code for it to put parameters in
 # their places: whoever reads below such a call gets the answer.
 PLACING = {("torch.distributed.tensor._api", "distribute_module"): Answer.LAYER}
+_BY_NAME = (nn.Module.get_parameter.__code__, nn.Module.get_buffer.__code__)
 GENERATED = "<lorafx "  # how the file names of generated code begin
 
 
 def reader(through: str = "") -> types.FrameType | None:
     """Return the first frame that is neither lorafx's own nor code that it generated.
 
-    It is not of the module `through` either, by which someone asks.
+    It is not of the module `through` either, by which someone asks, nor what gets a tensor by name.
     """
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         ours = frame.f_globals.get("__name__", "").startswith("lorafx.")
-        ours = ours or frame.f_globals.get("__name__") == through
+        ours = ours or frame.f_globals.get("__name__") == through or frame.f_code in _BY_NAME
         if not ours and not frame.f_code.co_filename.startswith(GENERATED):
             break
         frame = frame.f_back

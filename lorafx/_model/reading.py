@@ -8,15 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from .._adapter.names import branch_name
+from .._errors import UnsupportedModelError
 from .._graph.dispatched import value_of
 from .._kernels.addend import Addend
 from .._kernels.private import is_transforming
-from .._kernels.weights import whole
+from .._kernels.weights import whole, with_rows
 from .adapted_weight import NARROW, AdaptedWeight
-from .branches import Branch, Copies, Trained, refuse_gradients
+from .branches import Branch, refuse_gradients
 from .quantised_tensors import dense
 from .readers import Answer, answer as answer_to_reader
-from .shards import check_all_spread, check_spread, gathered_for_use, is_sharded
+from .shards import check_spread, gathered_for_use, is_sharded
+from .sums import TrainedCast
+from .trained import Copies, Trained
 
 
 FROZEN_PREFIX = "frozen_"
@@ -47,35 +50,48 @@ def base_tensor(owner: nn.Module, attribute: str) -> Any:
     return getattr(cls, attribute).__get__(owner)  # a parametrization's property
 
 
-def base_or_trained(owner: nn.Module, attribute: str) -> Any:
-    """Return W, or what an active adapter that trains the module whole has in its place."""
+def trained_beside(owner: nn.Module, attribute: str) -> list[tuple[Copies, str]]:
+    """Return who holds what active adapters have in the place of a tensor or rows of it, and its
+    name there."""
     trained = owner._modules.get("trained")
-    if isinstance(trained, Trained) and trained.used is not None:
-        copies: Copies = trained._modules[trained.used]  # type: ignore[assignment]
-        if attribute in copies._parameters:
-            return _trained_tensor(owner, attribute, copies)
-    return base_tensor(owner, attribute)
+    return trained.holders(attribute) if isinstance(trained, Trained) else []
 
 
-def _as_base_is(tensor: Any, base: Tensor) -> Any:
-    """A trained tensor; gathered where nobody but FSDP2, which does not know it, gathers W."""
-    if is_sharded(tensor) and not is_sharded(base):
-        return gathered_for_use(tensor).to(base.dtype)
-    return tensor
+def base_or_trained(owner: nn.Module, attribute: str) -> Any:
+    """Return W, or what active adapters that train it, or some rows, have in its place.
+
+    That is in W's dtype, whatever it is trained in.
+    """
+    tensor = base_tensor(owner, attribute)
+    for copies, name in () if tensor is None else trained_beside(owner, attribute):
+        found, ranges = _trained_tensor(copies, name, tensor), copies.rows.get(name)
+        tensor = found if ranges is None else _with_rows(tensor, ranges, found)
+    return tensor  # None while another is registered
 
 
-def _trained_tensor(owner: nn.Module, attribute: str, copies: Copies) -> Any:
-    """What an adapter that trains a module whole has in the place of one of its tensors."""
-    base, held = base_tensor(owner, attribute), copies._parameters[attribute]
+def _with_rows(base: Tensor, ranges: Sequence[range], rows: Tensor) -> Tensor:
+    if is_sharded(base):
+        raise UnsupportedModelError(
+            "Rows of a weight are trained, and it is spread over processes: train all of it, or "
+            "leave it whole in each process.")
+    return with_rows(dense(base), ranges, rows)
+
+
+def _trained_tensor(copies: Copies, name: str, base: Tensor) -> Tensor:
+    """What an adapter holds under this name, as the base's tensor is for which it stands."""
     if copies.missing:
-        copies.check([*copies.parameters()], base, "computing with it")
-    assert held is not None
-    found = value_of(copies, attribute, held)
-    if found is not held:
-        found = found.detach().requires_grad_(held.requires_grad)
-        refuse_gradients(copies, attribute, found)
-    check_all_spread(found)
-    return _as_base_is(found, base)
+        copies.check([*copies.parameters(), *copies.buffers()], base, "computing with it")
+    held = copies.held(name)
+    tensor: Tensor = value_of(copies, name, held)
+    if tensor is not held and name in copies._parameters:
+        tensor = tensor.detach().requires_grad_(held.requires_grad)
+        refuse_gradients(copies, name, tensor)
+    copies.check_all_spread(name, base)
+    if name in copies._buffers:
+        return tensor
+    if is_sharded(tensor) and not is_sharded(base):  # FSDP2 does not know it, and gathers W alone
+        tensor = gathered_for_use(tensor)
+    return tensor.to(base.dtype)
 
 
 def branches_beside(owner: nn.Module, attribute: str) -> list[Branch]:
@@ -115,7 +131,8 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     for branch in () if matrix is None else branches_beside(owner, attribute):
         addends += branch.addends(matrix, stored=True)
     if not addends:
-        return matrix  # type: ignore[no-any-return]
+        watched = answer is Answer.ADAPTED and not compiling and not is_transforming()
+        return _unwritable(owner, attribute, matrix) if watched else matrix  # type: ignore
     if not compiling:
         check_spread(matrix, [factor for addend in addends for factor in addend[:2]])
     if matrix.dtype not in NARROW and not any(addend.dropout for addend in addends):
@@ -127,6 +144,14 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
         make = torch.compiler.disable(  # type: ignore[no-untyped-call]
             make, reason="Python reads an adapted weight of a narrow dtype, or with dropout")
     return make(matrix, addends, f"the {attribute} of a {type(owner).__name__}")
+
+
+def _unwritable(owner: nn.Module, attribute: str, tensor: Any) -> Any:
+    """The same tensor; what is made anew for each reader lets nobody write into it."""
+    holders = trained_beside(owner, attribute) if type(tensor) is Tensor else []
+    if not holders or any(copies.held(name) is tensor for copies, name in holders):
+        return tensor
+    return tensor.as_subclass(TrainedCast)
 
 
 def _trains(addends: Sequence[Addend]) -> bool:

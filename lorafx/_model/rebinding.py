@@ -1,7 +1,9 @@
-"""A new W that is made of W + s B A would have the adapter in it twice: refused when registered.
+"""What is registered in the place of a tensor that Python reads as an adapter has it.
 
-A library that is not in the table of readers, such as a quantiser, reads `layer.weight`, which is
-W + s B A, and registers what it made of that in the place of W.
+A new W that is made of W + s B A would have the adapter in it twice, and is refused: a library that
+is not in the table of readers, such as a quantiser, reads `layer.weight`, which is W + s B A, and
+registers what it made of that in the place of W. A new value of a buffer of which an adapter has a
+copy, as of running statistics, is the adapter's.
 """
 
 import weakref
@@ -17,7 +19,7 @@ from .._kernels.tensors import PLAIN
 from .._kernels.private import is_transforming
 from .._kernels.weights import whole
 from .readers import Answer, answer_to, module_of, reader
-from .reading import adapted_names, branches_beside
+from .reading import adapted_names, branches_beside, trained_beside
 
 _SURE = 5.0  # standard deviations
 # Methods of nn.Module that register what was not read here, or was read as it is registered.
@@ -41,23 +43,50 @@ class WatchedParameters(dict[str, nn.Parameter | None]):
         return dict, (dict(self),)
 
 
-def watch_parameters(module: nn.Module) -> None:
-    """Have what is registered in the place of a module's adapted weights looked at."""
-    if adapted_names(module):
+class WatchedBuffers(dict[str, Tensor | None]):
+    """The buffers of a module of which adapters have their own; copies of a dict are plain ones."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__(owner._buffers)
+        self._owner = weakref.ref(owner)
+
+    def __setitem__(self, name: str, value: Tensor | None) -> None:
+        owner = self._owner()
+        found = [] if owner is None or value is None else trained_beside(owner, name)
+        if found and (torch.compiler.is_compiling() or _registering() is not None):
+            [(holder, key)] = found
+            holder._buffers[key] = value
+        else:
+            super().__setitem__(name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def watch_registered(module: nn.Module) -> None:
+    """Have what is registered in the place of a module's adapted tensors looked at."""
+    names = adapted_names(module)
+    if names:
         module.__dict__["_parameters"] = WatchedParameters(module)
+    if not module._buffers.keys().isdisjoint(names):
+        module.__dict__["_buffers"] = WatchedBuffers(module)
+
+
+def _registering() -> str | None:
+    """The name of the module whose code registers a tensor; None where that is to be the base's."""
+    frame = reader()
+    while frame is not None and module_of(frame).startswith((nn.Module.__module__, "lorafx.")):
+        if frame.f_code in _HARMLESS:
+            return None
+        frame = frame.f_back
+    asking = module_of(frame)
+    return None if answer_to(asking) in (Answer.PARAMETER, Answer.LAYER) else asking
 
 
 def _check_rebound(owner: nn.Module, name: str, old: Tensor | None, new: Tensor) -> None:
     """Raise if a Parameter that is to be registered as W has the active adapters in it."""
-    frame = None if old is None or old is new else reader()
-    if old is None or frame is None:
-        return
-    while frame is not None and module_of(frame).startswith((nn.Module.__module__, "lorafx.")):
-        if frame.f_code in _HARMLESS:
-            return
-        frame = frame.f_back
-    asking = module_of(frame)
-    if answer_to(asking) in (Answer.PARAMETER, Answer.LAYER):
+    asking = None if old is None or old is new else _registering()
+    if old is None or asking is None:
         return
     addends: list[Addend] = []
     for branch in branches_beside(owner, name):

@@ -1,16 +1,19 @@
 """What an injected model remembers of its injection, and the adapters that it holds."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from .._adapter.config import LoRAConfig, is_number
+from .._adapter.names import dotted, have_rows_in_common
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.modules import LorafxModule, named_modules, unwrapped, users_modules
-from .branches import Trained, branches
+from .branches import branches
 from .fsdp import notice_what_trains, settle
+from .trained import Trained
 
 
 @dataclasses.dataclass
@@ -28,6 +31,8 @@ class Injection:
     recompute: bool = True  # False if inputs of linear calls are always kept for backward
     untied: bool = False  # True if tensors that the base ties have places of their own here
     configs: dict[str, LoRAConfig] = dataclasses.field(default_factory=dict)
+    # {adapter: names of the base's tensors in whose places it has its own}
+    trained: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     active: dict[str, float] = dataclasses.field(default_factory=dict)
     disabled: int = 0
 
@@ -78,11 +83,24 @@ def is_cut(model: nn.Module) -> bool:
 
 
 def trained_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Trained]]:
-    """(path, module, its Trained) of every module with parameters that an adapter trains whole."""
+    """(path, module, its Trained) of every module of which an adapter trains parameters."""
     for path, module in named_modules(model):
         trained = module._modules.get("trained")
         if isinstance(trained, Trained):
             yield path, module, trained
+
+
+def check_ties_are_here(model: nn.Module) -> None:
+    """Raise if what is trained in the place of a tied tensor is in another stage of a pipeline."""
+    modules = set(model.modules())
+    for path, _, trained in trained_modules(model):
+        for adapter, copies in trained.sets().items():
+            for name, (holder, _) in copies.elsewhere.items():
+                if holder not in modules:
+                    raise AdapterError(
+                        f"Adapter {adapter!r} trains '{dotted(path, name)}', which is tied to a "
+                        "tensor of a module that is not here, as in another stage of a pipeline: "
+                        "cut the model so that both are in one.")
 
 
 def holders(model: nn.Module) -> list[LorafxModule]:
@@ -99,7 +117,7 @@ def refresh(model: nn.Module) -> None:
     for branch in branches(model).values():
         branch._active = tuple(item for item in live.items() if item[0] in branch._modules)
     for _, _, trained in trained_modules(model):
-        trained.used = trained.choose(live)
+        trained.used = trained.having(live)
 
 
 def set_trainable(model: nn.Module) -> None:
@@ -118,7 +136,7 @@ def weights_of(
 ) -> dict[str, float]:
     """{adapter: weight} for one name, several or a mapping.
 
-    Each must be known and finite, and no module trained by two.
+    Each must be known and finite, and no tensor trained by two.
     """
     if not isinstance(spec, (str, Iterable)):
         raise AdapterError("Adapters are given as a name, several names, or {name: weight}, not as "
@@ -131,11 +149,16 @@ def weights_of(
             raise AdapterError(f"The weight of adapter {adapter!r} must be a finite number, not "
                                f"{weight!r}.")
     for path, _, trained in trained_modules(model):
-        conflicting = [name for name in weights if name in trained._modules]
-        if len(conflicting) > 1:
-            first, second = conflicting[:2]
-            raise AdapterError(f"Adapters {first!r} and {second!r} both train '{path}' whole, and "
-                               "one module cannot use two sets of weights: activate one of them.")
+        before: dict[str, str] = {}  # {name: the adapter that trains it}
+        for adapter in trained.having(weights):
+            names = trained.sets()[adapter].holders()
+            for name, other in itertools.product(names, before):
+                if have_rows_in_common(name, other):
+                    raise AdapterError(
+                        f"Adapters {before[other]!r} and {adapter!r} both train "
+                        f"'{dotted(path, name)}', and one tensor cannot be both: activate one of "
+                        "them.")
+            before |= dict.fromkeys(names, adapter)
     return {adapter: float(weight) for adapter, weight in weights.items()}
 
 

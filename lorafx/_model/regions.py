@@ -15,14 +15,15 @@ from torch import fx, nn
 from .._graph.dispatched import rebind
 from .._graph.functions import package
 from .._graph.modules import LorafxModule
-from .branches import Trained, spread
+from .branches import spread
 from .fsdp import change_class, own_class, state_without_fsdp
 from .generated import adapted_property, compiled, frozen_property, resetting_base
 from .lower import LinearForward, forward_of, lower
 from .readers import Answer, answer, can_spread
 from .reading import FROZEN_PREFIX, adapted_names, branches_beside, followers
-from .rebinding import watch_parameters
+from .rebinding import watch_registered
 from .shards import check_meshes
+from .trained import Trained
 
 
 # What `fx.GraphModule` keeps on an instance beside the module's own attributes.
@@ -106,7 +107,7 @@ class Adapted(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        watch_parameters(self)
+        watch_registered(self)
         if "_graph" in state:
             make_region(self, state["_graph"], state["_joining"])
 
@@ -172,7 +173,7 @@ def make_region(module: nn.Module, graph: fx.Graph, join: bool) -> None:
     made = _derived(user_class, adapted_names(module), code, forward_of(lowered))
     change_class(module, made)
     rebind(module, cls)
-    watch_parameters(module)
+    watch_registered(module)
 
 
 def adapt_attribute(module: nn.Module, attribute: str) -> None:
@@ -186,7 +187,7 @@ def adapt_attribute(module: nn.Module, attribute: str) -> None:
     else:
         change_class(module, _derived(user_class, names))
     rebind(module, cls)
-    watch_parameters(module)
+    watch_registered(module)
 
 
 def why_not_region(module: nn.Module) -> str | None:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .._adapter.names import dotted, split_block
+from .._adapter.names import dotted, ranges_of, split_block
 from .._errors import AdapterError
-from .branches import Branch, Copies, Factors, branches, factors_at, spread
+from .._kernels.weights import rows_at
+from .branches import Branch, Factors, branches, factors_at, spread
 from .copies import same_kind
 from .fsdp import settle
 from .homes import home
@@ -15,6 +16,7 @@ from .places import places_of, tensor_at
 from .reading import base_tensor
 from .record import injection, trained_modules
 from .shards import gathered, is_sharded, spread_like
+from .trained import Copies
 
 
 @torch.no_grad()
@@ -38,13 +40,12 @@ def reset(model: nn.Module, adapter: str, keep: bool) -> None:
             if factors.on_meta:
                 _check_base(site, weight)
             todo.append(_drawing(branch, factors, weight, home(place.module, weight, True)))
-    copied: dict[nn.Parameter, nn.Parameter] = {}  # a parameter under two names stays one
     for path, owner, trained in trained_modules(model):
         copies = trained._modules.get(adapter)
         if isinstance(copies, Copies) and not (keep and copies.came_first):
-            for name in copies._parameters:
-                _check_base(dotted(path, name), base_tensor(owner, name))
-            todo.append(_copying(owner, copies, copied))
+            for name in copies.holders():
+                _check_base(dotted(path, name), base_tensor(owner, split_block(name)[0]))
+            todo.append(_copying(owner, copies))
     for action in todo:
         action()
 
@@ -72,22 +73,24 @@ def _drawing(
     return draw
 
 
-def _copying(
-    owner: nn.Module, copies: Copies, copied: dict[nn.Parameter, nn.Parameter]
-) -> Callable[[], None]:
+def _copying(owner: nn.Module, copies: Copies) -> Callable[[], None]:
     def copy() -> None:
-        for name, parameter in copies._parameters.items():
-            assert parameter is not None
-            base = base_tensor(owner, name)
-            if not parameter.is_meta:
-                values = base if is_sharded(parameter) else gathered(base)
-                parameter.copy_(spread_like(parameter, values))
-            elif parameter in copied:
-                copies._parameters[name] = copied[parameter]
+        for name, tensor in (*copies._parameters.items(), *copies._buffers.items()):
+            assert tensor is not None
+            attribute, block = split_block(name)
+            base = base_tensor(owner, attribute)
+            if block:
+                base = rows_at(gathered(base), ranges_of(block))
+            if not tensor.is_meta:
+                values = base if is_sharded(tensor) else gathered(base)
+                tensor.copy_(spread_like(tensor, values))
+                continue
+            new = base.detach().to(tensor.dtype, copy=True)
+            if name in copies._buffers:
+                copies._buffers[name] = new
             else:
-                new = same_kind(base, base.detach().clone())
-                new.requires_grad_(parameter.requires_grad)
-                copies._parameters[name] = copied[parameter] = new
+                copies._parameters[name] = made = same_kind(base, new)
+                made.requires_grad_(tensor.requires_grad)
         copies.missing = False
 
     return copy

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._errors import UnsupportedModelError
 from .._kernels.tensors import PLAIN
@@ -104,36 +104,6 @@ def spread_like(live: Tensor, tensor: Tensor) -> Tensor:
         return tensor
     mesh, placements = live.device_mesh, live.placements  # type: ignore[attr-defined]
     return _distributed(tensor.to(live.device), mesh, placements)
-
-
-def spread_parameter(parameter: nn.Parameter, weight: Tensor | None) -> nn.Parameter:
-    """The Parameter that holds another's values, spread as the weight in whose place it stands.
-
-    It is one for all names of the other, of which some may be spread later.
-    """
-    if weight is None or not is_sharded(weight) or is_sharded(parameter):
-        return parameter
-    made: nn.Parameter | None = getattr(parameter, _SPREAD, None)
-    if made is None:
-        made = nn.Parameter(spread_like(weight, parameter.detach()), parameter.requires_grad)
-        setattr(parameter, _SPREAD, made)
-    here, there = weight.placements, made.placements  # type: ignore[attr-defined]
-    if here != there:
-        raise UnsupportedModelError(
-            "A tensor that an adapter trains whole has two names, as a head tied to an embedding, "
-            f"and would be spread over processes in two ways, {there} and {here}: choose one.")
-    return made
-
-
-_SPREAD = "_lorafx_spread"  # a Parameter's attribute: what stands in its place under another name
-
-
-def check_all_spread(parameter: Any) -> None:
-    """Raise if another name of a Parameter was spread over processes, and this one was not."""
-    if not torch.compiler.is_compiling() and _SPREAD in vars(parameter):
-        raise UnsupportedModelError(
-            "A tensor that an adapter trains whole has two names, as a head tied to an embedding, "
-            "and was spread over processes under one of them: spread both in the same way.")
 
 
 def check_meshes(weight: Tensor | None, factors: Iterable[Tensor]) -> None:

@@ -29,10 +29,10 @@ WRAPPERS = (("accelerate.optimizer", "AcceleratedOptimizer", "optimizer"),)
 NOT_OPTIONS = ("params", "param_names")  # of a parameter group: they are this process's own
 
 
-def live_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+def live_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """Return the tensors of an adapter under the names that `extract` gives them."""
     settle(model)
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, Tensor] = {}
     for site, branch in branches(model).items():
         factors = factors_at(branch, adapter)
         if factors is not None:
@@ -69,7 +69,7 @@ def capture(model: nn.Module, adapter: str, optimizer: Any, step: Any) -> Traini
 
 
 def _groups_and_state(
-    live: Mapping[str, nn.Parameter], adapter: str, optimizer: torch.optim.Optimizer,
+    live: Mapping[str, Tensor], adapter: str, optimizer: torch.optim.Optimizer,
     layout: Layout,
 ) -> tuple[Groups, State]:
     """What an optimizer has for an adapter's tensors, of whole ones, under their names."""
@@ -80,7 +80,8 @@ def _groups_and_state(
         options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
         groups.append((options, [names[id(parameter)] for parameter in group["params"]]))
     _check_known(optimizer.state, names, adapter)
-    kept = {parameter: optimizer.state.get(parameter, {}) for parameter in live.values()}
+    kept = {tensor: optimizer.state.get(tensor, {}) for tensor in live.values()
+            if isinstance(tensor, nn.Parameter)}
     state: State = {}
     for parameter, entries in layout.gathered(kept).items():
         name = names[id(parameter)]
@@ -154,7 +155,7 @@ def _kind(optimizer: torch.optim.Optimizer) -> str:
 def state_to_load(
     optimizer: torch.optim.Optimizer,
     training: Training,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     source: str,
     layout: Layout,
 ) -> dict[str, Any]:
@@ -193,7 +194,7 @@ def state_to_load(
 
 
 def _check_entries(
-    name: str, entries: Mapping[str, Any], parameter: nn.Parameter, source: str
+    name: str, entries: Mapping[str, Any], parameter: Tensor, source: str
 ) -> None:
     for key, value in entries.items():
         if isinstance(value, Tensor) and not _fits_shape(value, parameter.shape):

@@ -29,7 +29,7 @@ DTYPES = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32":
           "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# What an adapter's file may hold.
+# What an optimizer may keep.
 NUMBERS = {name: dtype for name, dtype in DTYPES.items() if dtype != torch.bool}
 
 _BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
@@ -85,7 +85,7 @@ def load_safetensors(
     """Return the chosen tensors of a file, on the CPU, each in memory of its own, and its header.
 
     It raises as `open_safetensors`, and for chosen names that no line can show and dtypes but
-    NUMBERS.
+    DTYPES.
     """
     with open_untrusted(path, "not a safetensors file") as file:
         header, chosen = read_header(path, file, choose)
@@ -135,7 +135,7 @@ def _entry(name: str, fields: Any, begin: int, size: int, loading: bool) -> Entr
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"'{name}' is not described by dtype, shape and data_offsets")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    known = [*(NUMBERS if loading else _BITS)]
+    known = [*(DTYPES if loading else _BITS)]
     if not isinstance(code, str) or code not in known:
         raise ValueError(
             f"'{name}' has dtype {str(code)[:40]!r}, which is none of {', '.join(known)}")
@@ -161,6 +161,8 @@ def _read_tensor(file: BinaryIO, entry: Entry) -> Tensor:
     file.seek(entry.begin)
     if file.readinto(data) != len(data):  # type: ignore[attr-defined]
         raise ValueError("it became shorter while it was read")
+    if dtype == torch.bool and data.translate(None, b"\0\1"):
+        raise ValueError("a tensor of bools has bytes that are neither 0 nor 1")
     flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
     return flat.view(entry.shape)
 

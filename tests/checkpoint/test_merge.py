@@ -47,10 +47,16 @@ ADAPTERS = {
         trainable="head"
     ),
     "t": dict(rank=2, targets=["turned", "*square"]),
+    "r": dict(
+        rank=2, targets=["turned", "head"],
+        trainable=["head.weight[1,2]", "square.weight[0,4:7]", "qkv.bias[3:5]"]
+    ),
 }
 SELECTIONS = {
     "a": (["a"], {}),
     "b": (["b"], {}),
+    "r": (["r"], {}),
+    "rows and a": (["--adapter", "r", "--adapter", "a=2"], {"r": 1.0, "a": 2.0}),
     "both": (["--adapter", "a=0.7", "--adapter", "b"], {"a": 0.7, "b": 1.0}),
     "negative": (["--adapter", "a=-0.3", "--adapter", "t=2"], {"a": -0.3, "t": 2.0}),
 }

@@ -64,7 +64,8 @@ def write_adapters(model: nn.Module, names: str) -> None:
         injected = randomise(lorafx.inject(model, **ADAPTERS[name], adapter=name), ord(name))
         if "trainable" in ADAPTERS[name]:
             with torch.no_grad():
-                injected.head.weight.copy_(torch.randn(5, 7))
+                trained = dict(lorafx.named_parameters(injected))
+                trained[f"head.trained.{name}.weight"].copy_(torch.randn(5, 7))
         lorafx.save(injected, f"{name}.safetensors")
 
 

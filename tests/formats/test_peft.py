@@ -141,16 +141,28 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("targets, saved", [(["a"], None), (["head"], ["embedding"])], ids=str)
 def test_what_goes_by_another_name_too(tmp_path, targets, saved):
-    """PEFT changes it under one name alone, lorafx would under all: refused both ways."""
-    net = Tied()
-    saved_by_peft(net, tmp_path / "a", target_modules=targets, modules_to_save=saved)
+    """PEFT changes it under one name alone, lorafx would under all: refused."""
+    net, x = Tied(), torch.tensor([[1, 2, 3]])
+    theirs = saved_by_peft(net, tmp_path, target_modules=targets, modules_to_save=saved)
+    if saved:  # which it saves, and which nobody has changed yet
+        torch.testing.assert_close(lorafx.load(net, tmp_path)(x), theirs(x))
+        path = tmp_path / "adapter_model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        tensors["base_model.model.embedding.weight"] += 1
+        safetensors.torch.save_file(tensors, path)
     with pytest.raises(lorafx.MismatchError, match="with untie=True|cannot be"):
-        lorafx.load(net, tmp_path / "a")
-    model = lorafx.inject(net, targets=targets if not saved else ["a"], trainable=saved or ())
-    with pytest.raises(
-        lorafx.FormatError, match="PEFT would change '.*' and not '.*', which is tied to it"
-    ):
-        lorafx.save(model, tmp_path / "b")
+        lorafx.load(net, tmp_path)
+
+
+@pytest.mark.parametrize("trained", ["a", "b"])
+def test_a_layer_under_two_names_is_not_written(tmp_path, trained):
+    """PEFT would put its own in the place of one of them: of an adapter, and of one trained whole.
+    """
+    for config in (dict(targets=trained), dict(targets="head", trainable=trained)):
+        with pytest.raises(
+            lorafx.FormatError, match="PEFT would change '.*' and not '.*', which is tied to it"
+        ):
+            lorafx.save(lorafx.inject(Tied(), **config), tmp_path / "b")
 
 
 def test_a_head_whose_weight_is_an_embeddings(tmp_path):

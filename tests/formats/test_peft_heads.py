@@ -1,6 +1,7 @@
 """PEFT's folders with modules that are trained whole: heads, norms, biases."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -115,3 +116,71 @@ def test_a_folder_of_peft_with_checkpoints_in_it(tmp_path: Path) -> None:
         lorafx.load(base, tmp_path / "run", adapter="french")
     path = re.search(r"or '([^']*)' under any name", str(caught.value))[1]
     assert lorafx.adapters(lorafx.load(base, path, adapter="french")) == ["french"]
+
+
+class Biased(nn.Module):
+    """Layers with biases, a norm, and a parameter of a module that holds others."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+            self.scale = nn.Parameter(torch.randn(8))
+
+        def forward(self, x):
+            return self.norm(torch.tanh(self.q(x)) * self.k(x) * self.scale)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = Biased.Layer(), Biased.Layer(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.b(x + self.a(x)))
+
+
+KEY = "base_model.model."
+
+
+@pytest.mark.parametrize("bias, count", [("all", 7), ("lora_only", 2)])
+def test_biases_that_peft_trained(tmp_path: Path, bias: str, count: int) -> None:
+    base, x = Biased(), torch.randn(3, 8)
+    theirs = saved_by_peft(base, tmp_path / "theirs", target_modules=["a.q", "b.k"], bias=bias)
+    ours = lorafx.load(base, tmp_path / "theirs")
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+    assert sum(name.endswith(".bias") for name, _ in lorafx.named_parameters(ours)) == count
+    lorafx.save(ours, tmp_path / "ours")
+    files = [
+        safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors")
+        for name in ("theirs", "ours")
+    ]
+    assert files[0].keys() == files[1].keys() >= {f"{KEY}a.q.base_layer.bias"}
+    for name, tensor in files[0].items():
+        assert torch.equal(tensor, files[1][name])
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert config["bias"] == bias and "modules_to_save" not in config
+
+
+@pytest.mark.parametrize(
+    "trainable, bias",
+    [("*.bias", "all"), ("a.q.bias", "lora_only"), (["b.q.bias", "b.norm"], "all"),
+     (["*.norm.weight", "a.*.bias"], "lora_only")],
+    ids=str
+)
+def test_biases_that_lorafx_trained(tmp_path: Path, trainable: object, bias: str) -> None:
+    base, x = Biased(), torch.randn(3, 8)
+    model = randomise(lorafx.inject(base, 2, targets=["a.q", "a.k"], trainable=trainable))
+    lorafx.save(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["bias"] == bias
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.allclose(theirs(x), model(x), atol=1e-5)
+    again = lorafx.load(base, tmp_path)
+    assert torch.equal(again(x), model(x))
+
+
+def test_a_parameter_that_peft_cannot_train_alone(tmp_path: Path) -> None:
+    model = lorafx.inject(Biased(), 2, targets=["q"], trainable="a.scale")
+    with pytest.raises(
+        lorafx.FormatError, match="that of 'a.scale' has an adapter at 'a.q' too: save to a path"
+    ):
+        lorafx.save(model, tmp_path / "a")

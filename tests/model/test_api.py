@@ -181,7 +181,7 @@ class TestTrainable:
         lorafx.add(model, "other", trainable=["down"])
         with pytest.raises(
             lorafx.AdapterError,
-            match="'default' and 'other' both train 'down' whole.*activate one of",
+            match="'default' and 'other' both train 'down.weight'.*activate one of",
         ):
             lorafx.activate(model, ["default", "other"])
 

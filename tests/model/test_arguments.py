@@ -17,7 +17,7 @@ MEANT = {
     "modules_to_save": "'modules_to_save' (here 'trainable')",
     "use_rslora": "'use_rslora' (here 'rslora')",
     "init_lora_weights": "'init_lora_weights' (here 'init': PEFT's True is 'kaiming')",
-    "bias": "'bias' (here 'trainable': biases stay frozen, unless a module is trained whole)",
+    "bias": "'bias' (here 'trainable': PEFT's 'all' is '*.bias')",
     "task_type": "'task_type' (leave it out: lorafx does not need it)",
     "dropuot": "'dropuot' (did you mean 'dropout'?)",
     "lora_rank": "'lora_rank' (did you mean 'rank'?)",

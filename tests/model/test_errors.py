@@ -88,7 +88,7 @@ SETTINGS = {
     ),
     "trainable": (
         {"trainable": "con"}, NoSiteError,
-        "No module with parameters matches trainable='con'.*has 'conv'"
+        "No parameter, and no module with parameters, matches trainable='con'.*has 'conv'"
     ),
     "dotted name": (
         {"adapter": "a.b"}, ConfigError, "'a.b' cannot name an adapter: use a word without dots"
@@ -105,7 +105,8 @@ SETTINGS = {
     ),
     "class": ({"targets": nn.Linear}, ConfigError, "targets takes names, globs"),
     "trainable type": (
-        {"trainable": 5}, ConfigError, "trainable takes names and globs of modules, not 5"
+        {"trainable": 5}, ConfigError,
+        "trainable takes names and globs of modules and parameters, not 5"
     ),
     "taken name": ({"adapter": "train"}, ConfigError, "'train' cannot name an adapter"),
     "empty name": ({"adapter": ""}, ConfigError, "'' cannot name an adapter"),

@@ -17,7 +17,7 @@ BITS = {"U64": 64, "C64": 64, "I64": 64, "F64": 64, "F32": 32, "U32": 32, "I32":
         "F16": 16, "U16": 16, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E5M2FNUZ": 8,
         "F8_E4M3FNUZ": 8, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F6_E2M3": 6, "F6_E3M2": 6,
         "F4": 4}
-LOADED = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8")
+LOADED = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
 
 
 def write(path: Path, header: object, data: bytes = b"") -> Path:
@@ -31,7 +31,7 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, objec
 
 
 @pytest.mark.parametrize("dtype", BITS)
-def test_every_dtype_is_carried_along_and_numbers_are_loaded(tmp_path, dtype):
+def test_every_dtype_is_carried_along_and_those_of_torch_are_loaded(tmp_path, dtype):
     size = 4 * 7 * BITS[dtype] // 8
     path = write(tmp_path / "a.safetensors", {"x": entry(dtype, [4, 7], 0, size)}, bytes(size))
     safetensors.deserialize(path.read_bytes())  # which takes it too
@@ -72,6 +72,14 @@ def test_what_is_not_true_is_refused(tmp_path, read, header, size, message):
     with pytest.raises(lorafx.FormatError, match=message) as caught:
         read(path)
     assert str(caught.value).startswith(f"'{path}' is damaged or not a safetensors file: ")
+
+
+def test_a_bool_is_one_of_two_bytes(tmp_path):
+    header = {"x": entry("BOOL", [3], 0, 3)}
+    good = load_safetensors(write(tmp_path / "a.safetensors", header, b"\1\0\1"))[0]["x"]
+    assert good.tolist() == [True, False, True]
+    with pytest.raises(lorafx.FormatError, match="bytes that are neither 0 nor 1"):
+        load_safetensors(write(tmp_path / "b.safetensors", header, b"\1\2\0"))
 
 
 @pytest.mark.parametrize("dtype, size", [("F4", 1), ("F4", 2), ("F8_E4M3", 4)])

@@ -19,7 +19,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         for adapter in lorafx.adapters(model):
             for parameter in lorafx.parameters(model, adapter):
                 value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.copy_(value / parameter.shape[-1] ** 0.5)
+                parameter.copy_(value / (1, *parameter.shape)[-1] ** 0.5)
     return model
 
 
