@@ -66,9 +66,18 @@ def _half(x: Tensor, right: Tensor) -> Tensor:
     return half
 
 
-# An operator is one node of what a compiler captures, which passes can find, and its caches know.
-_LIBRARY: Any = torch.library.Library("lorafx", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("half(Tensor x, Tensor right) -> Tensor")
-_LIBRARY.impl("half", _half, "Autograd")
-_LIBRARY.impl("half", F.linear, "CompositeExplicitAutograd")
-HALF: Any = torch.ops.lorafx.half.default
+def _operator() -> Any:
+    """An operator is one node of what a compiler captures: passes find it, and caches know it.
+
+    A process registers one, also if this file is imported several times.
+    """
+    try:
+        return torch.ops.lorafx.half.default
+    except AttributeError:
+        torch.library.define("lorafx::half", "(Tensor x, Tensor right) -> Tensor")
+        torch.library.impl("lorafx::half", "Autograd", _half)
+        torch.library.impl("lorafx::half", "CompositeExplicitAutograd", F.linear)
+        return torch.ops.lorafx.half.default
+
+
+HALF = _operator()
