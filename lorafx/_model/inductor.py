@@ -172,7 +172,7 @@ def _join_products(graph: fx.Graph, branches: list[BranchNodes]) -> None:
     ranks = [len(_value(branch.A)) for branch in branches]
     with graph.inserting_before(first):
         A = graph.call_function(torch.cat, (factors,))  # (R, in)
-        product = HALF if _keeps_no_x(first) else F.linear
+        product = HALF if _keeps_no_x(_product_of(first)[0]) else F.linear
         h = graph.call_function(product, (branches[0].x, A))  # (..., R)
         parts = graph.call_method("split_with_sizes", (h, ranks), {"dim": -1})
         results = items_of(graph, parts, len(branches))

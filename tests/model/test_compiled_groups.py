@@ -41,6 +41,10 @@ class Captured:
             {F.linear: 0, HALF: 0, torch.cat: 0, inductor.merged_linears: 2}
         ),
         (
+            Attention, torch.float64, 0.0, float("inf"),
+            {F.linear: 8, HALF: 2, torch.cat: 1, inductor.merged_linears: 0}
+        ),
+        (
             Attention, torch.float64, 0.0, 0.0,
             {F.linear: 0, HALF: 0, torch.cat: 0, inductor.merged_linears: 2}
         ),
