@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .again import Proven
+from .compiled import first_half
 from .dropout import dropped
 
 
@@ -88,7 +89,8 @@ class Addend(NamedTuple):
         """
         if self.axis == -1 and self.size != x.size(-1):
             x = x.narrow(-1, self.start, self.size)
-        return self.add_half(y, F.linear(dropped(x, self.dropout), self.right.to(x.dtype)))
+        x, right = dropped(x, self.dropout), self.right.to(x.dtype)
+        return self.add_half(y, first_half(x, right, self.proven is not None))
 
     def add_half(self, y: Tensor, h: Tensor) -> Tensor:
         """y + s h L^T for h = x R^T, (..., rank).

@@ -68,9 +68,15 @@ def add_beside(x: Tensor, y: Tensor, addends: Sequence[Addend]) -> Tensor:
         return y
     plan = CallPlan.of([call], False, addends[0].dropout, True)
     tensors = CallPlan.tensors([call])
-    needs = x.requires_grad or y.requires_grad or _any_requires_grad(addends)
+    trains = torch.is_grad_enabled() and _any_requires_grad(addends)
+    needs = trains or torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    x = x.to(y.dtype)
+    instead = again(x, addends[0].proven) if trains else None
     with no_autocast() if any_autocast() else contextlib.nullcontext():
-        return fused(x.to(y.dtype), plan, tensors, torch.is_grad_enabled() and needs)[0]
+        [output] = fused(x, plan, tensors, needs)
+    if instead is not None:
+        instead.stand_in(output.grad_fn, "tensors")
+    return output
 
 
 def _fits_beside(x: Tensor, y: Tensor, addends: Sequence[Addend]) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .again import Again
 from .calls import AdaptedCall, addends_of, split_by_rank
+from .compiled import first_half
 from .private import unsafe_view
 
 
@@ -17,7 +18,8 @@ def by_operators(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
     halves: list[Tensor] = []
     if len(joined) > 1:
         right = torch.cat([addend.right.to(x.dtype) for addend in joined])  # (ranks, in)
-        halves.extend(split_by_rank(F.linear(x, right), joined, dim=-1))
+        half = first_half(x, right, joined[0].proven is not None)
+        halves.extend(split_by_rank(half, joined, dim=-1))
     outputs = []
     for weight, bias, addends in calls:
         y = F.linear(x, weight, bias)

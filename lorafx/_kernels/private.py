@@ -10,6 +10,7 @@ import contextlib
 import operator
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -45,14 +46,15 @@ def _lacking(name: str, needed_for: str) -> Callable[..., NoReturn]:
 
 # A Function's backward pass cannot be mapped over or differentiated forward.
 # Without them: every call is taken for one inside a transform, and plain operators compute it.
-_functorch_is_active: Callable[[], bool] = _optional(
-    "torch._C:_are_functorch_transforms_active", lambda: True)
+# Asked in this way, a compiler answers it, and puts no question into what it captures.
+_functorch_transform: Callable[[], Any] = _optional(
+    "torch._C:_functorch.peek_interpreter_stack", lambda: 0)
 _forward_level: int | None = _optional("torch.autograd.forward_ad:_current_level", None)
 
 
 def is_transforming() -> bool:
     """True if a functorch transform or forward-mode differentiation is under way."""
-    if _functorch_is_active() or _forward_level is None:
+    if not isinstance(_functorch_transform(), NoneType) or _forward_level is None:
         return True
     return forward_ad._current_level >= 0
 

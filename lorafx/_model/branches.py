@@ -167,7 +167,6 @@ class Branch(LorafxModule):
         start = self.rows[0] if self.rows else 0
         chosen = self._active if weights is None else weights.items()
         found = []
-        proven = None if torch.compiler.is_compiling() else self.proven
         for name, weight in chosen:
             if name not in self._modules:
                 continue
@@ -176,7 +175,7 @@ class Branch(LorafxModule):
             if factors.missing:
                 factors.check((A, B), beside, "computing with it")
             addend = Addend(B, A, weight * factors.scale, -2, start,
-                            factors.dropping, factors.share_dropout, factors.rounding, proven)
+                            factors.dropping, factors.share_dropout, factors.rounding, self.proven)
             found.append(addend.transposed if stored and self.transposed else addend)
         return found
 

@@ -13,6 +13,7 @@ from .._graph import groups as grouping
 from .._graph.groups import groups, items_of
 from .._kernels.addend import Addend
 from .._kernels.calls import AdaptedCall
+from .._kernels.compiled import HALF
 from .._kernels.linears import full_precision, merges
 from .._kernels.merged import merged_linears
 from .._kernels.private import compiler_pass
@@ -85,7 +86,7 @@ def _branch_ending_in(node: fx.Node) -> BranchNodes | None:
     if not isinstance(half, fx.Node) or len(half.users) != 1:
         return None
     product, joined = _product_of(half)
-    if not _is_product(product):
+    if not _is_product(product) and not _keeps_no_x(product):
         return None
     x, A = product.args
     if joined and isinstance(A, fx.Node) and A.target is torch.cat:  # joined in a region
@@ -98,6 +99,11 @@ def _branch_ending_in(node: fx.Node) -> BranchNodes | None:
 def _is_product(value: Any) -> TypeGuard[fx.Node]:
     """True if a node is x W^T."""
     return isinstance(value, fx.Node) and value.target is F.linear and len(value.args) == 2
+
+
+def _keeps_no_x(value: Any) -> TypeGuard[fx.Node]:
+    """True if a node is x A^T of which x is not to be kept."""
+    return isinstance(value, fx.Node) and value.target is HALF
 
 
 def _product_of(half: fx.Node) -> tuple[Any, bool]:
@@ -151,7 +157,8 @@ def _form_weights(graph: fx.Graph, branches: list[BranchNodes], first: fx.Node) 
         biases.append(bias)
         factors.append((_before(first, branch.A), _before(first, branch.B)))
     with graph.inserting_before(first):
-        operands = (branches[0].x, weights, biases, factors)
+        recompute = _keeps_no_x(_product_of(branches[0].half)[0])
+        operands = (branches[0].x, weights, biases, factors, recompute)
         results = items_of(graph, graph.call_function(merged_linears, operands), len(branches))
     for branch, result in zip(branches, results):
         branch.sum.replace_all_uses_with(result)
@@ -165,7 +172,8 @@ def _join_products(graph: fx.Graph, branches: list[BranchNodes]) -> None:
     ranks = [len(_value(branch.A)) for branch in branches]
     with graph.inserting_before(first):
         A = graph.call_function(torch.cat, (factors,))  # (R, in)
-        h = graph.call_function(F.linear, (branches[0].x, A))  # (..., R)
+        product = HALF if _keeps_no_x(_product_of(first)[0]) else F.linear
+        h = graph.call_function(product, (branches[0].x, A))  # (..., R)
         parts = graph.call_method("split_with_sizes", (h, ranks), {"dim": -1})
         results = items_of(graph, parts, len(branches))
     for branch, result in zip(branches, results):

@@ -6,6 +6,7 @@ import torch._dynamo
 import torch.nn.functional as F
 
 import lorafx
+from lorafx._kernels.compiled import HALF
 from lorafx._model import inductor
 from tests.support.grouped_models import X, Attention, Gated, Python, in_place_on_x
 from tests.support.internals import replace_internal
@@ -33,18 +34,28 @@ class Captured:
     [
         (
             Python, torch.float64, 0.0, float("inf"),
-            {F.linear: 10, torch.cat: 1, inductor.merged_linears: 0}
+            {F.linear: 8, HALF: 2, torch.cat: 1, inductor.merged_linears: 0}
         ),
-        (Python, torch.float64, 0.0, 0.0, {F.linear: 0, torch.cat: 0, inductor.merged_linears: 2}),
+        (
+            Python, torch.float64, 0.0, 0.0,
+            {F.linear: 0, HALF: 0, torch.cat: 0, inductor.merged_linears: 2}
+        ),
+        (
+            Attention, torch.float64, 0.0, float("inf"),
+            {F.linear: 8, HALF: 2, torch.cat: 1, inductor.merged_linears: 0}
+        ),
         (
             Attention, torch.float64, 0.0, 0.0,
-            {F.linear: 0, torch.cat: 0, inductor.merged_linears: 2}
+            {F.linear: 0, HALF: 0, torch.cat: 0, inductor.merged_linears: 2}
         ),
         (
             Python, torch.bfloat16, 0.0, 0.0,
-            {F.linear: 10, torch.cat: 1, inductor.merged_linears: 0}
+            {F.linear: 8, HALF: 2, torch.cat: 1, inductor.merged_linears: 0}
         ),
-        (Python, torch.float64, 0.5, 0.0, {F.linear: 12, torch.cat: 0, inductor.merged_linears: 0}),
+        (
+            Python, torch.float64, 0.5, 0.0,
+            {F.linear: 8, HALF: 4, torch.cat: 0, inductor.merged_linears: 0}
+        ),
     ]
 )
 def test_the_compiler_joins_what_python_calls(
@@ -54,7 +65,7 @@ def test_the_compiler_joins_what_python_calls(
     torch._dynamo.reset()
     base = build().to(dtype)
     model = randomise(lorafx.inject(base, rank=2, targets="linear", dropout=dropout, alpha=3.0))
-    x, captured = X.to(dtype), Captured()
+    x, captured = X.to(dtype, copy=True).requires_grad_(), Captured()
     compiled = torch.compile(model, backend=captured, fullgraph=True)
     y = compiled(x)
     assert {target: captured.targets.count(target) for target in counts} == counts
@@ -62,7 +73,7 @@ def test_the_compiler_joins_what_python_calls(
         tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}
         torch.testing.assert_close(y, model(x), **tolerance)
         both = [
-            torch.autograd.grad(z.square().sum(), list(lorafx.parameters(model)))
+            torch.autograd.grad(z.square().sum(), [x, *lorafx.parameters(model)])
             for z in (y, model(x))
         ]
         for got, wanted in zip(*both):
@@ -140,6 +151,7 @@ def test_with_the_compiler_itself():
     model = randomise(lorafx.inject(base, rank=2, targets="linear", alpha=5.0))
     compiled = torch.compile(model, options=lorafx.compile_options(), fullgraph=True)
     for x in (X, X[0], torch.cat([X] * 80)):  # factored twice, then merged
+        x = x.clone().requires_grad_()
         y = compiled(x)
         torch.testing.assert_close(y, model(x))
         both = [

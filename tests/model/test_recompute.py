@@ -6,11 +6,13 @@ import io
 
 import pytest
 import torch
+import torch._dynamo
 import transformers
 from torch import nn
 
 import lorafx
 from common.counting import held_bytes
+from lorafx._kernels import compiled
 from tests.support.internals import replace_internal
 
 CPU = torch.device("cpu")
@@ -95,7 +97,7 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def measured(model):
+def measured(model, loss=loss):
     """The bytes that are alive after a forward pass, the peak of a step, and the gradients."""
     loss(model).backward()  # recipes are proven
     model.zero_grad(set_to_none=True)
@@ -155,11 +157,57 @@ def test_the_option_is_the_models():
         assert not {*proven(copy.deepcopy(model))} & {*proven(model)} or not recompute
 
 
-def test_a_compiled_model_keeps_to_operators():
-    """It takes nothing from a recipe, and gives the same."""
-    model = lorafx.inject(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), targets="linear")
-    x = torch.randn(5, 8, requires_grad=True)
+OF_LOSS = 2 * 2 * 64 * 4  # what the compiler chooses to keep for it, less another choice
+# {name: (model of one layer, bytes alive beyond the compiled frozen base)}: h, and what is joined
+COMPILED = {
+    "llama": (llama, (7 + 1) * HALF + 2 * RANK * WIDTH * 4 - OF_LOSS),
+    "bert": (bert, (6 + 2) * HALF - OF_LOSS),
+}
+
+
+@pytest.mark.parametrize("make, surplus", COMPILED.values(), ids=COMPILED)
+def test_memory_over_the_compiled_frozen_base(make, surplus, monkeypatch):
+    monkeypatch.setitem(SIZES, "num_hidden_layers", 1)
+    torch.manual_seed(0)
+    base = make()
+    lean = adapted(base)
+    _, _, wanted = measured(lean)
     found = []
-    for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+    for model in (lean, with_gradients_through_it(base.requires_grad_(False))):
+        torch._dynamo.reset()
+        # inductor's choice of what to keep, without its code
+        step = torch.compile(loss, backend="aot_eager_decomp_partition")
+        found.append(measured(model, step))
+    (recomputed, _, gradients), (alive, _, _) = found
+    assert recomputed - alive == surplus
+    torch.testing.assert_close(gradients, wanted)
+
+
+@pytest.mark.parametrize("options, halves", [({}, 2), ({"recompute": False}, 0)])
+def test_a_compiled_model(options, halves):
+    """It is made of operators that a compiler can choose among, and gives the same."""
+    base = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model = adapted(base, **options)
+    x = torch.randn(5, 8, requires_grad=True)
+    captured = []
+
+    def capture(graph, _):
+        captured.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    found = []
+    for backend in ("aot_eager", "aot_eager_decomp_partition", capture):
+        torch._dynamo.reset()
+        call = torch.compile(model, backend=backend, fullgraph=True)
         found.append(torch.autograd.grad(call(x).sin().sum(), [x, *lorafx.parameters(model)]))
-    torch.testing.assert_close(*found)
+    assert captured.count(compiled.HALF) == halves
+    wanted = torch.autograd.grad(model(x).sin().sum(), [x, *lorafx.parameters(model)])
+    for got in found:
+        torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        captured.clear()
+        torch.compile(model, backend=capture)(x)
+    assert compiled.HALF not in captured
+    exported = torch.export.export(model, (x,))
+    assert all(node.target is not compiled.HALF for node in exported.graph.nodes)

@@ -1,0 +1,83 @@
+"""x R^T for compilers, which so keep no x that they can compute again element by element.
+
+A compiler that has forward and backward in one graph chooses what to keep in between: it computes
+again what is cheap, but keeps what a product of matrices in the backward pass begins with, such as
+x for the gradient of R. Here that product begins with a copy of x that depends on a gradient, so
+that it cannot be made earlier. What is kept for the copy is the compiler's choice again: most often
+what it keeps anyway, a norm's input or the factors of x; never is a product computed again.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .private import is_transforming
+from .tensors import PLAIN
+
+
+def first_half(x: Tensor, right: Tensor, recompute: bool) -> Tensor:
+    """Return x R^T, (..., rank), for R (rank, in) in x's dtype.
+
+    To `recompute` is to let a compiler choose whether x is kept for the gradient of R.
+    """
+    if not (recompute and torch.compiler.is_compiling() and _trains(x, right)):
+        return F.linear(x, right)
+    kind = x.device.type
+    if not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, right = x.to(dtype), right.to(dtype)
+    half: Tensor = HALF(x, right)
+    return half
+
+
+def recomputed(x: Tensor, gradient: Tensor) -> Tensor:
+    """Return a copy of x (..., in) that depends on a gradient (..., n): x, be that zero or not."""
+    return torch.where(gradient[..., :1] != 0, x, x)
+
+
+def _trains(x: Tensor, right: Tensor) -> bool:
+    """True for plain tensors that have gradients, but not in a program that is exported."""
+    if not (torch.is_grad_enabled() and x.requires_grad and right.requires_grad):
+        return False
+    if type(x) not in PLAIN or type(right) not in PLAIN:
+        return False
+    return not (is_transforming() or torch.compiler.is_exporting())
+
+
+class _Half(torch.autograd.Function):
+    """(x, R) -> x R^T."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(x, right)
+        return F.linear(x, right)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, right = ctx.saved_tensors
+        rows = recomputed(x, gradient).reshape(-1, x.shape[-1])
+        return gradient @ right, gradient.reshape(-1, gradient.shape[-1]).t() @ rows
+
+
+def _half(x: Tensor, right: Tensor) -> Tensor:
+    half: Tensor = _Half.apply(x, right)  # type: ignore[no-untyped-call]
+    return half
+
+
+def _operator() -> Any:
+    """An operator is one node of what a compiler captures: passes find it, and caches know it.
+
+    A process registers one, also if this file is imported several times.
+    """
+    try:
+        return torch.ops.lorafx.half.default
+    except AttributeError:
+        torch.library.define("lorafx::half", "(Tensor x, Tensor right) -> Tensor")
+        torch.library.impl("lorafx::half", "Autograd", _half)
+        torch.library.impl("lorafx::half", "CompositeExplicitAutograd", F.linear)
+        return torch.ops.lorafx.half.default
+
+
+HALF = _operator()
