@@ -106,11 +106,12 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 
 def is_bare(module: nn.Module) -> bool:
     """True if calling a module does what its class's forward does and nothing more."""
-    hooked = (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-              or module._backward_pre_hooks or any_global_hook())
-    patched = "forward" in module.__dict__ and not runs_class_forward(module) \
-        or has_compiled_call(module)
-    return not hooked and not patched and type(module).__call__ is nn.Module.__call__
+    if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+            or module._backward_pre_hooks or any_global_hook()):
+        return False
+    if "forward" in module.__dict__ and not runs_class_forward(module):
+        return False
+    return not has_compiled_call(module) and type(module).__call__ is nn.Module.__call__
 
 
 def hooks(module: nn.Module) -> list[Any]:

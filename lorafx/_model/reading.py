@@ -50,6 +50,9 @@ def base_tensor(owner: nn.Module, attribute: str) -> Any:
 def base_or_trained(owner: nn.Module, attribute: str) -> Any:
     """Return W, or what an active adapter that trains the module whole has in its place."""
     trained = owner._modules.get("trained")
+    held = owner._parameters.get(attribute)
+    if trained is None and held is not None:
+        return held
     if isinstance(trained, Trained) and trained.used is not None:
         copies: Copies = trained._modules[trained.used]  # type: ignore[assignment]
         if attribute in copies._parameters:
