@@ -36,23 +36,31 @@ def is_direct(x: Tensor) -> bool:
 def direct(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
     """Return x W^T + b + sum s (x A^T) B^T, (..., out), for x (..., in), all of one dtype.
 
-    Of one row, A and B may be wider than x: then what they add to y is rounded once.
+    Beside an x of two bytes an element, A and B may be float32: what they add to y is rounded once.
     """
     # in the shape of x, whose rows by themselves may be added up in another order
     y = F.linear(x, weight, bias)
     width = x.shape[-1]
-    # a vector's products are rounded to a dtype of two bytes after each few elements
-    if x.numel() == width and all([A.dtype.itemsize > 2 for A, _, _ in terms]):
-        row, whole = x.reshape(-1), y.view(-1)
+    if x.numel() == width and x.dtype.itemsize > 2:  # in two bytes, mv rounds partial sums
+        row, whole = x.reshape(-1), y.view(-1)  # (in), (out)
         for A, B, scale in terms:
-            if A.dtype is x.dtype:
-                whole.addmv_(B, torch.mv(A, row), alpha=scale)
-            else:
-                h = torch.mv(A, row.to(A.dtype))
-                whole.copy_(torch.addmv(whole.to(A.dtype), B, h, alpha=scale))
+            whole.addmv_(B, torch.mv(A, row), alpha=scale)
         return y
     rows, block = x.reshape(-1, width), y.view(-1, y.shape[-1])  # (N, in), (N, out)
     for A, B, scale in terms:
-        h = torch.mm(A, rows.t()).t() if A.shape[0] < FEW_RANKS else F.linear(rows, A)  # (N, rank)
-        block.addmm_(h, B.t(), alpha=scale)
+        if A.dtype is not x.dtype:
+            wide = block.to(A.dtype).addmm_(_half(rows.to(A.dtype), A), B.t(), alpha=scale)
+            block.copy_(wide)
+        else:
+            block.addmm_(_half(rows, A), B.t(), alpha=scale)
     return y
+
+
+def wider(A: Tensor, x: Tensor) -> bool:
+    """True if A's dtype is one of those that may be wider than x's."""
+    return A.dtype is torch.float32 and x.dtype.itemsize == 2
+
+
+def _half(rows: Tensor, A: Tensor) -> Tensor:
+    """h = x A^T, (N, rank)."""
+    return torch.mm(A, rows.t()).t() if A.shape[0] < FEW_RANKS else F.linear(rows, A)

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .._graph.modules import is_bare
-from .._kernels.direct import Term
+from .._graph.modules import is_untouched
+from .._kernels.direct import Term, wider
 from .._kernels.linears import many_rows
+from .._kernels.private import any_global_hook
 from .._kernels.tensors import PLAIN
 from .branches import Branch
 
@@ -25,7 +26,7 @@ def terms_of(
     spread over processes, adds to some rows of W only, or where W + s B A takes less time.
     """
     dtype, one = x.dtype, x.numel() == x.shape[-1]
-    if type(weight) not in PLAIN or weight.dtype is not dtype:
+    if type(weight) not in PLAIN or weight.dtype is not dtype or any_global_hook():
         return None
     if bias is not None and type(bias) not in PLAIN:
         return None
@@ -33,16 +34,17 @@ def terms_of(
         return None
     found: list[Term] = []
     for branch in branches:
-        if branch.rows is not None or not is_bare(branch):
+        if branch.rows is not None or not is_untouched(branch):
             return None
         for name, share in branch._active:
             factors: Any = branch._modules[name]
-            if factors.missing or factors.dropping or not is_bare(factors):
+            if factors.missing or factors.dropout and factors.training or not is_untouched(factors):
                 return None
-            A, B = factors._parameters.get("A"), factors._parameters.get("B")
-            if type(A) not in PLAIN or type(B) not in PLAIN or A.dtype is not B.dtype:
+            held = factors._parameters
+            A, B = held.get("A"), held.get("B")
+            if type(A) not in PLAIN or type(B) not in PLAIN:
                 return None
-            if A.dtype is not dtype and not (one and A.dtype.itemsize > dtype.itemsize):
+            if A.dtype is not dtype and not (one and wider(A, x)) or B.dtype is not A.dtype:
                 return None
             found.append((A, B, share * factors.scale))
     return found
