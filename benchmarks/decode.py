@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true",
                         help="a model too small to say anything, to try the script")
-    parser.add_argument("--rounds", type=int, metavar="N", help="in place of each case's own number")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each case")
     parser.add_argument("--json", type=Path, default=Path("out/decode.json"), metavar="FILE",
                         help="where results go")
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""A linear call of which no gradient is asked: x W^T + b, and two products in place for each addend.
+"""A linear call of which no gradient is asked: x W^T + b, and two products in place an addend.
 
 For one token, these take less time than the questions that `linears` asks about forms. They are
 what it gives, but for the order in which products are added up.

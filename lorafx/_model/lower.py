@@ -93,8 +93,8 @@ def _operands(member: Any) -> tuple[Tensor, Tensor | None, Sequence[Branch]] | N
     forward = linear_forward(member)
     if forward is None or not is_bare(member):
         return None
-    bias = forward.bias and getattr(member, forward.bias)
-    branches = [member._modules[name] for name in forward.branches]
+    bias = None if forward.bias is None else getattr(member, forward.bias)
+    branches = [getattr(member, name) for name in forward.branches]
     return getattr(member, forward.weight), bias, branches
 
 

@@ -131,7 +131,8 @@ def test_two_bytes_are_rounded_once(dtype, calls):
                 found, direct = calls.since(lambda: model(x))
             assert direct == count and found.dtype == dtype
             torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
-    layer = lorafx.inject(nn.Linear(64, 48).to(dtype), rank=3, targets="linear").requires_grad_(False)
+    layer = lorafx.inject(nn.Linear(64, 48).to(dtype), rank=3, targets="linear")
+    layer.requires_grad_(False)
     renew(layer)
     x = torch.randn(1, 64).to(dtype)
     y, delta = nn.functional.linear(x, layer.frozen_weight, layer.bias), layer.lora.default
