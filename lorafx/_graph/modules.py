@@ -106,11 +106,19 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 
 def is_bare(module: nn.Module) -> bool:
     """True if calling a module does what its class's forward does and nothing more."""
-    hooked = (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-              or module._backward_pre_hooks or any_global_hook())
-    patched = "forward" in module.__dict__ and not runs_class_forward(module) \
-        or has_compiled_call(module)
-    return not hooked and not patched and type(module).__call__ is nn.Module.__call__
+    if any_global_hook() or type(module).__call__ is not nn.Module.__call__:
+        return False
+    return not _hooked(module) and runs_class_forward(module) and not has_compiled_call(module)
+
+
+def is_untouched(module: LorafxModule) -> bool:
+    """True if nothing is hooked to one module and no forward is set on it, not even its class's."""
+    return not (_hooked(module) or "forward" in module.__dict__ or has_compiled_call(module))
+
+
+def _hooked(module: nn.Module) -> Any:
+    return (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+            or module._backward_pre_hooks)
 
 
 def hooks(module: nn.Module) -> list[Any]:

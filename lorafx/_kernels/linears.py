@@ -166,7 +166,7 @@ def merges(x: Tensor, calls: Sequence[AdaptedCall], share: float = 1.0) -> bool:
         if addends:
             out, width = weight.shape
             formed, beside = formed + out * width, beside + out + width
-    if x.numel() // x.shape[-1] * beside < 2 * share * MERGE_FROM * formed:
+    if not many_rows(x, formed, beside, share):
         return False
     for addend in addends_of(calls):
         if addend.left.dtype != x.dtype or addend.right.dtype != x.dtype:
@@ -174,6 +174,12 @@ def merges(x: Tensor, calls: Sequence[AdaptedCall], share: float = 1.0) -> bool:
     if x.dtype == torch.float64:
         return True
     return x.dtype == torch.float32 and full_precision(x.device.type)
+
+
+def many_rows(x: Tensor, formed: int, beside: int, share: float = 1.0) -> bool:
+    """True if x has the rows from which on W + s B A is formed: of in out elements, beside in + out
+    for each row."""
+    return x.numel() // x.shape[-1] * beside >= 2 * share * MERGE_FROM * formed
 
 
 def full_precision(device: str) -> bool:

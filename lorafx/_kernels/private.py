@@ -98,6 +98,15 @@ def is_caching() -> bool:
     return any(mode is None or isinstance(mode, _CACHING) for mode in _modes())
 
 
+def runs_as_called() -> bool:
+    """True if no transform, tracer or selective checkpoint asks for operators of a kind."""
+    if _functorch_is_active() or _forward_level is None or forward_ad._current_level >= 0:
+        return False
+    if _jit_state() is not None:
+        return False
+    return _mode_count() == 0 or not (is_tracing() or is_caching())
+
+
 # One question for all kinds of devices. Without it: torch.is_autocast_enabled(kind) is always
 # asked.
 any_autocast: Callable[[], bool] = _optional("torch._C:_is_any_autocast_enabled", lambda: True)

@@ -17,10 +17,12 @@ from .._graph.groups import groups, items_of, pure
 from .._graph.modules import is_bare, submodule
 from .._graph.rules import linear_call
 from .._kernels.calls import AdaptedCall
+from .._kernels.direct import direct, is_direct
 from .._kernels.linears import linears
 from .._kernels.private import is_transforming
 from .._kernels.tensors import PLAIN
 from .branches import Branch, branches_after
+from .direct import terms_of
 from .shards import check_spread
 
 
@@ -35,6 +37,10 @@ class LinearForward(NamedTuple):
 @pure
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Branch) -> Tensor:
     """Return x W^T + b and what the branches add."""
+    if is_direct(x):
+        terms = terms_of(x, weight, bias, branches)
+        if terms is not None:
+            return direct(x, weight, bias, terms)
     if isinstance(x, Tensor) and all(map(is_bare, branches)):
         return linears(x, (_linear(weight, bias, branches),))[0]
     y = F.linear(x, weight, bias)
@@ -50,7 +56,12 @@ def joined(x: Tensor, *members: Any) -> list[Tensor]:
     sharded, patched, compiled or replaced by itself. Other modules that stand between them are
     called in their turn.
     """
-    calls = [_call(member) for member in members]
+    operands = [_operands(member) for member in members]
+    if is_direct(x):
+        results = _directly(x, operands)
+        if results is not None:
+            return results
+    calls = [_call(found) for found in operands]
     together = [call for call in calls if call is not None]
     touched = any(call is None and linear_forward(member) for member, call in zip(members, calls))
     if not isinstance(x, Tensor) or touched or len(together) < 2:
@@ -73,17 +84,36 @@ def _by_itself(x: Tensor, member: Any) -> Any:
     return member(x) if isinstance(member, nn.Module) else adapted_linear(x, *member)
 
 
-def _call(member: Any) -> AdaptedCall | None:
-    """The linear call that a member makes, if nothing else happens there."""
+def _operands(member: Any) -> tuple[Tensor, Tensor | None, Sequence[Branch]] | None:
+    """W, b and the branches of the linear call that a member makes, if nothing else happens there.
+    """
     if not isinstance(member, nn.Module):
         weight, bias, *branches = member
-    else:
-        forward = linear_forward(member)
-        if forward is None or not is_bare(member):
+        return weight, bias, branches
+    forward = linear_forward(member)
+    if forward is None or not is_bare(member):
+        return None
+    bias = None if forward.bias is None else getattr(member, forward.bias)
+    branches = [getattr(member, name) for name in forward.branches]
+    return getattr(member, forward.weight), bias, branches
+
+
+def _directly(x: Tensor, operands: Sequence[Any]) -> list[Tensor] | None:
+    """The results of linear calls, or None if not all are direct."""
+    calls = []
+    for found in operands:
+        terms = None if found is None else terms_of(x, *found)
+        if terms is None:
             return None
-        weight = getattr(member, forward.weight)
-        bias = forward.bias and getattr(member, forward.bias)
-        branches = [getattr(member, name) for name in forward.branches]
+        calls.append((*found[:2], terms))
+    return [direct(x, *call) for call in calls]
+
+
+def _call(operands: Any) -> AdaptedCall | None:
+    """The linear call of these operands, if nothing else happens there."""
+    if operands is None:
+        return None
+    weight, bias, branches = operands
     if type(weight) not in PLAIN or not all(map(is_bare, branches)):
         return None
     return _linear(weight, bias, branches)

@@ -62,6 +62,9 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
 
     That is in W's dtype, whatever it is trained in.
     """
+    held = owner._parameters.get(attribute)
+    if held is not None and "trained" not in owner._modules:
+        return held
     tensor = base_tensor(owner, attribute)
     for copies, name in () if tensor is None else trained_beside(owner, attribute):
         found, ranges = _trained_tensor(copies, name, tensor), copies.rows.get(name)

@@ -8,6 +8,7 @@ import time
 
 import claims
 import coverage
+import decode
 import facts
 import finetune
 import pytest
@@ -99,6 +100,17 @@ def test_coverage(capsys):
         assert rows[name].lorafx.layers >= layers
     assert rows["siglip"].peft.silent and "AdaptedWeightError" in rows["rwkv"].lorafx.error
     assert "1 silent, such as vision_model.head.attention.out_proj" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_decode(tmp_path, capsys):
+    found = decode.main(["--tiny", "--json", str(tmp_path / "decode.json")])
+    assert [case["name"] for case in found["cases"]] == ["layer", "decoding", "prefill"]
+    for case in found["cases"]:
+        assert not any(row["void"] for row in case["rows"].values())
+        assert all(len(row["times"]) == 3 for row in case["rows"].values())
+    assert json.loads((tmp_path / "decode.json").read_text()) == json.loads(json.dumps(found))
+    assert decode.table(found["cases"]) in capsys.readouterr().out
 
 
 def test_stream(tmp_path, capsys):

@@ -1,0 +1,1 @@
+"""What decode.py is made of."""
