@@ -9,7 +9,7 @@ from torch import nn
 from .._adapter.config import LoRAConfig, is_number
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.modules import LorafxModule, named_modules, unwrapped, users_modules
-from .branches import Trained, branches
+from .branches import Branch, Trained, branches
 from .fsdp import notice_what_trains, settle
 
 
@@ -84,12 +84,12 @@ def trained_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Trained]
             yield path, module, trained
 
 
+HOLDERS = (Branch, Trained)  # the modules whose children are adapters
+
+
 def holders(model: nn.Module) -> list[LorafxModule]:
     """Every module whose children are adapters: all branches and all Trained."""
-    found: list[LorafxModule] = [*branches(model).values()]
-    for _, _, trained in trained_modules(model):
-        found.append(trained)
-    return found
+    return [module for _, module in named_modules(model) if isinstance(module, HOLDERS)]
 
 
 def refresh(model: nn.Module) -> None:
