@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from ._adapter.names import branch_name, dotted, ranges_of, split_block
 from ._errors import TiedWeightError, UnsupportedModelError
 from ._graph.dispatched import put, value_of
-from ._graph.modules import LorafxModule, Place, named_modules, submodule, unwrapped
+from ._graph.modules import LorafxModule, Place, all_modules, named_modules, submodule, unwrapped
 from ._kernels.addend import Addend
 from ._kernels.scratch import Scratch
 from ._kernels.weights import folded, with_rows
@@ -24,7 +24,6 @@ from ._model.places import base_parameters, places_of
 from ._model.reading import original_name
 from ._model.record import RECORD, injection, trained_modules, weights_of
 from ._model.regions import is_plain_graph
-from ._model.zero import check_gathered
 from ._model.shards import gathered_beside
 from ._model.unpack import Unpacking, declare_plain, is_quantised
 
@@ -48,15 +47,21 @@ def eject(model: M) -> M:
         >>> type(lorafx.eject(lorafx.inject(model))) is torch.nn.Linear
         True
     """
-    record = injection(model)
+    injection(model)
     check_graphs_not_dispatched(model)
     check_can_be_copied(model)
+    return _ejected(model)
+
+
+def _ejected(model: M) -> M:
+    """The original of a model that can be copied."""
+    record = injection(model)
     model = unwrapped(model)  # type: ignore[assignment]
     twin = share(model, ejecting=True)
     for path, module in named_modules(model):
         if is_plain_graph(module):
             _erase_branches(submodule(twin, path), module)
-    for module in list(twin.modules()):
+    for _, module in all_modules(twin):
         for name, child in list(module._modules.items()):
             if isinstance(child, LorafxModule):
                 del module._modules[name]
@@ -113,9 +118,9 @@ def merge(
         >>> torch.allclose(lorafx.merge(model)(x), model(x))
         True
     """
-    check_gathered(model)
     check_each_in_its_place(model)
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
+    check_graphs_not_dispatched(model)
     check_can_be_copied(model)
     for adapter in chosen:
         check_in_place(model, adapter)
@@ -126,7 +131,7 @@ def merge(
     owners = _owners(model, held)
     if not untie:
         _check_untied(owners)
-    twin = eject(model)
+    twin = _ejected(model)
     _place_trained(model, twin, chosen)
     addends: dict[tuple[str, ...], list[Addend]] = defaultdict(list)
     for site, (names, _) in owners.items():

@@ -11,15 +11,15 @@ from ._adapter.config import LoRAConfig
 from ._adapter.names import dotted
 from ._errors import AdapterError
 from ._graph.dispatched import offloaded_parameters
-from ._graph.modules import named_modules
+from ._graph.modules import all_modules, named_modules
 from ._model.attach import attach, check_new_name
 from ._model.branches import OFFLOADED, branches
 from ._model.extract import extract_here
 from ._model.fsdp import settle
 from ._model.program import read_program
 from ._model.record import (
-    check_adapter, check_ties_are_here, holders, injection, refresh, set_trainable, trained_modules,
-    weights_of
+    HOLDERS, check_adapter, check_ties_are_here, holders, injection, refresh, set_trainable,
+    trained_modules, weights_of
 )
 from ._model.reduced import check_reduced
 
@@ -110,9 +110,10 @@ def named_parameters(
     wanted = list(injection(model).active) if adapter is None else [adapter]
     check_ties_are_here(model)
     settle(model)
-    holding, seen, away = set(holders(model)), set(), offloaded_parameters(model)
+    seen: set[nn.Parameter] = set()
+    away = offloaded_parameters(module for _, module in all_modules(model))
     for path, module in named_modules(model):
-        if module not in holding:
+        if not isinstance(module, HOLDERS):
             continue
         for name in wanted:
             held = module._modules.get(name)

@@ -3,7 +3,8 @@
 Timed are forward and backward, with dX, dA and dB, both ways in the same rounds. Of W + s B A
 formed against kept in factors: of one linear call and of three that share x, at multiples of the N
 where both need as many FLOPs, which is N (in + out) = 2 in out. Of one call in lorafx's own
-Function against torch's derivative: at sizes N (in + out).
+Function against torch's derivative: at sizes N (in + out). Of few columns, factors and ranks by
+rows against by columns: at sizes N in.
 """
 
 import dataclasses
@@ -20,10 +21,10 @@ from common.contenders import draw, injected
 from common.progress import progress
 from common.tables import aligned, interval
 from common.timing import Interval, interleaved, ratio, seconds
-from lorafx._kernels import linears
+from lorafx._kernels import linears, products
 
 SHAPES = ((512, 512), (512, 1408), (1408, 512), (1024, 1024))
-RANKS, MULTIPLES, SIZES = (4, 16, 64), (0.5, 1.0, 2.0, 4.0, 8.0), (16, 17, 18, 19, 20, 21)
+RANKS, MULTIPLES, SIZES = (4, 8, 16, 64), (0.5, 1.0, 2.0, 4.0, 8.0), (16, 17, 18, 19, 20, 21)
 
 
 class One(nn.Module):
@@ -55,18 +56,22 @@ class Three(One):
 FORMED = {"MERGE_FROM": 0.0}
 FACTORS: dict[str, float] = {"MERGE_FROM": math.inf, "SMALL_BELOW": 0}
 IN_PLACE = {"MERGE_FROM": math.inf, "SMALL_BELOW": math.inf}
+BY_ROWS = {**FACTORS, "FEW_COLUMNS": 0}
+BY_COLUMNS = {**FACTORS, "FEW_COLUMNS": math.inf, "MANY_ROWS": 0, "IN_CACHE": math.inf}
+MODULES = {"MERGE_FROM": linears, "SMALL_BELOW": linears,
+           "FEW_COLUMNS": products, "MANY_ROWS": products, "IN_CACHE": products}
 
 
 def forced(step: Callable[[], Any], constants: Mapping[str, float]) -> Any:
     """A step with other constants in the place of lorafx's."""
-    original = {name: getattr(linears, name) for name in constants}
+    original = {name: getattr(MODULES[name], name) for name in constants}
     for name, value in constants.items():
-        setattr(linears, name, value)
+        setattr(MODULES[name], name, value)
     try:
         return step()
     finally:
         for name, value in original.items():
-            setattr(linears, name, value)
+            setattr(MODULES[name], name, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +122,15 @@ def in_place(shape: tuple[int, int], rank: int, calls: int, timing: Timing) -> l
     return found
 
 
+def by_columns(shape: tuple[int, int], rank: int, calls: int, timing: Timing) -> list[Interval]:
+    """Factors and ranks by rows over by columns, at each size of x."""
+    found = []
+    for size in SIZES:
+        rows = (1 << size) // shape[0]
+        found.append(compare(One(*shape), shape, rank, rows, BY_ROWS, BY_COLUMNS, timing))
+    return found
+
+
 def table(timing: Timing = Timing(), shapes: Sequence[tuple[int, int]] = SHAPES) -> str:
     """The ratios as text: a line for each shape, rank and number of calls, and what lorafx does."""
     torch.manual_seed(0)
@@ -124,11 +138,15 @@ def table(timing: Timing = Timing(), shapes: Sequence[tuple[int, int]] = SHAPES)
     sizes = [f"2^{size}" for size in SIZES]
     first = lines(formed, (1, 3), timing, shapes)
     second = lines(in_place, (1,), timing, shapes)
+    third = lines(by_columns, (1,), timing, shapes)
     return "\n".join([
         aligned(["in factors / formed, by N (in + out) / (2 in out)", *multiples], first),
         f"lorafx forms it from {linears.MERGE_FROM:g} on.", "",
         aligned(["Function / torch's derivative, by N (in + out)", *sizes], second),
-        f"lorafx leaves it to torch below 2^{math.log2(linears.SMALL_BELOW):g}."])
+        f"lorafx leaves it to torch below 2^{math.log2(linears.SMALL_BELOW):g}.", "",
+        aligned(["ranks by rows / by columns, by N in", *sizes], third),
+        f"lorafx lays them out by columns below rank {products.FEW_COLUMNS}, from "
+        f"{products.MANY_ROWS} rows on; x A^T too below 2^{math.log2(products.IN_CACHE):g}."])
 
 
 def lines(ratios: Callable[..., list[Interval]], calls: Sequence[int], timing: Timing,

@@ -22,7 +22,7 @@ from .plan import Change, MergePlan
 
 # Reads a tensor in a shape, so many rows from one on.
 ReadRows = Callable[[Scratch, Sequence[int], int, int], Tensor]
-_BLOCKS = 2  # of those that `folded` sums at a time, this many are read and written at a time
+_BLOCKS = 16  # of those that `folded` sums at a time, this many are read and written at a time
 _CAST = ("F64", "F32", "F16", "BF16")  # what another dtype is written for
 
 

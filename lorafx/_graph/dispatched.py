@@ -9,7 +9,7 @@ import copy
 import functools
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ HOOK = "_hf_hook"  # the attribute in which accelerate keeps what it puts on a m
 
 def accelerates_hooks(module: nn.Module) -> list[Any]:
     """The hooks that accelerate has put on a module, in the order in which they run."""
-    accelerate: Any = sys.modules.get("accelerate.hooks")
     hook = vars(module).get(HOOK)
+    accelerate: Any = None if hook is None else sys.modules.get("accelerate.hooks")
     if accelerate is None or not isinstance(hook, accelerate.ModelHook):
         return []
     return list(_one_by_one(hook, accelerate.SequentialHook))
@@ -79,15 +79,14 @@ def rebind(module: nn.Module, before: Any) -> None:
             vars(module)[name] = types.MethodType(type(module).forward, module)
 
 
-def shared_by_copies(model: nn.Module) -> Iterator[Any]:
-    """What copies of a model's structure share, beside its weights: the weights that are away."""
+def shared_by_copies(module: nn.Module) -> Iterator[Any]:
+    """What copies of a module share, beside its weights: the weights that are away."""
     accelerate: Any = sys.modules.get("accelerate.hooks")
-    for module in model.modules():
-        for hook in accelerates_hooks(module):
-            if isinstance(hook, accelerate.AlignDevicesHook):
-                yield hook.weights_map
-            elif isinstance(hook, accelerate.CpuOffload):
-                yield hook.prev_module_hook  # of another model
+    for hook in accelerates_hooks(module):
+        if isinstance(hook, accelerate.AlignDevicesHook):
+            yield hook.weights_map
+        elif isinstance(hook, accelerate.CpuOffload):
+            yield hook.prev_module_hook  # of another model
 
 
 def rebind_copy(module: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
@@ -145,10 +144,10 @@ def is_offloaded(module: nn.Module) -> bool:
     return bool(_offloading(module))
 
 
-def offloaded_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters in whose place accelerate puts new ones for each call."""
+def offloaded_parameters(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
+    """The parameters of these modules in whose place accelerate puts new ones for each call."""
     found: set[nn.Parameter] = set()
-    for module in model.modules() if "accelerate.hooks" in sys.modules else ():
+    for module in modules if "accelerate.hooks" in sys.modules else ():
         for hook in _offloading(module):
             found.update(module.parameters(recurse=hook.place_submodules))
     return found

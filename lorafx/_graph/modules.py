@@ -1,6 +1,6 @@
 """Trees of modules: what the user wrote, apart from what lorafx added, and where tensors are."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -73,24 +73,37 @@ def wrappers_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def named_modules(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module, every_name: bool = False) -> list[tuple[str, nn.Module]]:
     """(path, module) as nn.Module has them, of what stands behind wrappers.
 
-    `every_name` yields a module under each of its names.
+    With `every_name` a module stands under each of its names.
     """
-    wrappers, seen = _wrappers(), set()
+    return _walk(model, _wrappers(), every_name)
 
-    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+
+def all_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, module) as nn.Module has them, of wrappers too: what is held, whoever asks."""
+    return _walk(model, [], False)
+
+
+def _walk(
+    model: nn.Module, wrappers: list[tuple[type, str]], every_name: bool
+) -> list[tuple[str, nn.Module]]:
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[nn.Module] = set()
+
+    def walk(path: str, module: nn.Module) -> None:
         module = _behind(module, wrappers)
         if module in seen and not every_name:
             return
         seen.add(module)
-        yield path, module
+        found.append((path, module))
         for name, child in module._modules.items():
             if child is not None:
-                yield from walk(f"{path}.{name}" if path else name, child)
+                walk(f"{path}.{name}" if path else name, child)
 
-    return walk("", model)
+    walk("", model)
+    return found
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:

@@ -10,7 +10,6 @@ into is kept. Not seen, once a recipe is trusted, is who writes past autograd an
 (`.data`) into x or what lies between it and what is kept.
 """
 
-import contextlib
 import threading
 import weakref
 from collections.abc import Iterable
@@ -108,7 +107,10 @@ class _Value:
         stream = _stream(tensors[0].device)
         value = self._value if self._stream == stream else None
         if value is None:
-            with torch.no_grad(), no_autocast() if any_autocast() else contextlib.nullcontext():
+            if torch.is_grad_enabled() or any_autocast():  # to enter contexts takes time
+                with torch.no_grad(), no_autocast():
+                    value = self.recipe.computed(tensors, proof.guess)
+            else:
                 value = self.recipe.computed(tensors, proof.guess)
             if self.sites > 1 and at_end_of_backward(self._free):
                 self._value, self._stream, self._left = value, stream, self.sites

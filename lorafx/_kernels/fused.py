@@ -24,7 +24,7 @@ from .calls import AdaptedCall, addends_of, split_by_rank
 from .dropout import masked, packed, unpacked
 from .private import (
     any_autocast, apply_of, is_legacy_batched, is_transforming, no_autocast, unsafe_view)
-from .products import add_product, both_products, product, transposed_product
+from .products import add_product, both_products, in_columns, product, transposed_product
 
 
 class CallPlan(NamedTuple):
@@ -169,7 +169,7 @@ def _gradients(
     """dX and [dB, dA, dB, dA, ...] by the formulas above, each in memory of its own."""
     G = torch.empty_like(h)  # (N, R)
     addends = addends_of(calls)
-    Bs = _in_columns([_in_dtype(addend.left, h.dtype) for addend in addends], len(h))
+    Bs = in_columns([_in_dtype(addend.left, h.dtype) for addend in addends], len(h))
     parts = zip(split_by_rank(G, addends), split_by_rank(h, addends), Bs)
     dX: Tensor | None = None
     dBs: list[Tensor | None] = []
@@ -252,24 +252,6 @@ def _own(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     if matrix.dtype == dtype and matrix._base is None and matrix.is_contiguous():
         return matrix
     return matrix.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-# from so many rows on, factors of fewer columns than this are laid out by columns
-MANY_ROWS, FEW_COLUMNS = 256, 16
-
-
-def _in_columns(Bs: Sequence[Tensor], rows: int) -> Sequence[Tensor]:
-    """The B, laid out by columns where that makes a product with rows up to ten times as fast.
-
-    It does on a CPU, where they have few columns.
-    """
-    ranks = {B.shape[1] for B in Bs}
-    if rows < MANY_ROWS or len(ranks) > 1 or max(ranks) >= FEW_COLUMNS:
-        return Bs
-    if Bs[0].device.type != "cpu":
-        return Bs
-    joined = torch.cat([B.t() for B in Bs], dim=1)  # (rank, sum of lengths)
-    return [part.t() for part in joined.split_with_sizes([B.shape[0] for B in Bs], dim=1)]
 
 
 def _columns(matrix: Tensor, start: int, length: int) -> Tensor:

@@ -17,9 +17,10 @@ from torch import Tensor
 from .addend import Addend
 from .again import again
 from .calls import AdaptedCall, addends_of
-from .fused import FEW_COLUMNS, MANY_ROWS, CallPlan, fused
+from .fused import CallPlan, fused
 from .plain import by_operators, in_place
 from .private import any_autocast, is_caching, is_tracing, is_transforming, no_autocast
+from .products import has_few_columns
 from .tensors import PLAIN
 
 # Below this many elements of x and y together, the passes over them that the Function saves take
@@ -30,7 +31,7 @@ SMALL_BELOW = 1 << 19
 # W + s B A is formed, and no addend computed by itself, when the rows of x are this many times as
 # many as would make the FLOPs of both equal, N (in + out) = 2 in out. Beyond that of FLOPs, since
 # small products run at a lower speed (benchmarks/step.py --rule: float32, two CPU cores).
-MERGE_FROM = 4.0
+MERGE_FROM = 2.5
 
 
 def linears(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
@@ -150,7 +151,7 @@ def is_small(x: Tensor, call: AdaptedCall) -> bool:
     for left, right, _, _, _, dropout, *_ in call.addends:
         if dropout or left.dtype != x.dtype or right.dtype != x.dtype or left.shape[0] != out:
             return False
-        if rows >= MANY_ROWS and right.shape[0] < FEW_COLUMNS:
+        if has_few_columns(rows, right.shape[0]):
             return False
     return True
 

@@ -38,12 +38,15 @@ def rows_of(addends: Sequence[Addend], start: int, length: int) -> list[Addend]:
     return found
 
 
-_BLOCK = 1 << 21  # elements of W that are summed at a time, while they are in a cache
+# Elements of W that are summed at a time, while they are in a cache: on a CPU, whose cores' caches
+# are small, a quarter of the time at the most is gained by it (benchmarks/merge.py), and elsewhere.
+_BLOCK, _BLOCK_ELSEWHERE = 1 << 18, 1 << 21
 
 
-def rows_at_a_time(shape: Sequence[int]) -> int:
+def rows_at_a_time(shape: Sequence[int], device: str = "cpu") -> int:
     """Return how many rows of each matrix of a stack (..., m, n) are summed at a time."""
-    return max(_BLOCK // max(math.prod(shape) // max(shape[-2], 1), 1), 1)
+    block = _BLOCK if device == "cpu" else _BLOCK_ELSEWHERE
+    return max(block // max(math.prod(shape) // max(shape[-2], 1), 1), 1)
 
 
 def folded(
@@ -60,7 +63,7 @@ def folded(
     wide = _wide_dtype(matrix, addends)
     addends = [a._replace(left=a.left.to(wide), right=a.right.to(wide)) for a in addends]
     *stack, height, width = matrix.shape
-    length = rows_at_a_time(matrix.shape)
+    length = rows_at_a_time(matrix.shape, matrix.device.type)
     buffer = None
     if wide != total.dtype:
         buffer = scratch.empty("wide", (*stack, min(length, height), width), wide, matrix.device)

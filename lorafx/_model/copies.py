@@ -1,7 +1,8 @@
 """The copy of a model's structure on the same weights."""
 
 import copy
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
@@ -9,9 +10,10 @@ from torch.overrides import TorchFunctionMode
 
 from .._errors import UnsupportedModelError
 from .._graph.dispatched import rebind_copy, shared_by_copies
-from .._graph.modules import LorafxModule
+from .._graph.modules import all_modules
 from .._kernels.private import make_subclass, storage_key
 from .fsdp import FSDPCopy, own_class, state_without_fsdp
+from .places import base_parameters
 from .quantised import twins_of_records
 from .regions import EJECTING, is_plain_graph, users_class, users_state
 from .shards import local_part
@@ -58,18 +60,18 @@ def share(model: M, ejecting: bool = False) -> M:
     """
     memo: dict[int, Any] = {}
     fsdp = FSDPCopy(model, memo)
-    for parameter in model.parameters():
+    modules = [module for _, module in all_modules(model)]
+    storages = set()
+    for parameter in _all(module._parameters for module in modules):
+        storages.add(storage_key(parameter.untyped_storage()))
         if id(parameter) not in memo:
             memo[id(parameter)] = same_kind(parameter, parameter.detach())
-    storages = {storage_key(parameter.untyped_storage()) for parameter in model.parameters()}
-    for buffer in model.buffers():  # a view of a parameter stays one
+    for buffer in _all(module._buffers for module in modules):  # a parameter's view stays one
         if storage_key(buffer.untyped_storage()) in storages:
             memo[id(buffer)] = buffer.detach()
-    for value in shared_by_copies(model):
-        memo[id(value)] = value
-    for module in model.modules():
-        memo |= twins_of_records(module)
-    graphs = [m for m in model.modules() if is_plain_graph(m)]
+    for module in modules:
+        _note_twins(module, memo)
+    graphs = [module for module in modules if is_plain_graph(module)]
     for module in graphs:  # their own deepcopy drops hooks and plain attributes
         cls = own_class(type(module))
         memo[id(module)] = cls.__new__(cls)
@@ -93,10 +95,11 @@ def share(model: M, ejecting: bool = False) -> M:
     for module in graphs:
         memo[id(module)].recompile()
     fsdp.finish(twin)
-    for copied in model.modules():
+    for copied in modules:
         if id(copied) in memo:
             rebind_copy(copied, memo[id(copied)], memo)
-    for parameter in twin.parameters():  # a packed one knows its layer, and how it is packed
+    # a packed one knows its layer, and how it is packed
+    for parameter in _all(module._parameters for _, module in all_modules(twin)):
         for name, value in vars(parameter).items():
             vars(parameter)[name] = memo.get(id(value), value)
     _check_shared(model, twin, fsdp.gathered)
@@ -113,6 +116,22 @@ def same_kind(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
     return twin
 
 
+def _all(tables: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    """The tensors in these tables."""
+    for table in tables:
+        yield from (tensor for tensor in table.values() if tensor is not None)
+
+
+def _note_twins(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Note what a copy of a module has in the place of what is no tensor of its own."""
+    memo |= twins_of_records(module)
+    for value in shared_by_copies(module):
+        memo[id(value)] = value
+    for value in vars(module).values():  # its dozen of tables of hooks, which deepcopy is slow at
+        if type(value) in (OrderedDict, set) and not value:
+            memo.setdefault(id(value), type(value)())
+
+
 def _copy_attributes(module: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
     twin.__dict__.update(copy.deepcopy(state_without_fsdp(module), memo))
     twin.__dict__["_graph"].owning_module = twin
@@ -124,13 +143,9 @@ def _check_shared(model: nn.Module, twin: nn.Module, gathered: set[nn.Parameter]
     A class with a __deepcopy__ of its own may have made new weights; training those would waste
     memory unseen.
     """
-    twins = dict(twin.named_parameters(remove_duplicate=False))
-    ours = set(gathered)
-    for module in model.modules():
-        if isinstance(module, LorafxModule):
-            ours.update(module.parameters())
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter in ours:
+    twins = base_parameters(twin)
+    for name, parameter in base_parameters(model).items():
+        if parameter in gathered:
             continue
         if name not in twins or _storages_of(twins[name]) != _storages_of(parameter):
             raise UnsupportedModelError(

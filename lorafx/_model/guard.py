@@ -11,7 +11,7 @@ from .._graph.dispatched import (
     is_accelerates, is_dispatched_graph, is_patched, offloads_below
 )
 from .._graph.loaded import loaded
-from .._graph.modules import LorafxModule, hooks
+from .._graph.modules import LorafxModule, all_modules, hooks
 from .._graph.scan import MODULE_STATE, values_in
 from .._kernels.private import has_compiled_call
 from .record import find_injection
@@ -87,7 +87,7 @@ def check_model(model: nn.Module) -> None:
 
 def check_each_in_its_place(model: nn.Module) -> None:
     """Raise if a hook brings all tensors below a module, A and B among them."""
-    for path, module in model.named_modules():
+    for path, module in all_modules(model):
         if offloads_below(module):
             raise UnsupportedModelError(
                 f"'{path}' ({type(module).__name__}) is offloaded with all that is below it "
@@ -97,7 +97,7 @@ def check_each_in_its_place(model: nn.Module) -> None:
 
 def check_graphs_not_dispatched(model: nn.Module) -> None:
     """Raise if the graph of a module cannot change, as accelerate has its class's forward."""
-    for path, module in model.named_modules():
+    for path, module in all_modules(model):
         if is_dispatched_graph(module):
             raise UnsupportedModelError(
                 f"'{path}' is a GraphModule whose class's forward accelerate has replaced, so that "

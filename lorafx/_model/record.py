@@ -11,7 +11,7 @@ from .._adapter.config import LoRAConfig, is_number
 from .._adapter.names import dotted, have_rows_in_common
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.modules import LorafxModule, named_modules, unwrapped, users_modules
-from .branches import branches
+from .branches import Branch, branches
 from .fsdp import notice_what_trains, settle
 from .trained import Trained
 
@@ -103,12 +103,12 @@ def check_ties_are_here(model: nn.Module) -> None:
                         "cut the model so that both are in one.")
 
 
+HOLDERS = (Branch, Trained)  # the modules whose children are adapters
+
+
 def holders(model: nn.Module) -> list[LorafxModule]:
     """Every module whose children are adapters: all branches and all Trained."""
-    found: list[LorafxModule] = [*branches(model).values()]
-    for _, _, trained in trained_modules(model):
-        found.append(trained)
-    return found
+    return [module for _, module in named_modules(model) if isinstance(module, HOLDERS)]
 
 
 def refresh(model: nn.Module) -> None:

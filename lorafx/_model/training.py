@@ -39,7 +39,7 @@ def live_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
             found[dotted(site, "lora.A")] = factors.A
             found[dotted(site, "lora.B")] = factors.B
     found |= trained_whole(model, adapter)
-    if not offloaded_parameters(model).isdisjoint(found.values()):
+    if not offloaded_parameters(model.modules()).isdisjoint(found.values()):
         raise AdapterError(OFFLOADED)
     return found
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ class Unpacking:
     def __init__(self, model: nn.Module, requantize: bool) -> None:
         self.model, self.requantize = model, requantize
         self.errors: dict[str, float] = {}
-        self._dtype = _dtype_around(model)
 
     def fold(self, name: str, places: Sequence[Place], addends: Sequence[Addend]) -> None:
         """Fold addends into the weight at these places, of the site of this name."""
@@ -58,6 +58,20 @@ class Unpacking:
                 made._parameters["weight"] = shared
             self._replace(layer, made)
 
+    @cached_property
+    def _dtype_around(self) -> torch.dtype | None:
+        """The dtype of most weights of the model that are not quantised, or None without any.
+
+        A packed layer casts its input and its output, a plain one must have the dtype of its input.
+        """
+        counts: Counter[torch.dtype] = Counter()
+        for module in users_modules(self.model).values():
+            if not is_packed(module):
+                for tensor in tensors_of(module):
+                    if tensor is not None and tensor.dtype in FLOATS:
+                        counts[tensor.dtype] += tensor.numel()
+        return counts.most_common(1)[0][0] if counts else None
+
     def _folded_tensor(self, name: str, weight: Tensor, addends: Sequence[Addend]) -> Tensor:
         W = dense(weight)
         wide = W.to(torch.promote_types(W.dtype, torch.float32))
@@ -78,7 +92,7 @@ class Unpacking:
         out, width = W.shape
         row = packing_of(layer)
         bias = weight_and_bias(layer)[1] if row is None else row.bias(layer)
-        dtype = self._dtype or stand_in(layer).dtype
+        dtype = self._dtype_around or stand_in(layer).dtype
         made = nn.Linear(width, out, bias=bias is not None, device="meta").train(layer.training)
         made.weight = nn.Parameter(W.to(dtype), requires_grad=False)
         if bias is not None:
@@ -124,17 +138,3 @@ _SAYS_QUANTISED = {"hf_quantizer", "quantization_method", "is_quantized", "is_lo
                    "is_loaded_in_8bit", "is_4bit_serializable", "is_8bit_serializable"}
 _LEFT_PLAIN = {"llm_int8_skip_modules", "modules_to_not_convert"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _dtype_around(model: nn.Module) -> torch.dtype | None:
-    """The dtype of most weights of a model that are not quantised, or None if there is none.
-
-    A packed layer casts its input and its output, a plain one must have the dtype of its input.
-    """
-    counts: Counter[torch.dtype] = Counter()
-    for module in users_modules(model).values():
-        if not is_packed(module):
-            for tensor in tensors_of(module):
-                if tensor is not None and tensor.dtype in FLOATS:
-                    counts[tensor.dtype] += tensor.numel()
-    return counts.most_common(1)[0][0] if counts else None

@@ -269,7 +269,7 @@ def test_a_wrong_merge_is_void():
 def test_the_rule():
     kept = internal("merge_from"), internal("small_below")
     text = step_rule.table(step_rule.Timing(rounds=2, sample=0), shapes=((16, 24),))
-    assert text.count("in 16, out 24") == len(step_rule.RANKS) * 3
+    assert text.count("in 16, out 24") == len(step_rule.RANKS) * 4
     assert (internal("merge_from"), internal("small_below")) == kept
 
 

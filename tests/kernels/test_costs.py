@@ -11,7 +11,8 @@ from lorafx._kernels import linears as kernels
 from lorafx._kernels.addend import Addend
 from lorafx._kernels.calls import AdaptedCall
 from lorafx._kernels.linears import linears
-from tests.support.internals import replace_internal
+from lorafx._kernels.plain import by_operators
+from tests.support.internals import internal, replace_internal
 from tests.support.linear_calls import calls_of, factors, normal
 
 
@@ -117,24 +118,47 @@ class Operators(TorchDispatchMode):
 def test_operators_of_a_group(rank, copies):
     """q, k and v: 26 or 27; the frozen model needs 8 (3 products forward, 5 operators backward)."""
     rows = 256
-    x = torch.randn(rows, 128, requires_grad=True)
+    x = torch.randn(rows, 256, requires_grad=True)
     calls = [
         AdaptedCall(
-            torch.randn(out, 128), None,
+            torch.randn(out, 256), None,
             [
                 Addend(
-                    normal(out, rank, dtype=torch.float32), normal(rank, 128, dtype=torch.float32),
+                    normal(out, rank, dtype=torch.float32), normal(rank, 256, dtype=torch.float32),
                     1.0
                 )
             ]
         )
-        for out in (128, 64, 64)
+        for out in (256, 128, 128)
     ]
-    gradients = [torch.ones(rows, out) for out in (128, 64, 64)]
+    gradients = [torch.ones(rows, out) for out in (256, 128, 128)]
     with Operators() as count:
         torch.autograd.grad(linears(x, calls), [x, *factors(calls)], gradients)
     assert count.counts == {"mm": 12, "addmm_": 6, "cat": copies, "_to_copy": 6}
     assert count.counts.total() - 8 <= 19
+
+
+@pytest.mark.parametrize("in_cache", [0, internal("in_cache")])
+@pytest.mark.parametrize("rows, into, rank, outs", [
+    (256, 24, 4, (40,)), (255, 24, 4, (40,)), (256, 24, 16, (40,)), (300, 24, 5, (40, 8)),
+    (2048, 1024, 3, (7,)),
+])
+def test_any_layout_gives_the_same(rows, into, rank, outs, in_cache, monkeypatch):
+    """Output and gradients are those of plain operators, by which columns ranks may be laid out."""
+    replace_internal(monkeypatch, "in_cache", in_cache)
+    replace_internal(monkeypatch, "small_below", 0)
+    replace_internal(monkeypatch, "merge_from", float("inf"))
+    x = torch.randn(rows, into, dtype=torch.float64, requires_grad=True)
+    calls = calls_of(into, outs, torch.float64, rank=rank)
+    gradients = [torch.randn(rows, out, dtype=torch.float64) for out in outs]
+    found, true = linears(x, calls), by_operators(x, calls)
+    torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-10)
+    h = found[0].grad_fn.saved_tensors[1]  # (rows, ranks)
+    few = rows >= 256 and h.shape[1] < 16 and rows * into < in_cache
+    assert h.stride() == ((1, rows) if few else (h.shape[1], 1))
+    leaves = [x, *factors(calls)]
+    ours, theirs = (torch.autograd.grad(y, leaves, gradients) for y in (found, true))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-9)
 
 
 def test_a_product_that_rounds_its_operands_is_never_merged(monkeypatch):
@@ -150,7 +174,7 @@ def test_a_product_that_rounds_its_operands_is_never_merged(monkeypatch):
 
 
 def test_the_form_is_chosen_by_shapes():
-    # MERGE_FROM = 4: rows (in + out) >= 8 in out
-    for rows, merged in ((1023, False), (1024, True)):
+    # MERGE_FROM = 2.5: rows (in + out) >= 5 in out
+    for rows, merged in ((639, False), (640, True)):
         x = torch.empty(rows, 256)
         assert kernels.merges(x, calls_of(256, (256,), torch.float32)) is merged

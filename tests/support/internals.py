@@ -18,7 +18,7 @@ from lorafx._checkpoint import find, fold, jobs, paths, progress, write
 from lorafx._cli import commands
 from lorafx._cli import main as program
 from lorafx._formats import peft_folder, table
-from lorafx._kernels import again, linears, weights
+from lorafx._kernels import again, linears, products, weights
 from lorafx._model import adapted_weight, lower
 from lorafx._storage import locks
 
@@ -30,6 +30,7 @@ LARGEST_SUM = fold._BLOCKS * weights._BLOCK  # elements that a merge on disk sum
 _PLACES: dict[str, tuple[Any, str]] = {
     "merge_from": (linears, "MERGE_FROM"),
     "small_below": (linears, "SMALL_BELOW"),
+    "in_cache": (products, "IN_CACHE"),
     "kept_below": (again, "KEPT_BELOW"),
     "whole": (adapted_weight, "whole"),
     "read_adapter": (commands, "read_adapter"),
