@@ -100,9 +100,7 @@ def is_caching() -> bool:
 
 def runs_as_called() -> bool:
     """True if no transform, tracer or selective checkpoint asks for operators of a kind."""
-    if _functorch_is_active() or _forward_level is None or forward_ad._current_level >= 0:
-        return False
-    if _jit_state() is not None:
+    if is_transforming() or _jit_state() is not None:
         return False
     return _mode_count() == 0 or not (is_tracing() or is_caching())
 
