@@ -39,24 +39,21 @@ def load(
 ) -> M:
     """Return the model with the adapter in a file or folder, of whatever known format.
 
-    A model without branches is left as it is and a new, injected one is returned, with the adapter
-    active. An injected model gets the adapter added, inactive until `activate`, and is itself
-    returned. Nothing changes on failure.
+    A base is left as it is and a new, injected model is returned, with the adapter active. An
+    injected model gets it added, inactive until `activate`. Nothing changes on failure.
 
     Args:
         model: a base model, or an injected one.
-        path: a file written by `lorafx.save`, MiniMind, kohya-ss, diffusers, torchtune, litgpt or
-            loralib; a folder written by PEFT or MLX; or the state_dict of an injected model, in a
-            file, as `{"model": state_dict, ...}`, or in a folder of a Trainer or `save_pretrained`.
-        adapter: the name to give it, by default the one in the file; of several adapters in one
-            folder or state_dict, which one.
+        path: a file of `lorafx.save`, MiniMind, kohya-ss, diffusers, torchtune, litgpt or loralib;
+            a folder of PEFT or MLX; or an injected model's state_dict, in a file (also as
+            `{"model": state_dict}`) or a folder of a Trainer or `save_pretrained`.
+        adapter: the name to give it, by default the file's; of several in one, which one.
         part: of a file for several models of a diffusion pipeline, which one this is, as diffusers
             names them: "unet", "transformer", "text_encoder", "text_encoder_2", "prior".
-        untie: where the model ties what the file has apart, such as a head and an embedding that
-            PEFT trained as two, give each a Parameter of its own, on the same memory; of an
-            injected model that is an error.
-        alpha: of a file that does not keep it, as torchtune, litgpt and loralib write them: s is
-            alpha / rank. It may stand beside, in adapter_config.json or hyperparameters.yaml.
+        untie: of a base model that ties what the file has apart, as PEFT trains a head and an
+            embedding, give each a Parameter of its own, on the same memory.
+        alpha: of a file that does not keep it (torchtune's, litgpt's, loralib's), nor the
+            adapter_config.json or hyperparameters.yaml beside it: s is alpha / rank.
         allow_nonfinite: let A, B and trained weights hold NaN and infinity, otherwise an error.
 
     Raises:
@@ -75,8 +72,7 @@ def load(
     found, made_for = read_adapter(path, adapter, model, allow_nonfinite, part, alpha)
     found = dataclasses.replace(found, name=found.name if adapter is None else adapter)
     check_name(found.name)
-    fresh = find_injection(model) is None
-    if fresh:
+    if fresh := find_injection(model) is None:
         check_model(model)
     else:
         check_new_name(model, found.name)
