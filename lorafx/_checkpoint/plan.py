@@ -88,8 +88,11 @@ def plan_merge(request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:
         for key, source in locations.values():
             if key != source:
                 new[key] = source
+        own: set[str] = set()  # tensors of which this adapter trained all
         for name, tensor in adapter.trained.items():
             key, block = locations[name].written, split_block(name)[1]
+            if key in own and not block:  # a tied one, saved under each of its names
+                continue
             before = first_to_train.setdefault(key, {})
             _check_trained(weighted, name, before, locations[name], checkpoint)
             before[block] = weighted.label
@@ -97,6 +100,7 @@ def plan_merge(request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:
                 for other in tied_names(key, checkpoint):
                     changes.setdefault(other, Change()).put_rows(ranges_of(block), tensor)
                 continue
+            own.add(key)
             if adapter.untied and tensor.ndim == 2:
                 site = name.removesuffix(".weight")
                 unties_any |= unties(locations[name], site, checkpoint, request.untie)
