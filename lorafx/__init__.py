@@ -43,6 +43,8 @@ if _typing.TYPE_CHECKING:
     from ._switch import named_parameters as named_parameters
     from ._switch import parameters as parameters
     from ._switch import remove as remove
+    from ._switch import rows as rows
+    from ._switch import using as using
 else:
     _MODULES = {  # where the names above are defined
         "_compile": "compile_options",
@@ -55,7 +57,8 @@ else:
         "_resume": "resume",
         "_save": "load save",
         "_summary": "Summary summary",
-        "_switch": "activate adapters compose disabled named_parameters parameters remove",
+        "_switch": "activate adapters compose disabled named_parameters parameters remove "
+                   "rows using",
     }
     _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
     __all__ = sorted(_MODULE_OF)

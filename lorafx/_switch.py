@@ -14,6 +14,7 @@ from ._graph.dispatched import offloaded_parameters
 from ._graph.modules import all_modules, named_modules
 from ._model.attach import attach, check_new_name
 from ._model.branches import OFFLOADED, branches
+from ._model.choice import Selection
 from ._model.extract import extract_here
 from ._model.fsdp import settle
 from ._model.program import read_program
@@ -83,10 +84,72 @@ def disabled(model: nn.Module) -> Iterator[None]:
     record.disabled += 1
     refresh(model)
     try:
-        yield
+        with record.choice.choosing(Selection({})):
+            yield
     finally:
         record.disabled -= 1
         refresh(model)
+
+
+@contextlib.contextmanager
+def using(
+    model: nn.Module, adapters: str | Iterable[str] | Mapping[str, float] | None
+) -> Iterator[None]:
+    """Within this context forward uses one adapter, several, weighted ones, or (None) the base.
+
+    It holds in this thread or asyncio task alone, and in the backward pass of what was computed in
+    it; contexts nest. `activate` stays what holds elsewhere, and what trains. Nothing is copied or
+    compiled again.
+
+    Raises:
+        AdapterError: a name is unknown, or two of the adapters train one module whole.
+
+    Example:
+        >>> import torch, lorafx
+        >>> base = torch.nn.Linear(4, 4)
+        >>> model, x = lorafx.inject(base), torch.randn(2, 4)
+        >>> with lorafx.using(model, None):
+        ...     torch.equal(model(x), base(x))
+        True
+    """
+    weights = {} if adapters is None else weights_of(model, adapters)
+    with injection(model).choice.choosing(Selection(weights)):
+        yield
+
+
+@contextlib.contextmanager
+def rows(
+    model: nn.Module, adapters: Sequence[str | Iterable[str] | Mapping[str, float] | None]
+) -> Iterator[None]:
+    """Within this context each row of a batch uses adapters of its own; None is the base.
+
+    With x (N, ..., in) at a linear call, N rows are named, and row n adds what its adapters do:
+    y_n + sum w s (x_n A^T) B^T. Where x has a multiple of N rows, as beams make it, each is meant
+    as many times in a row. It holds where `using` does. In training each adapter's gradients are
+    those of its rows, and adapters without rows have none.
+
+    Raises:
+        AdapterError: a name is unknown, or an adapter trains modules whole, which all rows use.
+
+    Example:
+        >>> import torch, lorafx
+        >>> model = lorafx.inject(torch.nn.Linear(4, 4), adapter="a")
+        >>> lorafx.add(model, "b")
+        >>> with lorafx.rows(model, ["a", None, {"a": 0.5, "b": 0.5}]):
+        ...     y = model(torch.randn(3, 4))
+    """
+    if isinstance(adapters, (str, Mapping)) or not isinstance(adapters, Sequence) or not adapters:
+        raise AdapterError("Rows are given as a list, with what each row of the batch uses, not as "
+                           f"{adapters!r}.")
+    each = [{} if spec is None else weights_of(model, spec) for spec in adapters]
+    used = {name: 1.0 for weights in each for name in weights}
+    for path, _, trained in trained_modules(model):
+        for name in trained.having(used):
+            raise AdapterError(
+                f"Adapter {name!r} trains tensors of '{path}' whole, and these are the same for "
+                "all rows of a batch: run its rows by themselves.")
+    with injection(model).choice.choosing(Selection(used, each)):
+        yield
 
 
 def named_parameters(

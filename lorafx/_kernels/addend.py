@@ -17,6 +17,7 @@ from torch import Tensor
 from .again import Proven
 from .compiled import first_half
 from .dropout import dropped
+from .gates import gated, refuse_gates
 
 
 class Addend(NamedTuple):
@@ -34,6 +35,8 @@ class Addend(NamedTuple):
     shared: bool = False  # calls that share x may drop out the same elements for all addends
     rounding: bool = False  # the sum may be rounded to a narrow dtype
     proven: Proven | None = None  # what may be computed again at its site; None: all is kept
+    # (N, rank): x R^T is multiplied by these, where x has N rows, or each of N as often in a row
+    gates: Tensor | None = None
 
     @property
     def transposed(self) -> "Addend":
@@ -57,10 +60,12 @@ class Addend(NamedTuple):
 
     def of_stack(self, index: Any) -> "Addend":
         """The addend of some matrices of a stack, (..., m, n)."""
+        refuse_gates(self.gates)
         return self._replace(left=self.left[index], right=self.right[index])
 
     def with_rank_multiple_of(self, count: int) -> "Addend":
         """The same addend with zeros in its factors."""
+        refuse_gates(self.gates)
         missing = -self.left.shape[-1] % count
         left, right = F.pad(self.left, (0, missing)), F.pad(self.right, (0, 0, 0, missing))
         return self._replace(left=left, right=right)
@@ -97,6 +102,7 @@ class Addend(NamedTuple):
 
         L is scaled, before it is cast: inductor of torch 2.13 loses the alpha of a sum.
         """
+        h = h if self.gates is None else gated(h, self.gates)
         left = (self.left if self.scale == 1 else self.left * self.scale).to(h.dtype)
         length = left.shape[0]
         if length == y.size(-1):
@@ -121,6 +127,7 @@ class Addend(NamedTuple):
         if self.axis == -2:
             x = x.narrow(-1, self.start, self.size)
         h = multiply(dropped(x, self.dropout), self.left.to(x.device, x.dtype))  # (..., rank)
+        h = h if self.gates is None else gated(h, self.gates)
         added = multiply(h, self.right.to(x.device, h.dtype))
         if self.axis == -1:
             added = padded(added, -1, self.start, y.shape[-1])
@@ -128,6 +135,7 @@ class Addend(NamedTuple):
 
     def add_left_product(self, y: Tensor, x: Tensor) -> Tensor:
         """y + s L (R x), x (..., n, k), for y = M x."""
+        refuse_gates(self.gates)
         if self.axis == -1:
             x = x.narrow(-2, self.start, self.size)
         h = self.right.to(x.device, x.dtype) @ dropped(x, self.dropout)  # (..., rank, k)
@@ -138,6 +146,7 @@ class Addend(NamedTuple):
 
     def add_to_chosen_rows(self, rows: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
         """M[i] + s L[i] R for `rows` = M[i]; `choose` takes these rows of any such matrix."""
+        refuse_gates(self.gates)
         h = choose(self.left.to(rows.dtype))  # (..., rank)
         return torch.add(rows, h @ self.right.to(rows.dtype), alpha=self.scale)
 
@@ -145,6 +154,7 @@ class Addend(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """s L R, (..., m, n), computed in this dtype."""
+        refuse_gates(self.gates)
         return self.scale * (self.left.to(dtype) @ self.right.to(dtype))
 
     def add_into(self, matrix: Tensor) -> None:

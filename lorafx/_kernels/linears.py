@@ -42,7 +42,7 @@ def linears(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
     """
     if not any([call.addends for call in calls]):
         return [F.linear(x, call.weight, call.bias) for call in calls]
-    if not _is_plain(x, calls):
+    if any_gates(addends_of(calls)) or not _is_plain(x, calls):
         return by_operators(x, calls)
     if any_autocast() and not x.is_meta and x.dtype != torch.float64:
         if torch.is_autocast_enabled(x.device.type):
@@ -82,6 +82,8 @@ def add_beside(x: Tensor, y: Tensor, addends: Sequence[Addend]) -> Tensor:
 
 def _fits_beside(x: Tensor, y: Tensor, addends: Sequence[Addend]) -> bool:
     """True if y is the plain result of rows x, to which a plain product can be added."""
+    if any_gates(addends):
+        return False
     plain = _is_plain(x, [AdaptedCall(x.detach(), None, addends)]) and type(y) in PLAIN
     return plain and y.is_floating_point() and y.shape[:-1] == x.shape[:-1] and x.numel() > 0
 
@@ -134,6 +136,11 @@ def _fastest(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
     if instead is not None:
         instead.stand_in(outputs[0].grad_fn, "tensors")
     return outputs
+
+
+def any_gates(addends: Sequence[Addend]) -> bool:
+    """True if rows of a batch use adapters of their own."""
+    return any([addend.gates is not None for addend in addends])
 
 
 def _any_requires_grad(addends: Sequence[Addend]) -> bool:

@@ -7,8 +7,10 @@ objects (`_parameters`, `_version`, `_is_view()`).
 """
 
 import contextlib
+import inspect
 import operator
 import pkgutil
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import NoneType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -141,15 +143,38 @@ def is_keeping_by_hooks() -> bool:
     return _saved_tensors_hooks(False) is not None
 
 
+# A checkpointed function runs again in the backward pass; which one it is, only what torch's hooks
+# hold tells. Without a name: what runs in a backward pass is of no known forward.
+_Frame: Any = _optional("torch.utils.checkpoint:_CheckpointFrame", ())
+
+
+def checkpointed_function() -> tuple[Any, bool]:
+    """The call of a checkpointed function that is under way, or None, and if it runs again."""
+    hooks = _saved_tensors_hooks(True)
+    for hook in hooks if isinstance(hooks, tuple) else ():
+        for cell in getattr(inspect.unwrap(hook), "__closure__", None) or ():
+            held = cell.cell_contents
+            if isinstance(held, _Frame):
+                return held, False
+            if isinstance(held, weakref.ref) and isinstance(held(), _Frame):
+                return held(), True
+    return None, False
+
+
 # What is made in a backward pass for several nodes is freed at its end. Without a name: each node
 # makes it for itself.
 _task_id: Callable[[], int] = _optional("torch._C:_current_graph_task_id", lambda: -1)
 _engine: Any = _optional("torch.autograd.variable:Variable._execution_engine", None)
 
 
+def is_in_backward() -> bool:
+    """True in what a backward pass calls."""
+    return _task_id() != -1
+
+
 def at_end_of_backward(callback: Callable[[], None]) -> bool:
     """Have this called when the backward pass that is under way ends; False if none is."""
-    if _engine is None or _task_id() == -1:
+    if _engine is None or not is_in_backward():
         return False
     _engine.queue_callback(callback)
     return True
@@ -288,3 +313,20 @@ def compiler_pass() -> tuple[Any, Callable[..., bytes]]:
     except ImportError:
         _lacking("torch._inductor.custom_graph_pass", "lorafx.compile_options")()
     return CustomGraphPass, get_hash_for_files
+
+
+# What a compiler leaves alone, and all that it calls. Without it: torch.compiler.disable, which
+# takes a second to import.
+untraced: Callable[[Any], Any] = _optional(
+    "torch:_disable_dynamo", lambda function: torch.compiler.disable(function))
+
+
+def is_compiling() -> bool:
+    """True if a compiler, and not an exporter, reads the Python that calls this."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
+def mark_dynamic(tensor: Tensor, axis: int) -> None:
+    """Let compiled programs take this tensor with any number, two or more, along an axis."""
+    from torch._dynamo import mark_dynamic  # takes a second
+    mark_dynamic(tensor, axis)

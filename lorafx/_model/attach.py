@@ -18,6 +18,7 @@ from .._graph.modules import LorafxModule, Place, named_modules, submodule
 from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
 from .branches import Branch, Factors, new_pair, spread
+from .choice import Choice
 from .copies import keep_attributes, same_kind
 from .flat import check_takes_parameters
 from .fsdp import check_beside, managed_modules
@@ -120,7 +121,7 @@ def attach(program: Program, adapter: Adapter) -> None:
                 path = dotted(call.owner, branch_name(call.attribute, block))
                 reverse = call.transposed != site.transposed
                 insertions[call.region].append(Insertion(call, path, reverse))
-        branch = _branch(program.places, site, guesses)
+        branch = _branch(program.places, site, guesses, record.choice)
         factors = Factors(*adapter.pairs[site.name], adapter.config).train(branch.training)
         factors.came_first = program.weight(site).is_meta and not factors.on_meta
         branch._modules[adapter.name] = factors
@@ -204,14 +205,14 @@ def _small_numbers(model: nn.Module) -> set[float]:
 
 
 def _branch(
-    places: Mapping[str, Place], site: Site, guesses: set[float] | None
+    places: Mapping[str, Place], site: Site, guesses: set[float] | None, choice: Choice
 ) -> Branch:
     """The branch at a site, registered under all of its names with the owners of its weight."""
     name, block = split_block(site.name)
     first, attribute = places[name]
     branch = first._modules.get(branch_name(attribute, block))
     if not isinstance(branch, Branch):
-        branch = Branch(site.transposed, site.rows, guesses).train(first.training)
+        branch = Branch(choice, site.transposed, site.rows, guesses).train(first.training)
     in_graph_module = any(call.node.op == "call_module" for call in site.calls)
     for name in site.names:
         owner, attribute = places[split_block(name)[0]]
@@ -267,7 +268,7 @@ def _register_trained(program: Program, adapter: Adapter) -> None:
                 own.missing = own.missing or own.on_meta
                 own.came_first = base.is_meta and not own.on_meta
         if own.holders():
-            module._modules.setdefault("trained", Trained())
+            module._modules.setdefault("trained", Trained(injection(program.model).choice))
             submodule(module, "trained")._modules[adapter.name] = own
             for name in own.holders():
                 adapt_attribute(module, split_block(name)[0])

@@ -15,10 +15,14 @@ from .._graph.modules import LorafxModule, is_bare, named_modules, submodule
 from .._graph.sites import Site
 from .._kernels.addend import Addend
 from .._kernels.again import Proven
+from .._kernels.gates import gates_of
+from .._kernels.private import is_compiling
+from .choice import Anew, Choice
 from .scaled import Scaled
 from .shards import (
     agreed, gathered_for_use, is_sharded, reduced_for_use, spread_beside, spread_evenly, spread_like
 )
+from .stacks import Stack, stack_of
 
 
 class Factors(Scaled):
@@ -60,6 +64,15 @@ class Factors(Scaled):
         if type(A) is type(B) is nn.Parameter:
             return A, B
         return reduced_for_use(A), reduced_for_use(B)
+
+    def plain(self) -> tuple[Tensor, Tensor] | None:
+        """A and B, or None if there is more to do than to read them, or they may have no values."""
+        if self.missing or self.gathers or self._brought or not is_bare(self):
+            return None
+        A, B = self._parameters.get("A"), self._parameters.get("B")
+        if type(A) is not nn.Parameter or type(B) is not nn.Parameter:
+            return None
+        return None if A.is_inference() or B.is_inference() else (A, B)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -143,13 +156,13 @@ class Branch(LorafxModule):
     proven: Proven | None = None  # of x at this site; None: it is kept for the backward pass
 
     def __init__(
-        self, transposed: bool = False, rows: tuple[int, int] | None = None,
+        self, choice: Choice, transposed: bool = False, rows: tuple[int, int] | None = None,
         guesses: Iterable[float] | None = None,
     ) -> None:
         super().__init__()
-        self.transposed, self.rows = transposed, rows  # as in the Site
+        self.choice, self.transposed, self.rows = choice, transposed, rows  # as in the Site
         self.proven = None if guesses is None else Proven(guesses)
-        self._active: tuple[tuple[str, float], ...] = ()
+        self._nothing: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, y: Tensor, reverse: bool = False) -> Tensor:
         """x (..., in), y (..., out) -> (..., out); in and out the other way round for `reverse`."""
@@ -168,20 +181,70 @@ class Branch(LorafxModule):
         They have values, unless the tensor `beside` them, such as W, has none either. `stored`
         means W as the model stores it, which is (in, out) at a transposed site.
         """
+        found = self._addends(beside, weights)
+        return [a.transposed for a in found] if stored and self.transposed else found
+
+    def _addends(
+        self, beside: Tensor | None, weights: Mapping[str, float] | None
+    ) -> list[Addend]:
         start = self.rows[0] if self.rows else 0
-        chosen = self._active if weights is None else weights.items()
+        rows = stack = None
+        if weights is None:
+            compiling = is_compiling()
+            if compiling:
+                stack = self.stack
+            if stack is None:
+                selection = self.choice.now if compiling else self.choice.read()
+                weights, rows = selection.weights, selection.rows
+                if rows is not None and not compiling:
+                    stack = stack_of(self, selection, False)
+        if stack is not None:
+            B, gates = stack.B, stack.gate if stack.gate.ndim > 1 else None
+            left = B * stack.gate if gates is None else B
+            return [Addend(left, stack.A, 1.0, -2, start, stack.dropout, stack.share_dropout,
+                           stack.rounding, self.proven, gates)]
         found = []
-        for name, weight in chosen:
+        for name, weight in weights.items():
             factors: Any = self._modules.get(name)
             if factors is None:
                 continue
             A, B = factors.tensors()
             if factors.missing:
                 factors.check((A, B), beside, "computing with it")
-            addend = Addend(B, A, weight * factors.scale, -2, start,
-                            factors.dropping, factors.share_dropout, factors.rounding, self.proven)
-            found.append(addend.transposed if stored and self.transposed else addend)
+            gates = None if rows is None else gates_of([row.get(name, 0.0) for row in rows], A)
+            addend = Addend(B, A, factors.scale * (weight if rows is None else 1.0), -2, start,
+                            factors.dropping, factors.share_dropout, factors.rounding, self.proven,
+                            gates)
+            found.append(addend)
         return found
+
+    def any_factors(self) -> Factors | None:
+        """Those of any adapter, which tell what others are like."""
+        return next((f for f in self._modules.values() if isinstance(f, Factors)), None)
+
+    def needs(self) -> tuple[bool, bool]:
+        """If a gradient may be asked of what stands here for A, and for B."""
+        held = [factors for factors in self._modules.values() if isinstance(factors, Factors)]
+        if not any(name in self.choice.default.weights for name in self._modules):
+            return self.choice.trains, self.choice.trains
+        return (any([factors.A.requires_grad for factors in held]),
+                any([factors.B.requires_grad for factors in held]))
+
+    def nothing(self) -> tuple[Tensor, Tensor] | None:
+        """A and B of two ranks that add nothing; None if no adapter was here that tells of shapes.
+        """
+        like, kept = self.any_factors(), self._nothing
+        if like is not None:
+            A, B = like.A.detach(), like.B.detach()
+            if kept is None or kept[0].dtype != A.dtype or kept[0].device != A.device:
+                *stack, _, width = A.shape
+                self._nothing = (A.new_zeros(*stack, 2, width), B.new_zeros(*B.shape[:-1], 2))
+        return self._nothing
+
+    def _compiled_stack(self) -> Stack | None:
+        return stack_of(self, self.choice.read(), compiled=True)
+
+    stack: Any = property(Anew(_compiled_stack).__getitem__)  # what compiled programs read
 
 
 def refuse_gradients(module: nn.Module, name: str, tensor: Tensor) -> None:

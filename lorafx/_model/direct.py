@@ -36,8 +36,13 @@ def terms_of(
     for branch in branches:
         if branch.rows is not None or not is_untouched(branch):
             return None
-        for name, share in branch._active:
-            factors: Any = branch._modules[name]
+        selection = branch.choice.read()
+        if selection.rows is not None:
+            return None
+        for name, share in selection.weights.items():
+            factors: Any = branch._modules.get(name)
+            if factors is None:
+                continue
             if factors.missing or factors.dropout and factors.training or not is_untouched(factors):
                 return None
             held = factors._parameters

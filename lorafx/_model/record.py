@@ -11,7 +11,8 @@ from .._adapter.config import LoRAConfig, is_number
 from .._adapter.names import dotted, have_rows_in_common
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.modules import LorafxModule, named_modules, unwrapped, users_modules
-from .branches import Branch, branches
+from .branches import Branch
+from .choice import Choice, Selection
 from .fsdp import notice_what_trains, settle
 from .trained import Trained
 
@@ -35,6 +36,7 @@ class Injection:
     trained: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     active: dict[str, float] = dataclasses.field(default_factory=dict)
     disabled: int = 0
+    choice: Choice = dataclasses.field(default_factory=Choice)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle made while adapters are disabled would stay so: nothing would end it."""
@@ -113,11 +115,9 @@ def holders(model: nn.Module) -> list[LorafxModule]:
 
 def refresh(model: nn.Module) -> None:
     """Make every branch and every trained module follow the record."""
-    live = injection(model).live
-    for branch in branches(model).values():
-        branch._active = tuple(item for item in live.items() if item[0] in branch._modules)
-    for _, _, trained in trained_modules(model):
-        trained.used = trained.having(live)
+    record = injection(model)
+    record.choice.trains = bool(record.active)
+    record.choice.default = Selection(record.live)
 
 
 def set_trainable(model: nn.Module) -> None:

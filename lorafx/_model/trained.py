@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .._adapter.names import split_block
 from .._errors import UnsupportedModelError
 from .._graph.modules import LorafxModule
+from .choice import Choice
 from .held import Held
 from .shards import is_sharded, spread_like
 
@@ -79,14 +80,16 @@ class Copies(Held):
 
 
 class Trained(LorafxModule):
-    """What adapters train of one base module's tensors, a set for each adapter.
+    """What adapters train of one base module's tensors, a set for each adapter."""
 
-    `used` names the adapters whose tensors stand in the place of the base's own.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, choice: Choice) -> None:
         super().__init__()
-        self.used: tuple[str, ...] = ()
+        self.choice = choice
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The adapters whose tensors stand in the place of the base's own."""
+        return self.having(self.choice.now.weights)
 
     def sets(self) -> dict[str, Copies]:
         """{adapter: its copies}."""

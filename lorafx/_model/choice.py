@@ -1,0 +1,115 @@
+"""Which adapters forward uses: the model's own choice, or that of the context that it runs in."""
+
+import contextlib
+import contextvars
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._errors import AdapterError
+from .._kernels.private import checkpointed_function, is_in_backward, untraced
+
+
+class Anew(dict[Any, Any]):
+    """What `property(Anew(read).__getitem__)` gives of an object: read(object), each time.
+
+    A compiler takes a property whose getter is not Python for a slot of the object: it traces
+    nothing of it, and its programs read it again at each call. That is how they take tensors from
+    what a thread or a task chose, which they could not trace.
+    """
+
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._read = read
+
+    @untraced
+    def __missing__(self, key: Any) -> Any:
+        return self._read(key)
+
+
+class Selection:
+    """What forward adds: {adapter: weight}, or one of these for each row of a batch.
+
+    `weights` has all adapters that are used.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, float], rows: Sequence[Mapping[str, float]] | None = None
+    ) -> None:
+        self.weights, self.rows = dict(weights), rows
+        self.chosen_in: Any = None  # the call of a checkpointed function that chose this, if any
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was made of factors for this selection."""
+        self.made: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"weights": self.weights, "rows": self.rows, "chosen_in": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget()
+
+
+class Choice:
+    """What all branches of a model ask which adapters to use.
+
+    `default` is the model's own. What `choosing` sets holds in its thread or task; and where a
+    checkpointed function runs again, what held when it first ran.
+    """
+
+    def __init__(self) -> None:
+        self.default = Selection({})
+        self.trains = False  # True if a gradient may be asked of what is active
+        self._start()
+
+    def _start(self) -> None:
+        self._here: contextvars.ContextVar[Selection] = contextvars.ContextVar("lorafx")
+        self._functions: weakref.WeakKeyDictionary[Any, Selection] = weakref.WeakKeyDictionary()
+        self._chose_with_gradients = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"default": self.default, "trains": self.trains}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    @contextlib.contextmanager
+    def choosing(self, selection: Selection) -> Iterator[None]:
+        """Within this context, in this thread or task, forward uses a selection."""
+        function, again = checkpointed_function()
+        if function is not None and not again:
+            self._functions.setdefault(function, self._here.get(self.default))
+        selection.chosen_in = function
+        self._chose_with_gradients |= torch.is_grad_enabled()
+        token = self._here.set(selection)
+        try:
+            yield
+        finally:
+            self._here.reset(token)
+
+    def read(self) -> Selection:
+        """The selection that holds here."""
+        here = self._here.get(self.default)
+        function, again = checkpointed_function()
+        if function is None:
+            if self._chose_with_gradients and here is self.default and is_in_backward():
+                raise AdapterError(UNKNOWN_FORWARD)
+            return here
+        if again and here.chosen_in is not function:
+            return self._functions.get(function, here)
+        if not again:
+            self._functions.setdefault(function, here)
+        return here
+
+    now: Any = property(Anew(read).__getitem__)  # the same, for what a compiler reads
+
+
+UNKNOWN_FORWARD = (
+    "A forward runs in a backward pass, and it cannot be told which adapters it used the first "
+    "time, as lorafx.using may have chosen them: checkpoint with use_reentrant=False.")
