@@ -69,8 +69,6 @@ def stack_of(branch: Any, selection: Selection, compiled: bool) -> Stack | None:
                 A, B = _alias(A, needs and needs[0]), _alias(B, needs and needs[1])
                 for tensor, axis in ((A, A.ndim - 2), (B, B.ndim - 1), (gate, gate.ndim - 1)):
                     mark_dynamic(tensor, axis)
-                if gate.ndim > 1 and len(gate) > 1:
-                    mark_dynamic(gate, 0)
         first = used[0] if used else branch.any_factors()
         stack = Stack(A, B, gate, used[0].dropping if used else 0.0,
                       *((first.share_dropout, first.rounding) if first else (False, False)))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .._adapter.names import split_block
 from .._errors import UnsupportedModelError
 from .._graph.modules import LorafxModule
+from .._kernels.private import is_compiling
 from .choice import Choice
 from .held import Held
 from .shards import is_sharded, spread_like
@@ -89,7 +90,8 @@ class Trained(LorafxModule):
     @property
     def used(self) -> tuple[str, ...]:
         """The adapters whose tensors stand in the place of the base's own."""
-        return self.having(self.choice.now.weights)
+        choice = self.choice
+        return self.having((choice.now if is_compiling() else choice.read()).weights)
 
     def sets(self) -> dict[str, Copies]:
         """{adapter: its copies}."""
