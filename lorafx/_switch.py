@@ -13,9 +13,10 @@ from ._errors import AdapterError
 from ._graph.dispatched import offloaded_parameters
 from ._graph.modules import all_modules, named_modules
 from ._model.attach import attach, check_new_name
-from ._model.branches import OFFLOADED, branches
+from ._model.branches import branches
 from ._model.choice import Selection
 from ._model.extract import extract_here
+from ._model.factors import OFFLOADED
 from ._model.fsdp import settle
 from ._model.program import read_program
 from ._model.record import (

@@ -17,7 +17,7 @@ from torch import Tensor
 from .again import Proven
 from .compiled import first_half
 from .dropout import dropped
-from .gates import gated, refuse_gates
+from .gates import gated, scaled
 
 
 class Addend(NamedTuple):
@@ -35,7 +35,7 @@ class Addend(NamedTuple):
     shared: bool = False  # calls that share x may drop out the same elements for all addends
     rounding: bool = False  # the sum may be rounded to a narrow dtype
     proven: Proven | None = None  # what may be computed again at its site; None: all is kept
-    # (N, rank): x R^T is multiplied by these, where x has N rows, or each of N as often in a row
+    # x R^T is multiplied by these, (rank), or of the rows of a batch each by its own, (N, rank)
     gates: Tensor | None = None
 
     @property
@@ -60,15 +60,14 @@ class Addend(NamedTuple):
 
     def of_stack(self, index: Any) -> "Addend":
         """The addend of some matrices of a stack, (..., m, n)."""
-        refuse_gates(self.gates)
-        return self._replace(left=self.left[index], right=self.right[index])
+        left = scaled(self.left, self.gates)
+        return self._replace(left=left[index], gates=None, right=self.right[index])
 
     def with_rank_multiple_of(self, count: int) -> "Addend":
         """The same addend with zeros in its factors."""
-        refuse_gates(self.gates)
         missing = -self.left.shape[-1] % count
-        left, right = F.pad(self.left, (0, missing)), F.pad(self.right, (0, 0, 0, missing))
-        return self._replace(left=left, right=right)
+        left = F.pad(scaled(self.left, self.gates), (0, missing))
+        return self._replace(left=left, right=F.pad(self.right, (0, 0, 0, missing)), gates=None)
 
     def block_of(self, matrix: Tensor) -> Tensor:
         """The view of a matrix, (..., m, n), to which this is added."""
@@ -135,27 +134,24 @@ class Addend(NamedTuple):
 
     def add_left_product(self, y: Tensor, x: Tensor) -> Tensor:
         """y + s L (R x), x (..., n, k), for y = M x."""
-        refuse_gates(self.gates)
         if self.axis == -1:
             x = x.narrow(-2, self.start, self.size)
         h = self.right.to(x.device, x.dtype) @ dropped(x, self.dropout)  # (..., rank, k)
-        added = self.left.to(x.device, h.dtype) @ h
+        added = scaled(self.left, self.gates).to(x.device, h.dtype) @ h
         if self.axis == -2:
             added = padded(added, -2, self.start, y.shape[-2])
         return torch.add(y, added, alpha=self.scale)
 
     def add_to_chosen_rows(self, rows: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
         """M[i] + s L[i] R for `rows` = M[i]; `choose` takes these rows of any such matrix."""
-        refuse_gates(self.gates)
-        h = choose(self.left.to(rows.dtype))  # (..., rank)
+        h = choose(scaled(self.left, self.gates).to(rows.dtype))  # (..., rank)
         return torch.add(rows, h @ self.right.to(rows.dtype), alpha=self.scale)
 
     # The matrix itself.
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """s L R, (..., m, n), computed in this dtype."""
-        refuse_gates(self.gates)
-        return self.scale * (self.left.to(dtype) @ self.right.to(dtype))
+        return self.scale * (scaled(self.left, self.gates).to(dtype) @ self.right.to(dtype))
 
     def add_into(self, matrix: Tensor) -> None:
         """M += s L R in place, in the block that it is for; all of one dtype."""

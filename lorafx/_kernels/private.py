@@ -7,10 +7,8 @@ objects (`_parameters`, `_version`, `_is_view()`).
 """
 
 import contextlib
-import inspect
 import operator
 import pkgutil
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import NoneType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -129,7 +127,7 @@ no_autocast: Callable[[], contextlib.AbstractContextManager[None]] = _optional(
 # What autograd keeps. Somebody's hooks, as checkpoints and offloading set them, make of a kept
 # tensor what they like: it is not asked for then. Without a name: there may be hooks.
 _saved_tensor_hook: Any = _optional("torch._C._autograd:SavedTensor.unpack_hook", None)
-_saved_tensors_hooks: Callable[[bool], Any] = _optional(
+saved_tensors_hooks: Callable[[bool], Any] = _optional(
     "torch._C._autograd:_top_saved_tensors_default_hooks", lambda ignore_tracing: True)
 
 
@@ -140,25 +138,11 @@ def has_unpack_hook(saved: Any) -> bool:
 
 def is_keeping_by_hooks() -> bool:
     """True if hooks are set on all that is kept from now on."""
-    return _saved_tensors_hooks(False) is not None
+    return saved_tensors_hooks(False) is not None
 
 
-# A checkpointed function runs again in the backward pass; which one it is, only what torch's hooks
-# hold tells. Without a name: what runs in a backward pass is of no known forward.
-_Frame: Any = _optional("torch.utils.checkpoint:_CheckpointFrame", ())
-
-
-def checkpointed_function() -> tuple[Any, bool]:
-    """The call of a checkpointed function that is under way, or None, and if it runs again."""
-    hooks = _saved_tensors_hooks(True)
-    for hook in hooks if isinstance(hooks, tuple) else ():
-        for cell in getattr(inspect.unwrap(hook), "__closure__", None) or ():
-            held = cell.cell_contents
-            if isinstance(held, _Frame):
-                return held, False
-            if isinstance(held, weakref.ref) and isinstance(held(), _Frame):
-                return held(), True
-    return None, False
+# What a call of a checkpointed function keeps. Without it: none is known.
+CheckpointFrame: Any = _optional("torch.utils.checkpoint:_CheckpointFrame", ())
 
 
 # What is made in a backward pass for several nodes is freed at its end. Without a name: each node
@@ -271,20 +255,6 @@ def composable_keys() -> tuple[str, ...]:
     return STATE_KEY, REGISTRY_KEY
 
 
-def note_dtypes(module: Any) -> None:
-    """Let a module of FSDP2's see the dtypes of what trains again; AssertionError for several.
-
-    Without these: it goes by what it saw in its first forward pass, and says so if that is wrong.
-    """
-    try:
-        groups = module._get_fsdp_state()._fsdp_param_groups
-        notes = [group._init_mp_dtypes for group in groups]
-    except AttributeError:
-        return
-    for note in notes:
-        note()
-
-
 # Tracing and compiling.
 
 class _NoDispatchMode:
@@ -318,15 +288,5 @@ def compiler_pass() -> tuple[Any, Callable[..., bytes]]:
 # What a compiler leaves alone, and all that it calls. Without it: torch.compiler.disable, which
 # takes a second to import.
 untraced: Callable[[Any], Any] = _optional(
-    "torch:_disable_dynamo", lambda function: torch.compiler.disable(function))
-
-
-def is_compiling() -> bool:
-    """True if a compiler, and not an exporter, reads the Python that calls this."""
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-
-
-def mark_dynamic(tensor: Tensor, axis: int) -> None:
-    """Let compiled programs take this tensor with any number, two or more, along an axis."""
-    from torch._dynamo import mark_dynamic  # takes a second
-    mark_dynamic(tensor, axis)
+    "torch:_disable_dynamo",
+    lambda function: torch.compiler.disable(function))  # type: ignore[no-untyped-call]

@@ -17,9 +17,10 @@ from .._errors import AdapterError, NoSiteError, UnsupportedModelError
 from .._graph.modules import LorafxModule, Place, named_modules, submodule
 from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
-from .branches import Branch, Factors, new_pair, spread
+from .branches import Branch, new_pair, spread
 from .choice import Choice
 from .copies import keep_attributes, same_kind
+from .factors import Factors
 from .flat import check_takes_parameters
 from .fsdp import check_beside, managed_modules
 from .guard import check_each_in_its_place, check_graphs_not_dispatched

@@ -3,31 +3,16 @@
 import contextlib
 import contextvars
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from .._errors import AdapterError
-from .._kernels.private import checkpointed_function, is_in_backward, untraced
-
-
-class Anew(dict[Any, Any]):
-    """What `property(Anew(read).__getitem__)` gives of an object: read(object), each time.
-
-    A compiler takes a property whose getter is not Python for a slot of the object: it traces
-    nothing of it, and its programs read it again at each call. That is how they take tensors from
-    what a thread or a task chose, which they could not trace.
-    """
-
-    def __init__(self, read: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self._read = read
-
-    @untraced
-    def __missing__(self, key: Any) -> Any:
-        return self._read(key)
+from .._kernels.checkpoints import checkpointed_function
+from .._kernels.compiling import Anew
+from .._kernels.private import is_in_backward
 
 
 class Selection:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._errors import ConfigError, UnsupportedModelError
 from .._graph.loaded import loaded
 from .._graph.modules import Place, named_modules
-from .branches import Factors
+from .factors import Factors
 from .record import holders
 from .shards import gathered, spread_like
 from .together import from_all, on_cpu

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .._errors import AdapterError, UnsupportedModelError
 from .._graph.loaded import loaded
 from .._graph.modules import LorafxModule
-from .._kernels.private import composable_keys, note_dtypes
+from .._kernels.private import composable_keys
 from .shards import gathered, is_sharded
 
 
@@ -43,7 +43,7 @@ def notice_what_trains(model: nn.Module) -> None:
     """Let FSDP2 reduce gradients in the dtype of what trains now, which it notes only once."""
     for module in fsdp_modules(model):
         try:
-            note_dtypes(module)
+            _note_dtypes(module)
         except AssertionError as error:
             raise AdapterError(
                 f"FSDP reduces the gradients of a module together, so that adapters of several "
@@ -161,3 +161,17 @@ def state_without_fsdp(module: nn.Module) -> dict[str, Any]:
     # without what .compile() made, which would run this one
     state = nn.Module.__getstate__(module)  # type: ignore[no-untyped-call]
     return {name: value for name, value in state.items() if name not in keys}
+
+
+def _note_dtypes(module: Any) -> None:
+    """Let a module of FSDP2's see the dtypes of what trains again; AssertionError for several.
+
+    Without these: it goes by what it saw in its first forward pass, and says so if that is wrong.
+    """
+    try:
+        groups = module._get_fsdp_state()._fsdp_param_groups
+        notes = [group._init_mp_dtypes for group in groups]
+    except AttributeError:
+        return
+    for note in notes:
+        note()

@@ -25,12 +25,13 @@ _SOURCES = (__file__, str(grouping.__file__),
 
 
 class BranchNodes(NamedTuple):
-    """The nodes of one branch: y + (x A^T) B^T, its scale in B."""
+    """The nodes of one branch: y + ((x A^T) * gate) B^T, or its scale in B."""
 
     x: fx.Node
     A: fx.Node
     B: fx.Node
     half: fx.Node  # x A^T
+    gate: fx.Node | None  # (rank), or for each row (N, rank)
     other: fx.Node  # (x A^T) B^T
     sum: fx.Node
 
@@ -83,6 +84,7 @@ def _branch_ending_in(node: fx.Node) -> BranchNodes | None:
     if not _is_product(other) or len(other.users) != 1:
         return None
     half, B = other.args
+    half, gate = _without_gate(half)
     if not isinstance(half, fx.Node) or len(half.users) != 1:
         return None
     product, joined = _product_of(half)
@@ -93,7 +95,19 @@ def _branch_ending_in(node: fx.Node) -> BranchNodes | None:
         A = A.args[0][half.args[1]]  # type: ignore[index]
     if not isinstance(x, fx.Node) or not isinstance(A, fx.Node) or not isinstance(B, fx.Node):
         return None
-    return BranchNodes(x, A, B, half, other, node) if _is_input(A) and _is_input(B) else None
+    if not all(map(_is_input, (A, B, gate))):
+        return None
+    return BranchNodes(x, A, B, half, gate, other, node)
+
+
+def _without_gate(half: Any) -> tuple[Any, fx.Node | None]:
+    """x A^T, and the gate by which it is multiplied, if it is."""
+    gated = half
+    while isinstance(gated, fx.Node) and gated.target == "to" and len(gated.users) == 1:
+        gated = gated.args[0]
+    if isinstance(gated, fx.Node) and gated.target is operator.mul and len(gated.users) == 1:
+        return gated.args  # type: ignore[return-value]
+    return half, None
 
 
 def _is_product(value: Any) -> TypeGuard[fx.Node]:
@@ -116,10 +130,8 @@ def _product_of(half: fx.Node) -> tuple[Any, bool]:
 
 def _is_input(value: Any) -> bool:
     """True if this is an input of the graph, perhaps cast or scaled, or None."""
-    while isinstance(value, fx.Node) and value.target in ("to", operator.mul):
-        if len(value.all_input_nodes) != 1:
-            break
-        value = value.args[0]
+    if isinstance(value, fx.Node) and value.target in ("to", operator.mul):
+        return all(map(_is_input, value.all_input_nodes))
     return value is None or isinstance(value, fx.Node) and value.op == "placeholder"
 
 
@@ -134,6 +146,8 @@ def _forms_weights(branches: list[BranchNodes]) -> bool:
         weight, bias = _operands(branch)
         if any(node is not None and _value(node).requires_grad for node in (weight, bias)):
             return False  # its gradient is not computed there
+        if branch.gate is not None and _value(branch.gate).ndim > 1:
+            return False  # rows have weights of their own
         addend = Addend(_value(branch.B), _value(branch.A), 1.0)
         calls.append(AdaptedCall(_value(weight), None, [addend]))
     # from fewer rows on than elsewhere, as nothing adds into y in place here
@@ -155,7 +169,12 @@ def _form_weights(graph: fx.Graph, branches: list[BranchNodes], first: fx.Node) 
         weight, bias = _operands(branch)
         weights.append(weight)
         biases.append(bias)
-        factors.append((_before(first, branch.A), _before(first, branch.B)))
+        A, B = _before(first, branch.A), _before(first, branch.B)
+        if branch.gate is not None:
+            gate = _before(first, branch.gate)
+            with graph.inserting_before(first):
+                B = graph.call_function(operator.mul, (B, gate))
+        factors.append((A, B))
     with graph.inserting_before(first):
         recompute = _keeps_no_x(_product_of(branches[0].half)[0])
         operands = (branches[0].x, weights, biases, factors, recompute)
@@ -169,8 +188,8 @@ def _join_products(graph: fx.Graph, branches: list[BranchNodes]) -> None:
     """Put one product, cut into parts, in the place of the first halves of some branches."""
     first = min(branch.half for branch in branches)
     factors = [_before(first, branch.A) for branch in branches]
-    ranks = [len(_value(branch.A)) for branch in branches]
     with graph.inserting_before(first):
+        ranks = [graph.call_method("size", (factor, 0)) for factor in factors]
         A = graph.call_function(torch.cat, (factors,))  # (R, in)
         product = HALF if _keeps_no_x(_product_of(first)[0]) else F.linear
         h = graph.call_function(product, (branches[0].x, A))  # (..., R)
@@ -184,7 +203,8 @@ def _join_products(graph: fx.Graph, branches: list[BranchNodes]) -> None:
 def _before(place: fx.Node, factor: fx.Node) -> fx.Node:
     """An input of the graph, perhaps cast or scaled, moved before a place in the graph."""
     if factor.op != "placeholder" and place < factor:
-        _before(place, factor.all_input_nodes[0])
+        for operand in factor.all_input_nodes:
+            _before(place, operand)
         place.prepend(factor)
     return factor
 

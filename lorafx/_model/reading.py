@@ -14,7 +14,8 @@ from .._kernels.addend import Addend
 from .._kernels.private import is_transforming
 from .._kernels.weights import whole, with_rows
 from .adapted_weight import NARROW, AdaptedWeight
-from .branches import Branch, refuse_gradients
+from .branches import Branch
+from .factors import refuse_gradients
 from .quantised_tensors import dense
 from .readers import Answer, answer as answer_to_reader
 from .shards import check_spread, gathered_for_use, is_sharded
@@ -129,6 +130,11 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
         if answer in (Answer.PARAMETER, Answer.LAYER) or owner in RESETTING.get():
             return base_tensor(owner, attribute)  # type: ignore[no-any-return]
     matrix = base_or_trained(owner, attribute)
+    if compiling and matrix is not None and matrix.dtype in NARROW:
+        # the compiler cannot make the tensor: its graph ends here
+        outside = torch.compiler.disable(  # type: ignore[no-untyped-call]
+            adapted, reason="Python reads an adapted weight of a narrow dtype")
+        return outside(owner, attribute)  # type: ignore[no-any-return]
     addends: list[Addend] = []
     # there is no W while another is registered, and factors may have no memory then
     for branch in () if matrix is None else branches_beside(owner, attribute):
@@ -143,9 +149,9 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
         if plain or answer is Answer.SUM and not _trains(addends):
             return whole(dense(matrix), addends)
     make = AdaptedWeight.of
-    if compiling:  # the compiler cannot make the tensor: its graph ends here
+    if compiling:
         make = torch.compiler.disable(  # type: ignore[no-untyped-call]
-            make, reason="Python reads an adapted weight of a narrow dtype, or with dropout")
+            make, reason="Python reads an adapted weight with dropout")
     return make(matrix, addends, f"the {attribute} of a {type(owner).__name__}")
 
 

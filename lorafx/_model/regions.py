@@ -242,9 +242,10 @@ def make_class(user_class: type, base: type[Adapted], namespace: dict[str, Any])
     """A class of the same name that derives from the user's and, in second place, from a base."""
     contents = {name: value for name, value in vars(Adapted).items() if name in _COPYING}
     # compilers fix the shapes of all that they reach through classes of torch's own layers
-    of_torch = user_class.__module__.startswith("torch.")
-    contents |= {"__module__": __name__ if of_torch else user_class.__module__, "__qualname__": user_class.__qualname__,
-                 "__doc__": user_class.__doc__, "_user_class": user_class, **namespace}
+    module = user_class.__module__
+    contents |= {"__module__": __name__ if module.startswith("torch.") else module,
+                 "__qualname__": user_class.__qualname__, "__doc__": user_class.__doc__,
+                 "_user_class": user_class, **namespace}
     plain = issubclass(base, user_class)  # as of a plain nn.Module
     bases = (base,) if plain else (user_class, base)
     made: type[Adapted] = types.new_class(

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from .._adapter.names import dotted, ranges_of, split_block
 from .._errors import AdapterError
 from .._kernels.weights import rows_at
-from .branches import Branch, Factors, branches, factors_at, spread
+from .branches import Branch, branches, factors_at, spread
+from .factors import Factors
 from .copies import same_kind
 from .fsdp import settle
 from .homes import home

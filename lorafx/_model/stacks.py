@@ -1,12 +1,13 @@
 """The factors of all adapters that a branch uses at once, as one A and one B."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._kernels.private import mark_dynamic
+from .._kernels.compiling import mark_dynamic
 from .choice import Selection
 
 
@@ -38,9 +39,8 @@ def stack_of(branch: Any, selection: Selection, compiled: bool) -> Stack | None:
     Compiled programs take it, whatever its ranks: it has two at least, the least that a compiler
     takes for any number, and requires grad if anything at the branch does.
     """
-    parts: list[_Part] = []
-    used = []
     rows = [selection.weights] if selection.rows is None else selection.rows
+    used, parts = [], []
     for name in selection.weights:
         factors = branch._modules.get(name)
         if factors is None:
@@ -50,56 +50,58 @@ def stack_of(branch: Any, selection: Selection, compiled: bool) -> Stack | None:
             return None
         used.append(factors)
         shares = tuple([row.get(name, 0.0) * factors.scale for row in rows])
-        parts.append(_Part(*pair, shares))
-    drops = any([factors.dropping for factors in used])
-    if drops and (len(parts) > 1 or selection.rows is not None):
-        return None
+        parts.append(_Part(pair[0], pair[1], shares))
+    if any([factors.dropping for factors in used]):
+        if len(parts) > 1 or selection.rows is not None:
+            return None
     if not parts:
         nothing = branch.nothing() if compiled else None
         if nothing is None:
             return None
-        parts = [_Part(*nothing, (0.0,) * len(rows))]
-    needs = branch.needs() if compiled and torch.is_grad_enabled() else None
-    key = _key(parts, compiled, needs)
+        parts.append(_Part(nothing[0], nothing[1], (0.0,) * len(rows)))
+    gradients = torch.is_grad_enabled()
+    needs = branch.needs() if compiled and gradients else (False, False)
+    key = (compiled, gradients, needs, *_key(parts, compiled))
     made = selection.made.get(branch)
     if made is None or made[0] != key:
-        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             A, B, gate = _stacked(parts, compiled, selection.rows is not None)
             if compiled:
-                A, B = _alias(A, needs and needs[0]), _alias(B, needs and needs[1])
-                for tensor, axis in ((A, A.ndim - 2), (B, B.ndim - 1), (gate, gate.ndim - 1)):
-                    mark_dynamic(tensor, axis)
-        first = used[0] if used else branch.any_factors()
-        stack = Stack(A, B, gate, used[0].dropping if used else 0.0,
-                      *((first.share_dropout, first.rounding) if first else (False, False)))
-        made = selection.made[branch] = key, stack
-    return made[1]  # type: ignore[no-any-return]
+                A, B = mark_dynamic(_alias(A, needs[0]), -2), mark_dynamic(_alias(B, needs[1]), -1)
+                gate = mark_dynamic(gate, -1)
+        like = used[0] if used else branch.any_factors()
+        told = (like.dropping, like.share_dropout, like.rounding) if used else (0.0, False, False)
+        made = selection.made[branch] = key, Stack(A, B, gate, *told)
+    stack: Stack = made[1]
+    return stack
 
 
-def _key(parts: list[_Part], compiled: bool, needs: Any) -> list[Any]:
-    """What a stack is good for: the memory that it was made of, and where it is a copy, as it was.
-    """
-    key: list[Any] = [compiled, needs, torch.is_grad_enabled()]
+def _key(parts: Sequence[_Part], compiled: bool) -> tuple[Any, ...]:
+    """What a stack was made of: memory, and where it is a copy, as that was."""
+    key: list[Any] = []
     for A, B, shares in parts:
         key += [A.data_ptr(), B.data_ptr(), A.shape, A.requires_grad, B.requires_grad, shares]
-        if _copies(parts, compiled):
+        if _is_copy(parts, compiled):
             key += [A._version, B._version]
-    return key
+    return tuple(key)
 
 
-def _copies(parts: list[_Part], compiled: bool) -> bool:
+def _is_copy(parts: Sequence[_Part], compiled: bool) -> bool:
     return len(parts) > 1 or compiled and parts[0].A.shape[-2] < 2
 
 
-def _stacked(parts: list[_Part], compiled: bool, rows: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _stacked(
+    parts: Sequence[_Part], compiled: bool, rows: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """A, B and the gate of all parts."""
-    wide = torch.float64 if parts[0].B.dtype == torch.float64 else torch.float32
+    like = parts[0].B
+    wide = torch.promote_types(like.dtype, torch.float32)
     gates = []
     for A, _, shares in parts:
         gate = torch.tensor(shares, dtype=wide).unsqueeze(-1).expand(-1, A.shape[-2])
         gates.append(gate if rows else gate[0])
-    gate = torch.cat(gates, dim=-1).to(parts[0].A.device)
-    if not _copies(parts, compiled):
+    gate = torch.cat(gates, dim=-1).to(like.device)
+    if not _is_copy(parts, compiled):
         return parts[0].A, parts[0].B, gate
     A = torch.cat([part.A for part in parts], dim=-2)
     B = torch.cat([part.B for part in parts], dim=-1)
@@ -109,7 +111,7 @@ def _stacked(parts: list[_Part], compiled: bool, rows: bool) -> tuple[Tensor, Te
     return A, B, gate
 
 
-def _alias(tensor: Tensor, needs: bool | None) -> Tensor:
+def _alias(tensor: Tensor, needs: bool) -> Tensor:
     """The same memory as a tensor that may be marked, and requires grad if that is needed."""
     if not needs:
         return tensor.detach()

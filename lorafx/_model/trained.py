@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._adapter.names import split_block
 from .._errors import UnsupportedModelError
 from .._graph.modules import LorafxModule
-from .._kernels.private import is_compiling
+from .._kernels.compiling import is_compiling
 from .choice import Choice
 from .held import Held
 from .shards import is_sharded, spread_like

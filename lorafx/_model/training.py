@@ -14,7 +14,8 @@ from .._errors import AdapterError, ConfigError, MismatchError
 from .._graph.dispatched import offloaded_parameters
 from .._graph.loaded import loaded
 from . import generators
-from .branches import OFFLOADED, branches, factors_at
+from .branches import branches, factors_at
+from .factors import OFFLOADED
 from .extract import trained_whole
 from .flat import Layout, in_shape
 from .fsdp import settle

@@ -1,0 +1,38 @@
+"""What compilers read of lorafx's Python: they trace it, or take tensors of any size from it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .private import untraced
+
+
+class Anew(dict[Any, Any]):
+    """What `property(Anew(read).__getitem__)` gives of an object: read(object), each time.
+
+    A compiler takes a property whose getter is not Python for a slot of the object: it traces
+    nothing of it, and its programs read it again at each call. That is how they take tensors from
+    what a thread or a task chose, which they could not trace.
+    """
+
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._read = read
+
+    @untraced
+    def __missing__(self, key: Any) -> Any:
+        return self._read(key)
+
+
+def is_compiling() -> bool:
+    """True if a compiler, and not an exporter, reads the Python that calls this."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
+def mark_dynamic(tensor: Tensor, axis: int) -> Tensor:
+    """Let compiled programs take this tensor with any number, two or more, along an axis."""
+    from torch._dynamo import maybe_mark_dynamic  # takes a second
+    maybe_mark_dynamic(tensor, axis % tensor.ndim)
+    return tensor
