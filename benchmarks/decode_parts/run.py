@@ -1,7 +1,6 @@
 """How one case of the decoding benchmark is measured: compare, then time in interleaved rounds."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,15 +8,16 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 import lorafx
 from common.contenders import (
     BASE, LORAFX, NOISE, PEFT, Adapters, draw, frozen_base, injected, make_contender, peft_model)
-from common.timing import interleaved, median, share
+from common.llama import VOCABULARY, adapted_layers, frozen_llama
+from common.timing import interleaved, median, share, thread_seconds
 
 MERGED = "lorafx, merged"
-VOCABULARY, BEFORE, RANK = 1000, 32, 8
+BEFORE, RANK = 32, 8
 TOLERANCE = 1e-4  # of logits, relative to the largest
 
 
@@ -49,37 +49,6 @@ CASES = (
 )
 TINY = (Case("layer", 64, 0, 1, 0, 3, 1), Case("decoding", 64, 1, 1, 4, 3, 1),
         Case("prefill", 64, 1, 8, 0, 3, 1))
-
-
-class Layer(nn.Module):
-    """One linear layer, under a name."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., width) -> the same shape."""
-        y: Tensor = self.linear(x)
-        return y
-
-
-def build(case: Case) -> nn.Module:
-    """The frozen base."""
-    torch.manual_seed(0)
-    if not case.layers:
-        return Layer(case.width).eval().requires_grad_(False)
-    config = LlamaConfig(
-        hidden_size=case.width, intermediate_size=11 * case.width // 4, vocab_size=VOCABULARY,
-        num_hidden_layers=case.layers, num_attention_heads=case.width // 64,
-        num_key_value_heads=case.width // 64)
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
-def adapted_layers(base: nn.Module) -> list[str]:
-    """All linear layers but the head."""
-    return [name for name, layer in base.named_modules()
-            if isinstance(layer, nn.Linear) and name != "lm_head"]
 
 
 def models(base: nn.Module, adapters: Adapters) -> dict[str, nn.Module]:
@@ -116,7 +85,7 @@ def forward_of(case: Case, model: nn.Module) -> Callable[[], Tensor]:
 
 def true_result(case: Case, adapters: Adapters) -> Tensor:
     """What the base with W + s B A gives in float64."""
-    wide = build(case).double()
+    wide = frozen_llama(case.width, case.layers).double()
     for name, (A, B) in adapters.values.items():
         weight: Any = wide.get_submodule(name).weight
         weight.add_(adapters.scale * (B.double() @ A.double()))
@@ -129,23 +98,14 @@ def judge(found: Tensor, true: Tensor) -> str:
     return "" if error <= TOLERANCE else f"its result has a relative error of {error:.1e}"
 
 
-def timed(call: Callable[[], Any], repeats: int) -> float:
-    """The processor's time of one call, the mean of some that follow each other."""
-    call()  # what the others used is in the caches
-    began = time.thread_time()
-    for _ in range(repeats):
-        call()
-    return (time.thread_time() - began) / repeats
-
-
 def measure(case: Case, rounds: int) -> dict[str, Any]:
     """All about one case, as plain data."""
-    base = build(case)
+    base = frozen_llama(case.width, case.layers)
     adapters = draw(base, adapted_layers(base), RANK)
     calls = {name: forward_of(case, model) for name, model in models(base, adapters).items()}
     true = true_result(case, adapters)
     void = {name: judge(call(), true) for name, call in calls.items() if name not in (BASE, NOISE)}
-    times = interleaved({name: partial(timed, call, case.repeats)
+    times = interleaved({name: partial(thread_seconds, call, case.repeats)
                          for name, call in calls.items()}, rounds)
     rows, least = {}, {name: min(found) for name, found in times.items()}
     for name, found in times.items():
