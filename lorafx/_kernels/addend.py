@@ -17,7 +17,8 @@ from torch import Tensor
 from .again import Proven
 from .compiled import first_half
 from .dropout import dropped
-from .gates import gated, scaled
+from .gates import gated, rows_of_batch, scaled
+from .mixed import Gates, mixed
 
 
 class Addend(NamedTuple):
@@ -36,7 +37,7 @@ class Addend(NamedTuple):
     rounding: bool = False  # the sum may be rounded to a narrow dtype
     proven: Proven | None = None  # what may be computed again at its site; None: all is kept
     # x R^T is multiplied by these, (rank), or of the rows of a batch each by its own, (N, rank)
-    gates: Tensor | None = None
+    gates: Tensor | Gates | None = None
 
     @property
     def transposed(self) -> "Addend":
@@ -91,6 +92,9 @@ class Addend(NamedTuple):
         The factors are cast to x's dtype, never x to theirs: they are the narrow side, so that no
         copy of an activation is saved for the backward pass.
         """
+        if isinstance(self.gates, Gates) and self.axis == -2 and self.size == y.size(-1):
+            gates = rows_of_batch(self.gates, x)
+            return mixed(x, y, self.right, self.left.t(), gates, proven=self.proven)
         if self.axis == -1 and self.size != x.size(-1):
             x = x.narrow(-1, self.start, self.size)
         x, right = dropped(x, self.dropout), self.right.to(x.dtype)

@@ -31,6 +31,7 @@ class Selection:
     def forget(self) -> None:
         """Forget what was made of factors for this selection."""
         self.made: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+        self.gates: dict[Any, Any] = {}  # by the ranks and scales that they are for
 
     def __getstate__(self) -> dict[str, Any]:
         return {"weights": self.weights, "rows": self.rows, "chosen_in": None}

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._kernels.compiling import mark_dynamic
+from .._kernels.mixed import Gates, stacked_factors
 from .choice import Selection
 
 
@@ -19,7 +20,7 @@ class Stack(NamedTuple):
 
     A: Tensor
     B: Tensor
-    gate: Tensor
+    gate: Tensor | Gates
     dropout: float = 0.0
     share_dropout: bool = False
     rounding: bool = False
@@ -46,14 +47,14 @@ def stack_of(branch: Any, selection: Selection, compiled: bool) -> Stack | None:
         if factors is None:
             continue
         pair = factors.plain()
-        if pair is None:
+        if pair is None or selection.rows is not None and pair[0].ndim > 2:
             return None
         used.append(factors)
         shares = tuple([row.get(name, 0.0) * factors.scale for row in rows])
         parts.append(_Part(pair[0], pair[1], shares))
-    if any([factors.dropping for factors in used]):
-        if len(parts) > 1 or selection.rows is not None:
-            return None
+    apart = len(parts) > 1 or selection.rows is not None
+    if apart and any([factors.dropping for factors in used]):
+        return None
     if not parts:
         nothing = branch.nothing() if compiled else None
         if nothing is None:
@@ -65,10 +66,15 @@ def stack_of(branch: Any, selection: Selection, compiled: bool) -> Stack | None:
     made = selection.made.get(branch)
     if made is None or made[0] != key:
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            A, B, gate = _stacked(parts, compiled, selection.rows is not None)
+            gate: Tensor | Gates
+            if selection.rows is None:
+                A, B, gate = _stacked(parts, compiled)
+            else:
+                A, B, gate = _stacked_for_rows(parts, selection)
             if compiled:
                 A, B = mark_dynamic(_alias(A, needs[0]), -2), mark_dynamic(_alias(B, needs[1]), -1)
-                gate = mark_dynamic(gate, -1)
+                for tensor in (gate,) if isinstance(gate, Tensor) else gate:
+                    mark_dynamic(tensor, -1)
         like = used[0] if used else branch.any_factors()
         told = (like.dropping, like.share_dropout, like.rounding) if used else (0.0, False, False)
         made = selection.made[branch] = key, Stack(A, B, gate, *told)
@@ -87,20 +93,13 @@ def _key(parts: Sequence[_Part], compiled: bool) -> tuple[Any, ...]:
 
 
 def _is_copy(parts: Sequence[_Part], compiled: bool) -> bool:
-    return len(parts) > 1 or compiled and parts[0].A.shape[-2] < 2
+    rows = len(parts[0].shares) > 1
+    return len(parts) > 1 or rows or compiled and parts[0].A.shape[-2] < 2
 
 
-def _stacked(
-    parts: Sequence[_Part], compiled: bool, rows: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and the gate of all parts."""
-    like = parts[0].B
-    wide = torch.promote_types(like.dtype, torch.float32)
-    gates = []
-    for A, _, shares in parts:
-        gate = torch.tensor(shares, dtype=wide).unsqueeze(-1).expand(-1, A.shape[-2])
-        gates.append(gate if rows else gate[0])
-    gate = torch.cat(gates, dim=-1).to(like.device)
+def _stacked(parts: Sequence[_Part], compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and the gate of all parts, for all rows alike."""
+    gate = _gate(parts)[0]
     if not _is_copy(parts, compiled):
         return parts[0].A, parts[0].B, gate
     A = torch.cat([part.A for part in parts], dim=-2)
@@ -109,6 +108,28 @@ def _stacked(
     if missing > 0:
         A, B, gate = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing)), F.pad(gate, (0, missing))
     return A, B, gate
+
+
+def _gate(parts: Sequence[_Part]) -> Tensor:
+    """w s of each rank, (N, R), for all rows or each."""
+    like = parts[0].B
+    wide = torch.promote_types(like.dtype, torch.float32)
+    gates = []
+    for A, _, of_rows in parts:
+        gates.append(torch.tensor(of_rows, dtype=wide).unsqueeze(-1).expand(-1, A.shape[-2]))
+    return torch.cat(gates, dim=-1).to(like.device)
+
+
+def _stacked_for_rows(
+    parts: Sequence[_Part], selection: Selection
+) -> tuple[Tensor, Tensor, Gates]:
+    """A (R, in), B (out, R) and the gates of a batch's rows, which many branches share."""
+    key = tuple([(part.A.shape[0], part.shares, part.B.dtype, part.B.device) for part in parts])
+    gates = selection.gates.get(key)
+    if gates is None:
+        gates = selection.gates[key] = Gates.of(F.pad(_gate(parts), (1, 0)))
+    A, B = stacked_factors([part.A for part in parts], [part.B for part in parts])
+    return A, B.t(), gates
 
 
 def _alias(tensor: Tensor, needs: bool) -> Tensor:
