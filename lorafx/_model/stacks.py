@@ -99,7 +99,7 @@ def _is_copy(parts: Sequence[_Part], compiled: bool) -> bool:
 
 def _stacked(parts: Sequence[_Part], compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
     """A, B and the gate of all parts, for all rows alike."""
-    gate = _gate(parts)[0]
+    gate = _gate(parts)[0].clone()  # compilers ask about what a view is of
     if not _is_copy(parts, compiled):
         return parts[0].A, parts[0].B, gate
     A = torch.cat([part.A for part in parts], dim=-2)
