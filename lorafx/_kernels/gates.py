@@ -42,7 +42,8 @@ def rows_of_batch(gates: Any, x: Tensor) -> Any:
         return gates
     if len(shape) < 2 or rows % count or shape[1] == count:
         raise ValueError(_ROWS.format(count, shape))
-    return gates.repeat_interleave(rows // count, 0)
+    times = rows // count
+    return gates.repeat_interleave(times, 0) if isinstance(gates, Tensor) else gates.repeated(times)
 
 
 def scaled(left: Tensor, gates: Tensor | Gates | None) -> Tensor:

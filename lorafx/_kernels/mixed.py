@@ -59,7 +59,7 @@ class Gates(NamedTuple):
         ranks = ranks.where(used.gather(1, ranks), 0)
         return Gates(dense, ranks, dense.gather(1, ranks))
 
-    def repeat_interleave(self, count: int) -> "Gates":
+    def repeated(self, count: int) -> "Gates":
         """The gates of a batch in which each row stands `count` times in a row, as beams do."""
         return Gates(*[part.repeat_interleave(count, dim=0) for part in self])
 
@@ -120,16 +120,6 @@ def gathers(x: Tensor, gates: Gates) -> bool:
     if torch.compiler.is_compiling():
         return tokens > 1
     return tokens * gates.dense.shape[1] > (tokens + GATHERING) * gates.ranks.shape[1]
-
-
-def dropped_rows(x: Tensor, probabilities: Tensor) -> Tensor:
-    """Return x (N, ...) with elements zeroed at random, in each row with its own probability (N).
-
-    The others are divided by 1 - probability.
-    """
-    kept = (1 - probabilities).view(-1, *[1] * (x.ndim - 1))
-    mask = torch.rand(x.shape, device=x.device) < kept
-    return x * (mask / kept).to(x.dtype)
 
 
 def _three(rows: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Choice:
 
     def __init__(self) -> None:
         self.default = Selection({})
-        self.trains = False  # True if a gradient may be asked of what is active
+        self.trains = False  # True once something was active, which trains
         self._start()
 
     def _start(self) -> None:

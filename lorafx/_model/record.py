@@ -116,7 +116,7 @@ def holders(model: nn.Module) -> list[LorafxModule]:
 def refresh(model: nn.Module) -> None:
     """Make every branch and every trained module follow the record."""
     record = injection(model)
-    record.choice.trains = bool(record.active)
+    record.choice.trains |= bool(record.active)
     record.choice.default = Selection(record.live)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorafx._kernels import mixed as kernels
 from lorafx._kernels.again import Proven
-from lorafx._kernels.mixed import Gates, dropped_rows, gathers, mixed, stacked_factors
+from lorafx._kernels.mixed import Gates, gathers, mixed, stacked_factors
 from tests.support.linear_calls import normal
 
 RANKS, SCALES = (3, 1, 5, 2), (0.5, 2.0, 1.0, -1.5)
@@ -198,7 +198,7 @@ def test_gates_name_the_ranks_of_each_row():
     assert gates.values.tolist() == [[3, 4], [5, 0], [0, 0]]
     assert Gates.of(torch.zeros(0, 4)).ranks.shape == (0, 2)
     assert Gates.of(torch.zeros(3, 1)).ranks.tolist() == [[0], [0], [0]]
-    beams = gates.repeat_interleave(2)
+    beams = gates.repeated(2)
     assert beams.ranks.tolist() == [[2, 3], [2, 3], [1, 0], [1, 0], [0, 0], [0, 0]]
     assert torch.equal(beams.dense, gates.dense[[0, 0, 1, 1, 2, 2]])
 
@@ -209,17 +209,6 @@ def test_another_number_of_rows_is_refused(shape):
     with pytest.raises(ValueError, match=r"rows of a batch of 5 .* first dimension must be"):
         mixed(torch.randn(shape), torch.randn(*shape[:-1], 11), *stacked_factors(As, Bs),
               Gates.of(dense_gates(ROWS)))
-
-
-def test_each_row_drops_out_by_its_own_rate():
-    x = torch.ones(3, 500, 20, requires_grad=True)
-    found = dropped_rows(x, torch.tensor([0.0, 0.2, 0.75]))
-    assert torch.equal(found[0], x[0])
-    for row, rate in ((1, 0.2), (2, 0.75)):
-        assert found[row].unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
-        assert abs((found[row] == 0).double().mean().item() - rate) < 0.02
-    found.sum().backward()
-    assert torch.equal(x.grad, found)
 
 
 def test_x_is_computed_again_and_not_kept():

@@ -1,0 +1,110 @@
+"""A compiled model takes any adapters without being compiled again."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import lorafx
+from tests.support.oracle import randomise
+
+X = torch.randn(4, 5, 8)
+ROWS = ["a", "b", {"a": 0.7, "b": -0.3}, None]
+
+
+def made():
+    base = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model = lorafx.inject(base, rank=2, adapter="a")
+    lorafx.add(model, "b", rank=5)
+    return randomise(model)
+
+
+def uses(model):
+    """Every way to change what is active, one after another."""
+    yield "a", lambda: lorafx.activate(model, "a")
+    yield "rank 5", lambda: lorafx.activate(model, "b")
+    for weight in range(1, 10):
+        weights = {"a": weight / 10, "b": 1 - weight / 10}
+        yield weights, lambda: lorafx.activate(model, weights)
+    yield "an equal one", lambda: lorafx.activate(model, ["a", "b"])
+    for rank in (1, 3, 8):  # 8 is the width, and 4 and 5 are sizes of x
+        yield f"new, of rank {rank}", lambda: lorafx.add(model, f"r{rank}", rank=rank)
+        yield f"rank {rank}", lambda: lorafx.activate(model, f"r{rank}")
+    yield "removed", lambda: lorafx.remove(model, "r8")
+    yield "none", lambda: lorafx.activate(model, [])
+    yield "composed", lambda: lorafx.compose(model, {"a": 0.2, "b": 2.0}, "c")
+    yield "the composed", lambda: lorafx.activate(model, "c")
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("layers", [False, True])
+def test_whatever_is_active(layers, trains):
+    model = made()
+    counter = CompileCounter()
+    if layers:
+        for layer in model[::2]:
+            layer.compile(backend=counter, fullgraph=True)
+    call = model if layers else torch.compile(model, backend=counter, fullgraph=True)
+    x = X.clone().requires_grad_()
+    frames = None
+    for name, change in uses(model):
+        change()
+        randomise(model, seed=len(lorafx.adapters(model)))
+        with torch.set_grad_enabled(trains):
+            found = call(x)
+            wanted = eager(model, x)
+        torch.testing.assert_close(found, wanted, msg=str(name))
+        if trains and found.requires_grad:
+            ours = list(lorafx.parameters(model))
+            if ours:
+                torch.testing.assert_close(
+                    torch.autograd.grad(found.sum(), ours), torch.autograd.grad(wanted.sum(), ours))
+        with lorafx.using(model, "b"), torch.set_grad_enabled(trains):
+            torch.testing.assert_close(call(x), eager(model, x))
+        with lorafx.disabled(model), torch.set_grad_enabled(trains):
+            torch.testing.assert_close(call(x), eager(model, x))
+        frames = frames or counter.frame_count
+        assert counter.frame_count == frames, name
+
+
+def eager(model, x):
+    with torch.compiler.set_stance("force_eager"):
+        return model(x)
+
+
+def test_rows_change():
+    model = made()
+    counter = CompileCounter()
+    call = torch.compile(model, backend=counter, fullgraph=True)
+    for specs in (ROWS, ROWS[::-1], ["a"] * 4, [None, "b", "b", "a"], [{"a": 1, "b": 2}] * 4):
+        with lorafx.rows(model, specs), torch.no_grad():
+            torch.testing.assert_close(call(X), eager(model, X))
+    assert counter.frame_count == 1
+
+
+def test_training_goes_on():
+    model = made()
+    twin = copy.deepcopy(model)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for trained, forward in ((model, call), (twin, twin)):
+        optimizer = torch.optim.AdamW(lorafx.parameters(trained), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            forward(X).square().mean().backward()
+            optimizer.step()
+    for found, wanted in zip(lorafx.parameters(model), lorafx.parameters(twin)):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_with_the_compiler_itself():
+    model = made()
+    call = torch.compile(model, fullgraph=True)
+    call(X).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for weights in ("b", {"a": 0.5, "b": 0.25}, []):
+            lorafx.activate(model, weights)
+            y = call(X)
+            torch.testing.assert_close(y, eager(model, X))
+            y.sum().backward()

@@ -1,0 +1,206 @@
+"""What a thread or a task uses of a model's adapters, and rows of a batch."""
+
+import asyncio
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lorafx
+from tests.support.oracle import randomise
+
+X = torch.randn(4, 5, 8, dtype=torch.float64)  # (N, tokens, in)
+SPECS = ["a", "b", {"a": 0.7, "b": -0.3}, None]
+
+
+@pytest.fixture
+def model():
+    base = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
+    made = lorafx.inject(base, rank=2, adapter="a", dtype=torch.float64)
+    lorafx.add(made, "b", rank=3, alpha=9)
+    lorafx.add(made, "c", rank=1)
+    return randomise(made)
+
+
+def of(model, spec, x=X):
+    """What the model gives once it is told to use these, and nothing else, by `activate`."""
+    twin = copy.deepcopy(model)
+    lorafx.activate(twin, [] if spec is None else spec)
+    return twin(x).detach()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_using(model, spec):
+    with lorafx.using(model, "c"):
+        with lorafx.using(model, spec):
+            assert torch.equal(model(X), of(model, spec))
+        assert torch.equal(model(X), of(model, "c"))
+    assert torch.equal(model(X), of(model, "a"))
+    with pytest.raises(lorafx.AdapterError, match="no adapter 'd'"):
+        with lorafx.using(model, "d"):
+            pass
+
+
+def test_an_error_ends_it(model):
+    with pytest.raises(ZeroDivisionError), lorafx.using(model, "b"):
+        raise ZeroDivisionError
+    assert torch.equal(model(X), of(model, "a"))
+
+
+def test_disabled_and_using_nest(model):
+    base, other = of(model, None), of(model, "c")
+    with lorafx.using(model, "b"), lorafx.disabled(model):
+        assert torch.equal(model(X), base)
+        with lorafx.using(model, "c"):
+            assert torch.equal(model(X), other)
+
+
+def test_threads(model):
+    wanted = {str(spec): of(model, spec) for spec in SPECS}
+    right = []
+
+    def serve(spec):
+        for _ in range(50):
+            with lorafx.using(model, spec), torch.no_grad():
+                right.append(torch.allclose(model(X), wanted[str(spec)], atol=1e-12))
+
+    threads = [threading.Thread(target=serve, args=(spec,)) for spec in SPECS * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * 400
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tasks(model, compiled):
+    call = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+
+    async def serve(spec):
+        found = []
+        with lorafx.using(model, spec):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                found.append(call(X).detach())
+        return found
+
+    async def serve_all():
+        return await asyncio.gather(*map(serve, SPECS))
+
+    for spec, found in zip(SPECS, asyncio.run(serve_all())):
+        for y in found:
+            torch.testing.assert_close(y, of(model, spec))
+
+
+def test_copies_know_nothing_of_a_context(model):
+    with lorafx.using(model, "b"):
+        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for twin in twins:
+        assert torch.equal(twin(X), of(model, "a"))
+        with lorafx.using(twin, "b"):
+            assert torch.equal(twin(X), of(model, "b"))
+            assert torch.equal(model(X), of(model, "a"))
+
+
+def gradients(model, y):
+    named = dict(lorafx.named_parameters(model))
+    found = torch.autograd.grad(y.square().sum(), list(named.values()), allow_unused=True)
+    return dict(zip(named, found))
+
+
+@pytest.mark.parametrize("use", [lorafx.using, lambda model, _: lorafx.rows(model, SPECS)])
+def test_what_runs_again_in_the_backward_pass_uses_the_same(model, use):
+    lorafx.activate(model, ["a", "b"])
+    wanted, found = [], []
+    for x in (X, X.clone().requires_grad_()):
+        with use(model, {"a": 0.5}):
+            y = model(x) if x is X else checkpoint(model, x, use_reentrant=False)
+        (wanted if x is X else found).append(gradients(model, y))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_context_within_a_checkpointed_function(model):
+    lorafx.activate(model, ["a", "b"])
+
+    def both(x):
+        y = model(x)
+        with lorafx.using(model, "b"):
+            return y + model(x)
+
+    with lorafx.using(model, "a"):
+        wanted = gradients(model, both(X))
+        y = checkpoint(both, X.clone().requires_grad_(), use_reentrant=False)
+    with lorafx.using(model, None):
+        torch.testing.assert_close(gradients(model, y), wanted)
+
+
+def test_a_forward_that_is_not_known_is_an_error(model):
+    with lorafx.using(model, "b"):
+        y = checkpoint(model, X.clone().requires_grad_(), use_reentrant=True)
+    with pytest.raises(lorafx.AdapterError, match="use_reentrant=False"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("x", [X, X[:, 0], X[:, :1], X.repeat_interleave(3, 0)])
+def test_rows(model, x):
+    lorafx.activate(model, ["a", "b"])
+    with lorafx.rows(model, SPECS):
+        found = model(x)
+    times = len(x) // 4
+    for row, spec in enumerate(SPECS):
+        part = slice(row * times, (row + 1) * times)
+        torch.testing.assert_close(found[part], of(model, spec, x[part]))
+
+
+def test_rows_train_their_own_adapters(model):
+    lorafx.activate(model, ["a", "b", "c"])
+    wanted = {name: 0 for name, _ in lorafx.named_parameters(model)}
+    for row, spec in enumerate(SPECS):
+        with lorafx.using(model, spec):
+            y = model(X[row:row + 1])
+        if y.requires_grad:
+            for name, gradient in gradients(model, y).items():
+                wanted[name] = wanted[name] + (0 if gradient is None else gradient)
+    with lorafx.rows(model, SPECS):
+        found = gradients(model, model(X))
+    for name, gradient in found.items():
+        if ".c." in name:
+            assert gradient is None
+        else:
+            torch.testing.assert_close(gradient, wanted[name])
+
+
+def test_rows_drop_out_by_adapter():
+    model = lorafx.inject(nn.Linear(64, 64), rank=2, adapter="a", dropout=0.5)
+    lorafx.add(model, "b", rank=2)
+    randomise(model)
+    lorafx.activate(model, ["a", "b"])
+    x = torch.randn(2, 64)
+    with lorafx.rows(model, ["a", "b"]):
+        one, other = model(x), model(x)
+    assert not torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("x", [X[:3], X.transpose(0, 1)[:4], X.transpose(0, 1), X[0, 0]])
+def test_what_cannot_be_told_by_rows_is_an_error(model, x):
+    with lorafx.rows(model, SPECS), pytest.raises(ValueError, match="names adapters for 4 rows"):
+        model(x)
+
+
+@pytest.mark.parametrize("specs", ["a", [], {"a": 1.0}, None])
+def test_rows_are_a_list(model, specs):
+    with pytest.raises(lorafx.AdapterError, match="Rows are given as a list"):
+        with lorafx.rows(model, specs):
+            pass
+
+
+def test_rows_share_what_is_trained_whole():
+    base = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    model = lorafx.inject(base, adapter="a", trainable="1")
+    with pytest.raises(lorafx.AdapterError, match="'a' trains tensors of '1' whole"):
+        with lorafx.rows(model, ["a", None]):
+            pass
