@@ -246,3 +246,16 @@ def test_a_distributed_checkpoint_says_how_it_becomes_a_file(tmp_path: Path) -> 
         lorafx.load(net, run)
     dcp_to_torch_save(run / "pytorch_model_fsdp_0", tmp_path / "model.pth")
     assert torch.equal(lorafx.load(net, tmp_path / "model.pth")(X), model(X))
+
+
+def test_buffers_of_what_is_trained_whole_come_back(tmp_path: Path) -> None:
+    """As BatchNorm's count of batches, which is an integer, and a mask that has infinities."""
+    norm = nn.BatchNorm1d(6)
+    norm.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    net = nn.Sequential(nn.Linear(6, 6), norm)
+    model = injected(net, trainable="1")
+    model(X)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    loaded = lorafx.load(net, tmp_path / "model.pt")
+    assert int(loaded[1].trained.default.num_batches_tracked) == 1
+    assert torch.equal(loaded.eval()(X), model.eval()(X))
