@@ -54,8 +54,9 @@ class Adapter:
     infinity may mean something in them, as in a mask.
     `stored` says how the weights of its sites are stored, where that is known; `training` where its
     training stands. `untied` says that what it is for goes by no other name: where a model has a
-    site or a trained tensor under several, it means something else. `says_transposed` is true if
-    its file says that the weights are stored as (in, out), which shapes may contradict.
+    site or a trained tensor under several, it means something else. `alone` names rows of which
+    that is so; others are for all that is tied to them. `says_transposed` is true if its file says
+    that the weights are stored as (in, out), which shapes may contradict.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Adapter:
     untied: bool = False
     says_transposed: bool = False
     buffers: frozenset[str] = frozenset()
+    alone: frozenset[str] = frozenset()
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         """Yield every tensor and its name in a file of lorafx.

@@ -8,11 +8,14 @@ from torch import nn
 from .._adapter.config import FLOATS
 from .._adapter.names import dotted
 from .._checkpoint.checkpoint import Checkpoint
-from .._checkpoint.find import shards_of
+from .._checkpoint.find import read_config, shards_of
 from .._checkpoint.layout import stored_orientations
 from .._checkpoint.safetensors_base import checkpoint_of
 from .._errors import FormatError
+from .._formats.peft_tokens import Outline
+from .._model.places import base_parameters
 from .._storage.safetensors_files import open_safetensors
+from .conversions import ties_of
 
 
 def model_of(base: Path) -> nn.Module:
@@ -26,7 +29,7 @@ def model_of(base: Path) -> nn.Module:
         raise FormatError(f"'{base}' stores weights as (in, out), which only the model itself "
                           "tells apart: lorafx.load the adapter into it, and lorafx.save it from "
                           "there.")
-    model = nn.Module()
+    model = Outline()
     for name, (shape, dtype) in checkpoint.tensors.items():
         owner, _, attribute = name.rpartition(".")
         if attribute == "weight" and len(shape) == 2 and owner:
@@ -41,7 +44,25 @@ def model_of(base: Path) -> nn.Module:
         if attribute not in module._parameters and dtype in FLOATS:
             tensor = torch.empty(shape, dtype=dtype, device="meta")
             module.register_parameter(attribute, nn.Parameter(tensor))
+    ties = ties_of(read_config(base if base.is_dir() else base.parent) or {})
+    model.tying = ties.embedding
+    for names in ties.names:
+        _tie(model, names)
     return model
+
+
+def _tie(model: nn.Module, names: list[str]) -> None:
+    """Let what goes by several names be one, where a checkpoint has it under some or all."""
+    parameters = base_parameters(model)
+    there = [parameters[name] for name in names if name in parameters]
+    for name in names if there else ():
+        tied = there[0]
+        owner, _, attribute = name.rpartition(".")
+        path, _, last = owner.rpartition(".")
+        if attribute == "weight" and tied.ndim == 2 and name not in parameters:
+            layer = nn.Linear(tied.shape[1], tied.shape[0], False, device="meta")
+            _module(model, path).add_module(last, layer)
+        _module(model, owner)._parameters[attribute] = tied
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:

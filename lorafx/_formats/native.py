@@ -29,7 +29,8 @@ _FLAGS = {"alone": "untied", "turned": "says_transposed"}
 # what reading a damaged header raises
 _DAMAGE = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
 _KNOWN = {
-    "name", "config", "base", "scales", "trained", "buffers", "stored", "training", *_FLAGS}
+    "name", "config", "base", "scales", "trained", "buffers", "stored", "training",
+    "alone_rows", *_FLAGS}
 
 
 def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
@@ -40,6 +41,8 @@ def encode(adapter: Adapter, destination: Destination) -> dict[str, bytes]:
         "trained": list(adapter.trained), "stored": adapter.stored}
     if adapter.buffers:
         about["buffers"] = sorted(adapter.buffers)
+    if adapter.alone:
+        about["alone_rows"] = sorted(adapter.alone)
     for key, field in _FLAGS.items():
         if getattr(adapter, field):
             about[key] = True
@@ -93,9 +96,13 @@ def _adapter(about: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> A
     buffers = frozenset(list_of_names(about.get("buffers", [])))
     if not buffers <= whole:
         raise ValueError("a buffer is not among what is trained")
-    flags = {field: _flag(about[key]) for key, field in _FLAGS.items() if key in about}
-    return Adapter(
-        about["name"], config, pairs, trained, stored, training, buffers=buffers, **flags)
+    flags: dict[str, Any] = {
+        field: _flag(about[key]) for key, field in _FLAGS.items() if key in about}
+    alone = frozenset(list_of_names(about.get("alone_rows", [])))
+    if not alone <= whole:
+        raise ValueError("rows by themselves are not among what is trained")
+    return Adapter(about["name"], config, pairs, trained, stored, training, buffers=buffers,
+                   alone=alone, **flags)
 
 
 def _take_training(about: Any, tensors: dict[str, Tensor]) -> Training:

@@ -14,6 +14,7 @@ from .._graph.loaded import loaded
 from .._graph.modules import named_modules, submodule, users_modules
 from .._model.branches import Branch
 from .._model.quantised import is_packed
+from .._model.trained import Copies, Trained
 from .adapter_file import INSTEAD
 
 
@@ -135,20 +136,21 @@ def trained_under_every_name(adapter: Adapter, model: nn.Module) -> dict[str, Te
 
     PEFT copies each module that has one. A module that has two names itself it copies once.
     """
-    places: dict[Tensor, list[tuple[str, nn.Module]]] = defaultdict(list)
-    base: dict[str, Tensor] = {}
+    places: dict[tuple[Copies, str], list[tuple[str, nn.Module]]] = defaultdict(list)
+    holders: dict[str, tuple[Copies, str]] = {}
     for path, module in users_modules(model).items():
-        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                name = dotted(path, attribute)
-                base[name] = tensor
-                places[tensor].append((name, module))
+        trained = module._modules.get("trained")
+        copies = trained._modules.get(adapter.name) if isinstance(trained, Trained) else None
+        if isinstance(copies, Copies):
+            for name, holder in copies.holders().items():
+                places[holder].append((dotted(path, name), module))
+                holders[dotted(path, name)] = holder
     found: dict[str, Tensor] = {}
     for name, tensor in adapter.trained.items():
         if split_block(name)[1]:
             continue  # PEFT has a place of its own for rows
         first: dict[nn.Module, str] = {}
-        for other, module in places[base[name]]:
+        for other, module in places[holders[name]]:
             if first.setdefault(module, other) != other:
                 raise _tied(first[module], other)
             found[other] = tensor

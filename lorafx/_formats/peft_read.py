@@ -67,14 +67,16 @@ def _adapter(files: PeftFiles, model: nn.Module | None) -> Adapter:
     persistent = {} if model is None else base_buffers(model)
     trained = _trained_here(_trained(others, adapted, config, path), here, modules, others, path,
                             config, persistent)
-    trained |= read_rows(config, tensors, here, model, path)
+    rows, alone = read_rows(config, tensors, here, model, path)
+    trained |= rows
     buffers = frozenset(name for name, tensor in trained.items()
                         if name in persistent or not tensor.is_floating_point())
     check_complete(config, {here(module) for module in adapted}, modules,
                    [name.replace(".base_layer.", ".") for name in others], path)
     return Adapter("default", lora_config(config, pairs, trained), pairs, trained, stored,
                    untied=not config.get("ensure_weight_tying"),
-                   says_transposed=bool(config.get("fan_in_fan_out")), buffers=buffers)
+                   says_transposed=bool(config.get("fan_in_fan_out")), buffers=buffers,
+                   alone=alone)
 
 
 class HalfName(NamedTuple):

@@ -25,12 +25,22 @@ SUFFIX = ".token_adapter.trainable_tokens_delta"
 INDICES = "trainable_token_indices"  # the entry of the config
 
 
+class Outline(nn.Module):
+    """The layers of a model, without its code; `tying` is its embedding if its config ties a head.
+    """
+
+    tying: str | None = None
+
+
 def read_rows(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], here: Rename,
     model: nn.Module | None, path: Path,
-) -> dict[str, Tensor]:
-    """Return {weight in this model and block of rows: what stands in the place of these}."""
-    entry, found = config.get(INDICES), dict[str, Tensor]()
+) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Return {weight in this model and block of rows: what stands in the place of these}.
+
+    And those of them beside which what is tied to that weight in this model stays as it is.
+    """
+    entry, found, alone = config.get(INDICES), dict[str, Tensor](), set[str]()
     for name, tensor in tensors.items():
         if not name.endswith(SUFFIX):
             continue
@@ -44,15 +54,14 @@ def read_rows(
         if tensor.ndim < 1 or len(tensor) != len(indices):
             raise FormatError(f"'{path}' has {tuple(tensor.shape)} for the {len(indices)} rows of "
                               f"'{module}' that {INDICES} names.")
-        tied = None if model is None else _tied_alone(model, here(module))
-        if tied is not None:
-            raise FormatError(f"'{path}' has rows of '{module}' alone, but in this model its "
-                              f"weight is that of '{tied}' too: untie them first.")
         block = block_of(range(index, index + 1) for index in indices)
-        found[dotted(here(module), f"weight{block}")] = tensor[torch.tensor(indices).argsort()]
+        name = dotted(here(module), f"weight{block}")
+        found[name] = tensor[torch.tensor(indices).argsort()]
+        if model is not None and _tied_alone(model, here(module)) is not None:
+            alone.add(name)
     if entry and not found:
         raise FormatError(f"'{path}' has no rows of an embedding, which {INDICES} names.")
-    return found
+    return found, frozenset(alone)
 
 
 def _indices_of(entry: Any, module: str) -> Any:
@@ -66,7 +75,7 @@ def _tied_alone(model: nn.Module, module: str) -> str | None:
     """Return a module whose weight a module has, where PEFT would change it in the latter only."""
     modules = users_modules(model)
     weight = modules[module]._parameters.get("weight") if module in modules else None
-    if weight is None or _ties_head(model, module):
+    if weight is None or ties_head(model, module):
         return None
     for path, owner in modules.items():
         if path != module and any(own is weight for own in owner._parameters.values()):
@@ -74,8 +83,11 @@ def _tied_alone(model: nn.Module, module: str) -> str | None:
     return None
 
 
-def _ties_head(model: Any, module: str) -> bool:
-    """True if a module is the embedding of a transformers model whose config ties its head."""
+def ties_head(model: Any, module: str) -> bool:
+    """Return True if a module is the embedding of a transformers model whose config ties its head.
+    """
+    if isinstance(model, Outline):
+        return model.tying == module
     pretrained = loaded("transformers.modeling_utils", "PreTrainedModel")
     if pretrained is None or not isinstance(model, pretrained):
         return False

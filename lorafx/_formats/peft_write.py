@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._adapter.adapter import Adapter
 from .._adapter.names import dotted
 from .._errors import ConfigError
+from .._graph.dispatched import value_of
 from .._graph.loaded import loaded
 from .._graph.modules import submodule, users_modules
 from .._storage.safetensors_files import safetensors_bytes
@@ -136,7 +137,8 @@ def _all_tensors(
     tensors = {}
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name not in module._non_persistent_buffers_set:
-            tensors[dotted(path, name)] = trained.get(dotted(path, name), tensor)
+            own = value_of(module, name, tensor)
+            tensors[dotted(path, name)] = trained.get(dotted(path, name), own)
     return tensors
 
 

@@ -18,6 +18,7 @@ from .._adapter.config import LoRAConfig, short_repr
 from .._adapter.names import dotted, site_name
 from .._errors import FormatError
 from .._kernels.private import storage_key
+from .._model.places import base_buffers
 from .._storage.files import read_config, read_part, read_safetensors
 from .adapter_file import AdapterFile, Decoded
 from .peft_config import ADAPTER_CONFIG
@@ -67,7 +68,10 @@ def decode(file: AdapterFile) -> Decoded:
     rank = max(pair.A.shape[-2] for pair in pairs.values())
     owners = sorted({name.rpartition(".")[0] for name in whole} - {""})
     config = LoRAConfig(rank, targets=list(pairs), trainable=tuple(owners))
-    return Decoded(Adapter(adapter, config, pairs, whole))
+    persistent = {} if file.model is None else base_buffers(file.model)
+    buffers = frozenset(name for name, tensor in whole.items()
+                        if name in persistent or not tensor.is_floating_point())
+    return Decoded(Adapter(adapter, config, pairs, whole, buffers=buffers))
 
 
 def _chosen(file: AdapterFile, adapters: list[str]) -> str:

@@ -172,9 +172,11 @@ def value_of(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
 def put(module: nn.Module, name: str, tensor: Tensor) -> bool:
     """Let accelerate bring another tensor in the place of one, from memory; False if it does not.
 
-    Other models that share the weights keep theirs.
+    Other models that share the weights keep theirs. What accelerate knows of the one that was tied,
+    by its address, is not for this one.
     """
     hooks = _bringing(module, name)
     for hook in hooks:
+        hook.tied_params_map, hook.tied_params_names = None, set()
         hook.weights_map = collections.ChainMap({name: tensor.detach().cpu()}, hook.weights_map)
     return bool(hooks)

@@ -17,6 +17,7 @@ from .._errors import AdapterError, NoSiteError, UnsupportedModelError
 from .._graph.modules import LorafxModule, Place, named_modules, submodule
 from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
+from .away import check_ties_are_seen
 from .branches import Branch, new_pair, spread
 from .choice import Choice
 from .copies import keep_attributes, same_kind
@@ -103,6 +104,7 @@ def attach(program: Program, adapter: Adapter) -> None:
     model, record = program.model, injection(program.model)
     check_each_in_its_place(model)
     check_graphs_not_dispatched(model)
+    check_ties_are_seen(program, adapter)
     sites: list[Site] = []
     for name in adapter.pairs:
         site = program.site(name)

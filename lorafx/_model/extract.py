@@ -1,7 +1,7 @@
 """Takes an adapter out of a model, whole: also where several processes hold it together."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -66,8 +66,9 @@ def extract_here(model: nn.Module, adapter: str) -> Adapter:
         trained = {name: gathered(_value(model, adapter, name)) for name in whole}
         buffers = frozenset(
             name for name, tensor in whole.items() if not isinstance(tensor, nn.Parameter))
-    return Adapter(adapter, config, pairs, trained, stored, untied=injection(model).untied,
-                   buffers=buffers)
+    untied = injection(model).untied
+    return Adapter(adapter, config, pairs, trained, stored, untied=untied, buffers=buffers,
+                   alone=_rows(trained) if untied else frozenset())
 
 
 def check_in_place(model: nn.Module, adapter: str) -> None:
@@ -136,7 +137,12 @@ def _with_other_stages(here: Adapter, positions: Mapping[str, int]) -> Adapter:
     config = dataclasses.replace(here.config, targets=sorted(targets, key=position))
     stored = {name: stored[name] for name in pairs}
     return dataclasses.replace(here, config=config, pairs=pairs, trained=trained, stored=stored,
-                               buffers=buffers)
+                               buffers=buffers, alone=_rows(trained) if here.untied else here.alone)
+
+
+def _rows(names: Iterable[str]) -> frozenset[str]:
+    """Those names that are of rows."""
+    return frozenset(name for name in names if split_block(name)[1])
 
 
 def _positions(model: nn.Module) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,10 @@ def fit(program: Program, adapter: Adapter, source: str, made_for: str | None) -
         trained[rename(wholes[name]) + split_block(name)[1]] = tensor
     if len(trained) != len(adapter.trained):
         raise MismatchError(f"{source} has one trained tensor under two names of this model.")
-    fitted = _fit_trained(base, adapted, trained, adapter.untied, source)
+    alone = {rename(wholes[name]) + split_block(name)[1] for name in adapter.alone}
+    whole = trained.keys() if adapter.untied else ()
+    fitted = _fit_trained(
+        base, adapted, trained, alone.union(n for n in whole if not split_block(n)[1]), source)
     buffers: set[str] = set()
     for name, tensor in fitted.items():
         own = base[split_block(name)[0]]
@@ -111,9 +114,12 @@ def _sizes(in_features: int, out_features: int, experts: int | None = None) -> s
 
 def _fit_trained(
     base: Mapping[str, Tensor], adapted: Mapping[int, str], tensors: Mapping[str, Tensor],
-    untied: bool, source: str,
+    untied: Container[str], source: str,
 ) -> dict[str, Tensor]:
-    """The tensors that an adapter trained whole; `adapted` has the sites of its pairs, by id."""
+    """The tensors that an adapter trained whole; `adapted` has the sites of its pairs, by id.
+
+    Those that are `untied` are for nothing that is tied to them.
+    """
     fitted: dict[str, Tensor] = {}
     found: dict[int, list[str]] = defaultdict(list)  # the names before, by the tensor's id
     for name, tensor in tensors.items():
@@ -125,10 +131,11 @@ def _fit_trained(
                                 f"model {has}.")
         tied = [other for other, parameter in base.items()
                 if parameter is base[whole] and other != whole]
-        as_one = bool(block) or all(_is_same(tensors.get(other), tensor) for other in tied)
-        if untied and not as_one and _is_values_of(base[whole], tensor):
+        apart = name in untied and not all(
+            _is_same(tensors.get(other), tensor) for other in tied)
+        if apart and _is_values_of(base[whole], tensor):
             continue  # as PEFT saves all of a module, also what is tied and was not trained
-        if untied and not as_one:
+        if apart:
             raise MismatchError(f"{source} has a '{name}' of its own, but in this model that is "
                                 f"tied to '{tied[0]}': load it with untie=True.")
         others = [other for other in found[id(base[whole])]

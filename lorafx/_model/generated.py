@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .readers import GENERATED
 from .reading import RESETTING, adapted, base_or_trained
 
 
@@ -17,7 +16,7 @@ _SERIAL = itertools.count()
 
 def compiled(user_class: type[nn.Module], code: fx.graph.PythonCode) -> dict[str, Any]:
     """Return what a class has of a generated forward."""
-    filename = f"{GENERATED}{user_class.__qualname__} {next(_SERIAL)}>"
+    filename = f"<lorafx {user_class.__qualname__} {next(_SERIAL)}>"
     source = code.src.strip() + "\n"
     linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
     names = dict(code.globals)

@@ -40,19 +40,19 @@ READERS: dict[str, Answer] = {
 # their places: whoever reads below such a call gets the answer.
 PLACING = {("torch.distributed.tensor._api", "distribute_module"): Answer.LAYER}
 _BY_NAME = (nn.Module.get_parameter.__code__, nn.Module.get_buffer.__code__)
-GENERATED = "<lorafx "  # how the file names of generated code begin
 
 
 def reader(through: str = "") -> types.FrameType | None:
-    """Return the first frame that is neither lorafx's own nor code that it generated.
+    """Return the first frame that is not lorafx's own.
 
     It is not of the module `through` either, by which someone asks, nor what gets a tensor by name.
+    The code of a region is the user's, whoever runs it.
     """
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         ours = frame.f_globals.get("__name__", "").startswith("lorafx.")
         ours = ours or frame.f_globals.get("__name__") == through or frame.f_code in _BY_NAME
-        if not ours and not frame.f_code.co_filename.startswith(GENERATED):
+        if not ours:
             break
         frame = frame.f_back
     return frame

@@ -36,7 +36,7 @@ _RESERVED = frozenset({
     *_STATE, "graph", "_graph", "code", "_code", "recompile", "_user_class", "_linear"})
 _COPYING = frozenset("""
     __deepcopy__ __copy__ __reduce__ __reduce_ex__ __getstate__ __setstate__ __new__
-    __getattribute__ __init_subclass__
+    __getattribute__
 """.split())
 EJECTING = contextvars.ContextVar("ejecting", default=False)  # True: copies are the user's classes'
 
@@ -238,6 +238,13 @@ def _why_not_derived(user_class: type) -> str | None:
     return None
 
 
+class _Unannounced:
+    """Comes first among the bases of a class, so that no `__init_subclass__` hears of that."""
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
 def make_class(user_class: type, base: type[Adapted], namespace: dict[str, Any]) -> type[Adapted]:
     """A class of the same name that derives from the user's and, in second place, from a base."""
     contents = {name: value for name, value in vars(Adapted).items() if name in _COPYING}
@@ -247,7 +254,7 @@ def make_class(user_class: type, base: type[Adapted], namespace: dict[str, Any])
                  "__qualname__": user_class.__qualname__, "__doc__": user_class.__doc__,
                  "_user_class": user_class, **namespace}
     plain = issubclass(base, user_class)  # as of a plain nn.Module
-    bases = (base,) if plain else (user_class, base)
+    bases = (base,) if plain else (_Unannounced, user_class, base)
     made: type[Adapted] = types.new_class(
         user_class.__name__, bases, exec_body=lambda own: own.update(contents))
     return made

@@ -23,10 +23,10 @@ def untie(model: nn.Module, adapter: Adapter, source: str) -> bool:
                 name = dotted(path, attribute)
                 places[name] = Place(module, attribute)
                 names_of.setdefault(parameter, []).append(name)
-    sites, trained = _weights_named(adapter, places)
+    sites, trained, alone = _weights_named(adapter, places)
     found = False
     for parameter, names in names_of.items():
-        apart = [name for name in names if name in sites or name in trained]
+        apart = [name for name in names if name in sites | trained | alone]
         together = len(apart) == 1 and apart[0] in trained and not adapter.untied
         if len(names) == 1 or not apart or together:
             continue
@@ -45,12 +45,17 @@ def untie(model: nn.Module, adapter: Adapter, source: str) -> bool:
     return found
 
 
-def _weights_named(adapter: Adapter, places: dict[str, Place]) -> tuple[set[str], set[str]]:
-    """The parameters of this model that an adapter's pairs are for, and those it trained whole."""
+def _weights_named(
+    adapter: Adapter, places: dict[str, Place]
+) -> tuple[set[str], set[str], set[str]]:
+    """The parameters of this model that an adapter's pairs are for, those that it trained whole,
+    and those of which it trained rows alone.
+    """
     owners = {name.rpartition(".")[0] for name in places}
     weights = [split_block(site)[0] for site in adapter.pairs]
-    rename = renaming([*weights, *adapter.trained], {*owners, *places})
+    of_rows = [split_block(name)[0] for name in adapter.alone]
+    rename = renaming([*weights, *adapter.trained, *of_rows], {*owners, *places})
     sites = set()
     for name in map(rename, weights):
         sites.add(name if name in places else dotted(name, "weight"))
-    return sites, set(map(rename, adapter.trained))
+    return sites, set(map(rename, adapter.trained)), set(map(rename, of_rows))

@@ -106,3 +106,26 @@ def test_what_is_kept_and_what_is_asked_for(
     assert "is not a base that names layers" in error(capsys)
     assert main(["show", str(folder / "model.pth")]) == 0
     assert "(a model's state_dict), 2 sites" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trained", ["embed_tokens", "lm_head", "embed_tokens[3:5]"])
+def test_what_a_base_ties_is_one(tmp_path: Path, trained: str) -> None:
+    """A Hugging Face folder holds a tied tensor once; its config says that it has two names."""
+    transformers = pytest.importorskip("transformers")
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=True)).eval()
+    base.save_pretrained(tmp_path / "base")
+    model = randomise(lorafx.inject(base, 2, targets="q_proj", trainable=trained))
+    lorafx.save(model, tmp_path / "0.safetensors")
+    ids, last = torch.arange(11)[None], "0.safetensors"
+    for output in ("1", "2", "3.safetensors"):
+        assert main(["convert", str(tmp_path / last), str(tmp_path / output), "--base",
+                     str(tmp_path / "base")]) == 0
+        assert torch.equal(lorafx.load(base, tmp_path / output)(ids).logits, model(ids).logits)
+        last = output
+    written = [safetensors.torch.load_file(tmp_path / path / "adapter_model.safetensors")
+               for path in ("1", "2")]
+    lorafx.save(model, tmp_path / "live")
+    live = safetensors.torch.load_file(tmp_path / "live" / "adapter_model.safetensors")
+    assert live.keys() == written[0].keys() == written[1].keys()

@@ -100,10 +100,23 @@ class Tied(nn.Module):
 
 def test_where_peft_would_change_one_name_alone(tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["up"], trainable_token_indices={"tokens": [1]})
-    peft.get_peft_model(Tied(), config).save_pretrained(tmp_path / "a")
+    base, ids = Tied().tie(), torch.arange(9)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    theirs.save_pretrained(tmp_path / "a")
     lorafx.load(Tied(), tmp_path / "a")
-    with pytest.raises(lorafx.FormatError, match="rows of 'tokens' alone, .*that of 'head' too"):
-        lorafx.load(Tied().tie(), tmp_path / "a")
+    with pytest.raises(lorafx.MismatchError, match="tied to 'head.weight': load it with untie=Tru"):
+        lorafx.load(base, tmp_path / "a")
+    loaded = lorafx.load(base, tmp_path / "a", untie=True)
+    torch.testing.assert_close(loaded(ids), theirs(ids), rtol=0, atol=1e-5)
+    lorafx.save(loaded, tmp_path / "a.safetensors")
+    with pytest.raises(lorafx.MismatchError, match="tied to 'head.weight': load it with untie=Tru"):
+        lorafx.load(base, tmp_path / "a.safetensors")
+    again = lorafx.load(base, tmp_path / "a.safetensors", untie=True)
+    torch.testing.assert_close(again(ids), loaded(ids), rtol=0, atol=1e-6)
     model = lorafx.inject(Tied().tie(), targets="up", trainable="tokens[1]")
     with pytest.raises(lorafx.FormatError, match="would change rows of 'tokens' and not of 'head'"):
         lorafx.save(model, tmp_path / "b")

@@ -135,7 +135,12 @@ def test_a_state_dict_keeps_the_scale_apart_from_casts() -> None:
     halves = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     assert not any(other.load_state_dict(halves))
     old = {name: tensor for name, tensor in model.state_dict().items() if name[-2:] != ".s"}
-    assert not any(other.load_state_dict(old))
+    found = other.load_state_dict(old, strict=False)
+    assert not found.unexpected_keys
+    assert set(found.missing_keys) == model.state_dict().keys() - old.keys()
+    for lacking in (old, injected(net, alpha=2).state_dict()):  # lost, or another one
+        with pytest.raises(RuntimeError, match=r'Missing key.*"layers.0.lora.default.s"'):
+            other.load_state_dict(lacking)
     with pytest.raises(RuntimeError, match="the scale, is 0.1, and here it is 1: make this adap"):
         injected(net, alpha=2).load_state_dict(model.state_dict())
     moved = injected(net, alpha=0.2).to_empty(device="meta")
@@ -246,3 +251,16 @@ def test_a_distributed_checkpoint_says_how_it_becomes_a_file(tmp_path: Path) -> 
         lorafx.load(net, run)
     dcp_to_torch_save(run / "pytorch_model_fsdp_0", tmp_path / "model.pth")
     assert torch.equal(lorafx.load(net, tmp_path / "model.pth")(X), model(X))
+
+
+def test_buffers_of_what_is_trained_whole_come_back(tmp_path: Path) -> None:
+    """As BatchNorm's count of batches, which is an integer, and a mask that has infinities."""
+    norm = nn.BatchNorm1d(6)
+    norm.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    net = nn.Sequential(nn.Linear(6, 6), norm)
+    model = injected(net, trainable="1")
+    model(X)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    loaded = lorafx.load(net, tmp_path / "model.pt")
+    assert int(loaded[1].trained.default.num_batches_tracked) == 1
+    assert torch.equal(loaded.eval()(X), model.eval()(X))

@@ -56,3 +56,24 @@ def test_a_lookup_that_shares_its_weight_is_named():
         "shares its weight with 'lm_head'",
     ):
         lorafx.inject(transformers.LlamaForCausalLM(config), targets="embed_tokens")
+
+
+def test_a_parameter_of_the_model_itself_is_trained(tmp_path):
+    """As the logit_scale of a CLIP."""
+    vision = {key: value for key, value in SIZES.items() if key != "vocab_size"}
+    base = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=SIZES | {"eos_token_id": 2}, projection_dim=8,
+        vision_config=vision | {"image_size": 8, "patch_size": 4})).eval()
+    pixels = torch.randn(2, 3, 8, 8)
+
+    def outputs(model):
+        return model(input_ids=torch.tensor([[5, 7, 2]]), pixel_values=pixels).logits_per_image
+
+    model = lorafx.inject(base, 2, targets="q_proj", trainable="logit_scale")
+    assert torch.equal(outputs(model), outputs(base))
+    with torch.no_grad():
+        model.trained.default.logit_scale.add_(0.5)
+    model.save_pretrained(tmp_path)
+    again = lorafx.load(base, tmp_path)
+    assert torch.equal(outputs(again), outputs(model))
+    torch.testing.assert_close(outputs(model), outputs(base) * torch.tensor(0.5).exp())

@@ -83,16 +83,39 @@ def test_a_row_of_the_table_holds_for_all_modules_with_its_prefix(how, layer, ro
 
 
 def test_the_reader_is_the_first_that_is_not_of_lorafx(layer, row):
-    """Code of lorafx, and what it made, may stand between; the reader's caller does not count."""
+    """Code of lorafx may stand between; the reader's caller does not count."""
     row("placing.", Answer.PARAMETER)
     placing = module_named("placing.weights", READS)
     ours, user = module_named("lorafx.anything", READS), module_named("lorafxes", READS)
     assert ours.through(placing.directly, layer) is layer.frozen_weight
     assert placing.through(ours.directly, layer) is layer.frozen_weight
     assert type(placing.through(user.directly, layer)) is AdaptedWeight
-    generated = types.ModuleType("anything")
-    exec(compile(READS, f"{readers.GENERATED}anything>", "exec"), vars(generated))
-    assert placing.through(generated.directly, layer) is layer.frozen_weight
+
+
+class Scaled(nn.Sequential):
+    """A region with a parameter of its own, and one in it."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self[1](F.linear(x, self[0].weight)) * self.scale
+
+
+@pytest.mark.parametrize("path, name", [("1", "bias"), ("", "scale")])
+def test_a_region_reads_what_is_trained_whoever_calls_it(path, name, row):
+    """As accelerate calls the forward of an instance itself."""
+    row("placing.", Answer.PARAMETER)
+    placing = module_named("placing.hooks", READS)
+    model = lorafx.inject(Scaled(), targets=["0", "1"], trainable=f"{path}.{name}".lstrip("."))
+    region, x = model.get_submodule(path), torch.randn(2, 4)
+    before = region(x)
+    with torch.no_grad():
+        region.trained.default.get_parameter(name).add_(1)
+    after = region(x)
+    assert torch.equal(placing.through(region.forward, x), after)
+    assert not torch.allclose(before, after, atol=0.1)
 
 
 def test_no_frame_is_an_unknown_reader():

@@ -173,3 +173,21 @@ def test_a_typo():
         match=r"matches trainable='\*.bais'; this model has .*'head.bias'"
     ):
         lorafx.inject(encoder(), trainable="*.bais")
+
+
+class Announced(Encoder):
+    """A class that keeps a list of those that derive from it, as transformers' do something."""
+
+    derived: list[type] = []
+
+    def __init_subclass__(cls) -> None:
+        Announced.derived.append(cls)
+
+
+def test_a_class_that_hears_of_those_that_derive_from_it_hears_of_no_more() -> None:
+    base = Announced().double()
+    model = randomise(lorafx.inject(base, 2, targets="q", trainable=["logit_scale", "first"]))
+    torch.testing.assert_close(model(IDS), expected(base, model), rtol=0, atol=1e-10)
+    assert not Announced.derived and isinstance(model, Announced)
+    assert type(lorafx.merge(model)) is type(lorafx.eject(model)) is Announced
+    torch.testing.assert_close(lorafx.merge(model)(IDS), model(IDS), rtol=0, atol=1e-10)
