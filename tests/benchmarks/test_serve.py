@@ -4,7 +4,6 @@
 import json
 
 import pytest
-
 import serve
 from serve_parts import rule
 from serve_parts.contenders import LORAFX
