@@ -241,7 +241,7 @@ def test_one_graph_for_all_assignments_and_ranks(tokens, trains):
     step = torch.compile(Layer(), fullgraph=True, backend="aot_eager")
     x, weight = torch.randn(5, tokens, 7), torch.randn(11, 7)
     cases = [(RANKS, ROWS), (RANKS, [{}] * 5), (RANKS, [{3: 1.0}] * 5), ((1, 9), [{1: 1.0}] * 5),
-             ((1,), [{0: 1.0}] * 5), ((64, 32), [{0: 1.0, 1: 1.0}] * 5)]
+             ((1,) * 60, [{3: 1.0}] * 5), ((64, 32), [{0: 1.0, 1: 1.0}] * 5)]
     for ranks, rows in cases:
         As, Bs = adapters(7, 11, ranks, dtype=torch.float32)
         gates = Gates.of(dense_gates(rows, ranks, dtype=torch.float32))
