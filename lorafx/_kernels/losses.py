@@ -12,21 +12,28 @@ from .weights import folded, rows_at_a_time, rows_of
 
 
 class Losses:
-    """Of one matrix W (..., m, n), at each site, which is some rows or columns of it.
+    """Of one matrix W (..., m, n), m being `height`, at each site: some rows or columns of it.
 
     D is the sum of all addends of the matrix. The norms are sums over blocks of rows, of
     (stored - W) - D, in which no digits of a small D are lost beside those of W.
     """
 
-    def __init__(self, sites: Mapping[str, Sequence[Addend]]) -> None:
-        self.rows = 0  # that have been added
+    def __init__(self, sites: Mapping[str, Sequence[Addend]], height: int) -> None:
+        self.height, self.rows = height, 0  # that have been added
         self._addends = [addend for addends in sites.values() for addend in addends]
         self._at = {site: addends[0] for site, addends in sites.items()}
         self._squares: dict[str, list[Any]] = {site: [0.0, 0.0] for site in sites}
         self._scratch = Scratch()
 
+    @property
+    def complete(self) -> bool:
+        """True if all rows have been added."""
+        return self.rows == self.height
+
     def add(self, W: Tensor, stored: Tensor) -> None:
-        """Note the next rows of W, and what is stored for those of W + D."""
+        """Note the next rows of W, and what is stored for those of W + D; none after the last."""
+        if self.complete:
+            return
         length = rows_at_a_time(W.shape, W.device.type)
         for start in range(0, W.shape[-2], length):
             place = (..., slice(start, start + length), slice(None))

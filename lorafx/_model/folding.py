@@ -104,8 +104,10 @@ def losses(
         place = places[aliases[0]]
         whole = {site: _gathered(addends) for site, addends in by_site.items()}
         if is_quantised(place):
-            found, addends = Losses(whole), [addend for part in whole.values() for addend in part]
-            found.add(*unpacking.foretold(aliases[0], place, addends, dtype))
+            addends = [addend for part in whole.values() for addend in part]
+            W, stored = unpacking.foretold(aliases[0], place, addends, dtype)
+            found = Losses(whole, len(W))
+            found.add(W, stored)
         else:
             W = gathered(_value_at(place))
             found = _losses_of(W if dtype is None else W.to(dtype), whole, scratch)
@@ -124,7 +126,8 @@ def _gathered(addends: Sequence[Addend]) -> list[Addend]:
 
 def _losses_of(W: Tensor, by_site: Mapping[str, Sequence[Addend]], scratch: Scratch) -> Losses:
     """What rounding W + D to W's dtype loses, as many rows at a time as `folded` sums, or more."""
-    found, addends = Losses(by_site), [addend for part in by_site.values() for addend in part]
+    found = Losses(by_site, W.shape[-2])
+    addends = [addend for part in by_site.values() for addend in part]
     length = _BLOCKS * rows_at_a_time(W.shape, W.device.type)
     for start in range(0, W.shape[-2], length):
         rows = W[..., start:start + length, :]
