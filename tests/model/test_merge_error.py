@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import lorafx
-from lorafx._kernels import weights
-from lorafx._kernels.scratch import Scratch
 from tests.quantised.test_formats import case
 from tests.support.checkpoints import Turned
+from tests.support.internals import replace_internal, watch_memory
 from tests.support.oracle import randomise
 from tests.support.quantised import FORMATS
 
@@ -78,7 +77,7 @@ def truth(base: nn.Module, merged: nn.Module, D: dict[str, Tensor]) -> dict[str,
 def test_what_is_foretold_is_what_merging_does(
     dtype: torch.dtype, size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "_BLOCK", 26)  # so that a matrix is many blocks of rows
+    replace_internal(monkeypatch, "summed_at_a_time", 26)  # so that a matrix is many blocks of rows
     base, model = injected(dtype, size)
     before = copy.deepcopy(model.state_dict())
     adapters = {"default": 0.7, "other": -1.3}
@@ -213,14 +212,8 @@ def test_a_dtype_is_one_of_floats(dtype: Any) -> None:
 
 def test_little_memory_is_needed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some rows are in memory at a time, in all dtypes together."""
-    sizes, empty = [], Scratch.empty
-
-    def watched(self: Scratch, use: str, shape: Any, *more: Any) -> Tensor:
-        sizes.append(torch.Size(shape).numel())
-        return empty(self, use, shape, *more)
-
-    monkeypatch.setattr(Scratch, "empty", watched)
-    monkeypatch.setattr(weights, "_BLOCK", 64)
+    sizes = watch_memory(monkeypatch)
+    replace_internal(monkeypatch, "summed_at_a_time", 64)
     model = randomise(lorafx.inject(nn.Sequential(nn.Linear(32, 1000)).bfloat16(), targets="0"))
     assert 0 < lorafx.merge_error(model)["0"] < 0.1
     assert max(sizes) <= 16 * 64
