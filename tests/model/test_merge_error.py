@@ -90,6 +90,13 @@ def test_what_is_foretold_is_what_merging_does(
     assert type(model.baked) is not nn.Linear  # a parametrization is still there
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_far_below_the_steps_of_a_dtype_is_lost_whole(dtype: torch.dtype) -> None:
+    _, model = injected(dtype, 1e-24)
+    found = lorafx.merge_error(model)
+    assert found == pytest.approx(dict.fromkeys(TARGETS, 1.0))
+
+
 def test_adapters_are_chosen_as_in_merge() -> None:
     _, model = injected(torch.bfloat16, 1e-2)
     assert lorafx.merge_error(model) == lorafx.merge_error(model, "default")
