@@ -23,7 +23,7 @@ class UnsupportedModelError(LorafxError, TypeError):
 
 
 class AdaptedWeightError(LorafxError, RuntimeError):
-    """Python writes into an adapted weight, or rounds it, which would lose the adapter."""
+    """Python writes into an adapted weight, or rounding it would lose the adapter, or too much."""
 
 
 class NotInjectedError(LorafxError, TypeError):

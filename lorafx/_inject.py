@@ -229,13 +229,16 @@ class MergeLoRA(PassBase):
         *,
         untie: bool = False,
         requantize: bool = False,
+        max_error: float | None = None,
     ) -> None:
         self.adapters = adapters
         self.untie = untie
         self.requantize = requantize
+        self.max_error = max_error
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Return the merged module; the given one is not touched."""
         merged = merge(
-            graph_module, self.adapters, untie=self.untie, requantize=self.requantize)
+            graph_module, self.adapters, untie=self.untie, requantize=self.requantize,
+            max_error=self.max_error)
         return PassResult(merged, True)

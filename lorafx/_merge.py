@@ -6,20 +6,21 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
+from ._adapter.config import FLOATS, short_repr
+from ._adapter.losses import check_errors, check_max_error
 from ._adapter.names import branch_name, dotted, ranges_of, split_block
-from ._errors import TiedWeightError, UnsupportedModelError
+from ._errors import ConfigError, TiedWeightError, UnsupportedModelError
 from ._graph.dispatched import put, value_of
 from ._graph.modules import LorafxModule, Place, all_modules, named_modules, submodule, unwrapped
-from ._kernels.addend import Addend
 from ._kernels.scratch import Scratch
-from ._kernels.weights import folded, with_rows
+from ._kernels.weights import with_rows
 from ._model.branches import Branch, branches, factors_at
 from ._model.extract import check_in_place
 from ._model.guard import check_each_in_its_place, check_graphs_not_dispatched
 from ._model.copies import same_kind, share
 from ._model.flat import check_can_be_copied
+from ._model.folding import ToFold, fold, losses, tensors
 from ._model.places import base_parameters, places_of
 from ._model.reading import original_name
 from ._model.record import RECORD, injection, trained_modules, weights_of
@@ -90,6 +91,7 @@ def merge(
     *,
     untie: bool = False,
     requantize: bool = False,
+    max_error: float | None = None,
 ) -> M:
     """Return a new model of the original class with adapters folded in: W + sum w s B A.
 
@@ -105,9 +107,11 @@ def merge(
             tensor of its own.
         requantize: store the sum of a weight that is quantised in the same way again. The new
             model's `requantize_error` is {site: norm of what this changed / norm of s B A}.
+        max_error: the largest `lorafx.merge_error` of a site that is accepted; any by default.
 
     Raises:
         TiedWeightError: such a weight exists and `untie` is false.
+        AdaptedWeightError: a site's error exceeds `max_error`. Nothing is folded then.
         AdapterError: an adapter's name is unknown.
         UnsupportedModelError: how to quantise a weight again is not known.
 
@@ -118,6 +122,61 @@ def merge(
         >>> torch.allclose(lorafx.merge(model)(x), model(x))
         True
     """
+    check_max_error(max_error)
+    twin, to_fold = _prepared(model, adapters, untie)
+    if max_error is not None:
+        check_errors(losses(twin, to_fold, None, requantize), max_error)
+    merged: M = _fold_all(twin, to_fold, requantize)
+    return merged
+
+
+@torch.inference_mode(False)
+def merge_error(
+    model: nn.Module,
+    adapters: str | Iterable[str] | Mapping[str, float] | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    requantize: bool = False,
+) -> dict[str, float]:
+    """Return {site: |stored - (W + D)| / |D|}: what `merge` would lose of D, sum w s B A.
+
+    What `merge` would store of W + D is compared with the exact sum, in Frobenius norms; where D is
+    0, so is the error. About 1 means that D is lost whole: its entries are far below the steps of
+    W's dtype. Some rows are computed at a time (a quantised weight as a whole), and no model is
+    made.
+
+    Args:
+        model: an injected model.
+        adapters: what would be folded, as for `lorafx.merge`; the active adapters by default.
+        dtype: ask of a base that was cast to this dtype; by default of the base as it is.
+        requantize: ask of `merge(model, requantize=True)`, whose quantised weights keep their own
+            way of storing, whatever `dtype` is.
+
+    Raises:
+        AdapterError: an adapter's name is unknown. ConfigError: `dtype` is none of float16,
+        bfloat16, float32 and float64. UnsupportedModelError: as for `merge`.
+
+    Example:
+        >>> import torch, lorafx
+        >>> model = lorafx.inject(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=1)
+        >>> lorafx.merge_error(model)  # B is 0 before training
+        {'0': 0.0}
+        >>> _ = torch.nn.init.constant_(model[0].lora.default.B, 1e-6)
+        >>> error = lorafx.merge_error(model, dtype=torch.bfloat16)["0"]
+        >>> 0.9 < error <= 1  # too small an addend for bfloat16
+        True
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise ConfigError("dtype must be float16, bfloat16, float32, float64 or None, not "
+                          f"{short_repr(dtype)}.")
+    twin, to_fold = _prepared(model, adapters, untie=True)
+    return losses(twin, to_fold, dtype, requantize)
+
+
+def _prepared(
+    model: nn.Module, adapters: str | Iterable[str] | Mapping[str, float] | None, untie: bool
+) -> tuple[nn.Module, ToFold]:
+    """The original with what these adapters trained whole, and what is to be added to it."""
     check_each_in_its_place(model)
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
     check_graphs_not_dispatched(model)
@@ -133,29 +192,27 @@ def merge(
         _check_untied(owners)
     twin = _ejected(model)
     _place_trained(model, twin, chosen)
-    addends: dict[tuple[str, ...], list[Addend]] = defaultdict(list)
+    to_fold: ToFold = defaultdict(dict)
     for site, (names, _) in owners.items():
-        addends[tuple(names)] += held[site].addends(None, chosen, stored=True)
-    merged: M = _fold_all(twin, addends, requantize)
-    return merged
+        to_fold[tuple(names)][site] = held[site].addends(None, chosen, stored=True)
+    return twin, to_fold
 
 
-def _fold_all(
-    twin: Any, by_weight: Mapping[tuple[str, ...], list[Addend]], requantize: bool
-) -> Any:
+def _fold_all(twin: Any, to_fold: ToFold, requantize: bool) -> Any:
     """Fold into each weight, which goes by these names, what is added to it."""
     places, scratch, unpacking = places_of(twin), Scratch(), Unpacking(twin, requantize)
-    for aliases, addends in by_weight.items():
+    for aliases, by_site in to_fold.items():
         found = [places[name] for name in aliases]
+        addends = [addend for several in by_site.values() for addend in several]
         if is_quantised(found[0]):
             unpacking.fold(aliases[0], found, addends)
         else:
-            _fold(found, addends, scratch)
+            fold(found, addends, scratch)
     merged: Any = unpacking.model
     if requantize:
         merged.requantize_error = unpacking.errors
     else:
-        declare_plain(merged, [name for aliases in by_weight for name in aliases])
+        declare_plain(merged, [name for aliases in to_fold for name in aliases])
     return merged
 
 
@@ -181,12 +238,7 @@ def _place_trained(model: nn.Module, twin: nn.Module, chosen: Iterable[str]) -> 
                     value = value_of(holder, key, held.detach())
                     clones[held] = _in_the_place_of(owner, attribute, value, ranges_of(block))
                 if not put(owner, attribute, clones[held]):
-                    _tensors(owner, attribute)[attribute] = clones[held]
-
-
-def _tensors(owner: nn.Module, name: str) -> dict[str, Any]:
-    """The table of a module in which a tensor is registered."""
-    return owner._parameters if name in owner._parameters else owner._buffers
+                    tensors(owner, attribute)[attribute] = clones[held]
 
 
 def _in_the_place_of(
@@ -196,7 +248,7 @@ def _in_the_place_of(
 
     Of what stands for some rows of it, with the others.
     """
-    base = _tensors(owner, name)[name]
+    base = tensors(owner, name)[name]
     copied = gathered_beside(base, value).to(base.dtype, copy=True)
     if ranges:
         copied = with_rows(value_of(owner, name, base.detach()), ranges, copied)
@@ -230,52 +282,3 @@ def _tensor_identity(place: Place) -> Any:
     """Return what all names of one tensor have in common, and no other tensor's."""
     parameter = place.module._parameters.get(place.attribute)
     return place if parameter is None else parameter
-
-
-def _fold(places: list[Place], addends: list[Addend], scratch: Scratch) -> None:
-    """Put W + sum s B A, rounded once to W's dtype, in the place of W, under all of its names."""
-    for owner, attribute in places:
-        if parametrize.is_parametrized(owner, attribute):
-            _bake(owner, attribute)
-    owner, attribute = places[0]
-    weight = owner._parameters.get(attribute, owner._buffers.get(attribute))
-    if weight is None:
-        raise UnsupportedModelError(
-            f"The {attribute} of a {type(owner).__name__} is computed before every call, by a hook "
-            "such as the old weight_norm's: remove that from the model "
-            "(torch.nn.utils.remove_weight_norm) before lorafx.inject.")
-    value = value_of(owner, attribute, weight.detach())
-    if value.is_meta:
-        raise UnsupportedModelError(
-            f"The {attribute} of a {type(owner).__name__} is still on the meta device, so that "
-            "nothing can be folded into it: load the base before lorafx.merge.")
-    parts = []
-    for addend in addends:
-        left, right = (gathered_beside(value, factor.detach()) for factor in addend[:2])
-        parts.append(addend._replace(left=left, right=right))
-    total = folded(value, parts, scratch)
-    new = same_kind(weight, total) if isinstance(weight, nn.Parameter) else total
-    for owner, attribute in places:
-        if not put(owner, attribute, new):
-            _tensors(owner, attribute)[attribute] = new
-
-
-def _bake(owner: nn.Module, attribute: str) -> None:
-    """Put the weight that a parametrization computes, in eval, in its place, as a Parameter.
-
-    torch's remove_parametrizations would do it to every copy of the module, since copies share the
-    class.
-    """
-    training = owner.training
-    with torch.no_grad():
-        weight = getattr(owner.eval(), attribute).clone()
-    owner.train(training)
-    cls: Any = type(owner)
-    rest, computed = dict(vars(cls)), submodule(owner, "parametrizations")._modules
-    del rest[attribute], computed[attribute]
-    if computed:
-        owner.__class__ = type(cls)(cls.__name__, cls.__bases__, rest)
-    else:
-        del owner._modules["parametrizations"]
-        owner.__class__ = cls.__bases__[0]
-    owner._parameters[attribute] = nn.Parameter(weight, requires_grad=False)

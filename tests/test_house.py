@@ -101,8 +101,8 @@ PUBLIC = [
     "AdaptedWeightError", "AdapterError", "ConfigError", "FormatError", "InjectLoRA", "LorafxError",
     "MergeLoRA", "MismatchError", "NoSiteError", "NotInjectedError", "Site", "Summary", "Targets",
     "TiedWeightError", "UnsupportedModelError", "activate", "adapters", "add", "compile_options",
-    "compose", "disabled", "eject", "inject", "load", "merge", "named_parameters", "parameters",
-    "remove", "reset_parameters", "resume", "save", "sites", "summary"]
+    "compose", "disabled", "eject", "inject", "load", "merge", "merge_error", "named_parameters",
+    "parameters", "remove", "reset_parameters", "resume", "save", "sites", "summary"]
 
 
 def test_the_public_surface():

@@ -16,7 +16,7 @@ from .._kernels.weights import folded, rows_at_a_time
 from .._storage.safetensors_files import (
     DTYPES, NAMES, Entry, SafetensorsFile, header_bytes, read_rows)
 from .._storage.streams import Advance, copy_bytes, nbytes, one_behind, tensor_bytes, write_all
-from .jobs import Job, copy_job
+from .jobs import Job, Sum, copy_job
 from .plan import Change, MergePlan
 
 
@@ -47,6 +47,8 @@ def summed(
     if dtype == torch.float16 and not all_finite(total) and all_finite(source):
         raise ConfigError(
             f"'{name}' exceeds float16's 65504: write another --dtype, such as bfloat16.")
+    if change.losses is not None:
+        change.losses.add(source, total)
     return total
 
 
@@ -57,7 +59,8 @@ def summed_rows(
     """Yield what becomes of a tensor, some rows of a matrix at a time, each in the next scratch.
 
     They are those that lorafx.merge sums at a time, or multiples, so that the bits are the same.
-    Any other tensor is read as a whole, as the rows of a stack lie apart in a file.
+    Any other tensor is read as a whole, as the rows of a stack lie apart in a file. What is lost is
+    noted in the change, the first time.
     """
     if len(shape) != 2:
         scratch = Scratch()
@@ -136,7 +139,28 @@ def _write_safetensors(
             if output.is_copy:
                 behind(copy_bytes, copied, file, entry.begin, entry.size, advance)
                 continue
-            read = functools.partial(read_rows, source, entry)
-            change, dtype = output.change or Change(), DTYPES[output.dtype]
-            for rows in summed_rows(read, entry.shape, change, dtype, output.name, scratches):
+            for rows in _output_rows(source, output, scratches):
                 behind(write_all, file, tensor_bytes(rows), advance)
+
+
+def _output_rows(
+    source: io.BufferedReader, output: Output, scratches: Iterator[Scratch]
+) -> Iterator[Tensor]:
+    """Yield what becomes of a tensor of an open file."""
+    read = functools.partial(read_rows, source, output.entry)
+    change, dtype = output.change or Change(), DTYPES[output.dtype]
+    yield from summed_rows(read, output.entry.shape, change, dtype, output.name, scratches)
+
+
+def sums_of(
+    file: SafetensorsFile, plan: MergePlan, dtype: torch.dtype | None
+) -> Iterator[Sum]:
+    """Yield those tensors of a file's new version to which something is added."""
+    for output in outputs_of(file, plan, dtype):
+        if output.change is not None and output.change.losses is not None:
+            yield Sum(output.change.losses, functools.partial(_opened_rows, file, output))
+
+
+def _opened_rows(file: SafetensorsFile, output: Output) -> Iterator[Tensor]:
+    with open(file.path, "rb") as source:
+        yield from _output_rows(source, output, itertools.repeat(Scratch()))

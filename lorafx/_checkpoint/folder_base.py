@@ -11,7 +11,7 @@ from .._errors import FormatError
 from .._storage.json_files import read_json
 from .._storage.safetensors_files import SafetensorsFile
 from .find import INDEX, MODEL_CONFIG, read_config, shards_of
-from .fold import outputs_of, safetensors_job
+from .fold import outputs_of, safetensors_job, sums_of
 from .jobs import PreparedMerge, copy_job, files_in, json_job
 from .plan import MergePlan, MergeRequest, plan_merge
 from .safetensors_base import checkpoint_of
@@ -35,7 +35,8 @@ def prepare_folder(base: Path, request: MergeRequest) -> PreparedMerge:
         if name not in jobs:
             jobs[name] = copy_job(path, name)
     tensors = sum(len(shard.entries) for shard in shards)
-    return PreparedMerge(list(jobs.values()), plan, tensors)
+    sums = [each for shard in shards for each in sums_of(shard, plan, dtype)]
+    return PreparedMerge(list(jobs.values()), plan, tensors, sums)
 
 
 def _check_dense(base: Path, config: Mapping[str, Any] | None) -> None:

@@ -3,12 +3,15 @@
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from .._errors import FormatError
+from .._kernels.losses import Losses
 from .._storage.streams import Advance, copy_bytes, write_all
 from .plan import MergePlan
 
@@ -30,12 +33,32 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Sum:
+    """A tensor W + D of a new checkpoint; what rounding it loses is noted while `rows` computes it.
+    """
+
+    losses: Losses
+    rows: Callable[[], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
 class PreparedMerge:
     """What is known before a byte is written: files, what changes, and the number of tensors."""
 
     jobs: list[Job]
     plan: MergePlan
     tensors: int
+    sums: list[Sum]
+
+    def errors(self) -> dict[str, float]:
+        """{site: |written - (W + D)| / |D|}; what has not been computed yet is, and not written."""
+        errors: dict[str, float] = {}
+        for each in self.sums:
+            if not each.losses.complete:
+                for _ in each.rows():
+                    pass
+            errors |= each.losses.errors()
+        return errors
 
 
 def copy_job(path: Path, name: str) -> Job:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .._adapter.conversions import ConversionTable
+from .._adapter.losses import check_errors
 from .._errors import FormatError
 from .._storage.streams import tensor_bytes
 from .find import MODEL_CONFIG
@@ -28,19 +29,23 @@ from .write import write_checkpoint
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge wrote: files and bytes, in seconds; how many of its tensors are changed."""
+    """What a merge wrote: files and bytes, in seconds; how many of its tensors are changed.
+
+    `errors` is what rounding lost, {site: |written - (W + D)| / |D|}.
+    """
 
     files: int
     bytes: int
     seconds: float
     changed: int
     tensors: int
+    errors: Mapping[str, float]
 
 
 def merge_checkpoint(
     base: Path, adapters: Sequence[WeightedAdapter], out: Path, *, dtype: torch.dtype | None = None,
     untie: bool = False, force: bool = False, inputs: Sequence[Path] = (), threads: int = 1,
-    progress: bool = False,
+    progress: bool = False, max_error: float | None = None,
     table: Callable[[Mapping[str, Any]], ConversionTable | None] | None = None,
 ) -> MergeReport:
     """Write to `out` the checkpoint `base` with the adapters folded in, whole or not at all.
@@ -61,12 +66,13 @@ def merge_checkpoint(
             (torch.set_num_threads): of some very wide matrices torch's products differ in the last
             bit of a few entries with their number.
         progress: show on stderr how much is written.
+        max_error: the largest error of a site that is accepted, as in `MergeReport`; None: any.
         table: gives transformers' conversions of the tensors of a model with this config.json, for
             adapters that name them as they are or were in the model.
 
     Raises:
-        FormatError, MismatchError, TiedWeightError, ConfigError: `out` is as it was. OSError: as
-            the system says.
+        FormatError, MismatchError, TiedWeightError, ConfigError, AdaptedWeightError (an error
+            exceeds `max_error`): `out` is as it was. OSError: as the system says.
     """
     began = time.monotonic()
     check_paths(base, out, inputs, force)
@@ -77,12 +83,16 @@ def merge_checkpoint(
         for path in inputs:
             if path.is_dir():
                 check_kept([file for file in path.iterdir() if file.is_file()], out)
+        if max_error is not None:
+            check_errors(merge.errors(), max_error)
         write_checkpoint(
             merge.jobs, out, _identity(base, merge.jobs, before, request),
             functools.partial(_check_unchanged, base, before),
             folder=base.is_dir(), force=force, progress=progress)
+        errors = merge.errors()
     size, seconds = sum(job.size for job in merge.jobs), time.monotonic() - began
-    return MergeReport(len(merge.jobs), size, seconds, len(merge.plan.changes), merge.tensors)
+    return MergeReport(
+        len(merge.jobs), size, seconds, len(merge.plan.changes), merge.tensors, errors)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from .._adapter.conversions import ConversionTable, as_stored
 from .._adapter.names import have_rows_in_common, ranges_of, split_block, stands_for
 from .._errors import AdapterError, FormatError, MismatchError
 from .._kernels.addend import Addend
+from .._kernels.losses import Losses
 from .._kernels.weights import rows_of
 from .checkpoint import Checkpoint, TensorInfo
 from .layout import Layout, WeightedAdapter, layouts_of, stored_orientations
@@ -38,13 +39,14 @@ class Change:
     """What becomes of a tensor: `trained` takes its place, if any, and the addends are added.
 
     `pieces` take the places of some rows. `untied` says that what is trained is for this name only,
-    where the tensor has others.
+    where the tensor has others. `losses` notes what rounding the sum changes.
     """
 
     trained: Tensor | None = None
     addends: list[Addend] = field(default_factory=list)
     untied: bool = False
     pieces: list[tuple[range, Tensor]] = field(default_factory=list)
+    losses: Losses | None = None
 
     def put_rows(self, ranges: Sequence[range], tensor: Tensor) -> None:
         """Let the rows of a tensor take the places of these."""
@@ -62,7 +64,8 @@ class Change:
             if first < stop:
                 here = range(first - start, stop - start)
                 pieces.append((here, tensor.narrow(0, first - place.start, len(here))))
-        return Change(trained, rows_of(self.addends, start, length), pieces=pieces)
+        addends = rows_of(self.addends, start, length)
+        return Change(trained, addends, pieces=pieces, losses=self.losses)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def plan_merge(request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:
         change = changes.setdefault(key, Change())
         for several in by_site.values():
             change.addends.extend(several)
+        change.losses = Losses(by_site, checkpoint.tensors[new.get(key, key)].shape[-2])
     return MergePlan(changes, new, unties_any)
 
 

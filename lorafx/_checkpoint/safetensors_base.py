@@ -9,7 +9,7 @@ from .._errors import TiedWeightError
 from .._storage.safetensors_files import DTYPES, SafetensorsFile, open_safetensors, same_bytes
 from .checkpoint import Checkpoint, TensorInfo, Ties
 from .find import MODEL_CONFIG, read_config
-from .fold import safetensors_job
+from .fold import safetensors_job, sums_of
 from .jobs import PreparedMerge
 from .plan import MergePlan, MergeRequest, plan_merge
 
@@ -19,7 +19,8 @@ def prepare_safetensors(path: Path, request: MergeRequest) -> PreparedMerge:
     file = open_safetensors(path)
     plan = plan_file(path, request, checkpoint_of(path, [file], read_config(path.parent)))
     job = safetensors_job(file, path.name, plan, request.dtype)
-    return PreparedMerge([job], plan, len(file.entries))
+    sums = list(sums_of(file, plan, request.dtype))
+    return PreparedMerge([job], plan, len(file.entries), sums)
 
 
 def checkpoint_of(

@@ -19,7 +19,7 @@ from .._storage.pickles import load_pickle
 from .checkpoint import Checkpoint, TensorInfo, Ties
 from .find import read_config
 from .fold import summed_rows
-from .jobs import Job, PreparedMerge
+from .jobs import Job, PreparedMerge, Sum
 from .plan import Change, MergePlan, MergeRequest
 from .safetensors_base import plan_file
 
@@ -29,10 +29,10 @@ def prepare_torch_file(path: Path, request: MergeRequest) -> PreparedMerge:
     tensors = load_pickle(path, mapped=True)
     plan = plan_file(path, request, _checkpoint_of(path, tensors))
     _plan_shared_memory(path, tensors, plan, request.untie)
-    new, sources = _new_tensors(tensors, plan, request.dtype)
+    new, sources, sums = _new_tensors(tensors, plan, request.dtype)
     size = sum(storage.nbytes() for storage in storages_of(new.values()).values())
     job = Job(path.name, size, functools.partial(save_archive, new, sources), path)
-    return PreparedMerge([job], plan, len(tensors))
+    return PreparedMerge([job], plan, len(tensors), sums)
 
 
 def _checkpoint_of(path: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
@@ -50,10 +50,11 @@ def _checkpoint_of(path: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
 
 def _new_tensors(
     tensors: dict[str, Tensor], plan: MergePlan, dtype: torch.dtype | None
-) -> tuple[dict[str, Tensor], dict[int, Source]]:
-    """The content of the new file, and what fills the storages of those tensors that change."""
+) -> tuple[dict[str, Tensor], dict[int, Source], list[Sum]]:
+    """The content of the new file, what fills the storages of tensors that change, and its sums."""
     new = copy.copy(tensors)  # with the versions of modules that a state_dict has
     sources: dict[int, Source] = {}
+    sums: list[Sum] = []
     scratches = itertools.cycle((Scratch(), Scratch()))
     # by the old tensor and what becomes of it, so that what was tied stays so
     results: dict[Any, Tensor] = {}
@@ -66,10 +67,13 @@ def _new_tensors(
         if key not in results:
             results[key] = torch.empty(tensor.shape, dtype=to)  # memory that is never touched
             read = functools.partial(_rows, tensor.detach())
-            sources[storage_key(results[key].untyped_storage())] = functools.partial(
+            rows = functools.partial(
                 summed_rows, read, tensor.shape, change or Change(), to, name, scratches)
+            sources[storage_key(results[key].untyped_storage())] = rows
+            if change is not None and change.losses is not None:
+                sums.append(Sum(change.losses, rows))
         new[name] = results[key]
-    return new, sources
+    return new, sources, sums
 
 
 def _rows(

@@ -26,6 +26,10 @@ examples:
   lorafx merge Llama-3.2-1B french.safetensors -o Llama-3.2-1B-french
   lorafx merge model.safetensors french.safetensors -o merged.safetensors --dtype bfloat16
   lorafx merge Llama-3.2-1B --adapter french.safetensors=0.7 --adapter law.safetensors=0.3 -o both
+  lorafx merge Llama-3.2-1B french.safetensors -o merged --max-error 0.1
+
+The last line says where rounding loses most: ||written - (W + s B A)|| / ||s B A||. With another
+--dtype, W's own rounding counts in it.
 """
 SHOW = """\
 examples:
@@ -116,6 +120,9 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the new file or folder")
     parser.add_argument("--dtype", choices=OUT_DTYPES,
                         help="of the new floating-point tensors; by default the old")
+    parser.add_argument("--max-error", type=_at_least_zero, metavar="X",
+                        help="write nothing if rounding W + s B A to what is written would lose "
+                             "more than this of s B A anywhere, such as 0.1")
     parser.add_argument("--untie", action="store_true",
                         help="give an adapted weight that is tied a tensor of its own")
     parser.add_argument("--threads", type=_thread_count, default=1, metavar="N",
@@ -146,7 +153,7 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_diff_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", type=_path, metavar="A")
     parser.add_argument("second", type=_path, metavar="B")
-    parser.add_argument("--tolerance", type=_tolerance, default=0.0, metavar="X",
+    parser.add_argument("--tolerance", type=_at_least_zero, default=0.0, metavar="X",
                         help="the largest ||D_a - D_b|| / ||D_a|| of equal weights (0)")
     parser.add_argument("--json", action="store_true", help="as JSON")
 
@@ -209,7 +216,7 @@ def _finite(text: str) -> float:
     return number
 
 
-def _tolerance(text: str) -> float:
+def _at_least_zero(text: str) -> float:
     try:
         number = float(text)
     except ValueError:

@@ -14,6 +14,7 @@ from torch import nn
 
 from .._adapter.adapter import Adapter
 from .._adapter.compare import adapters_equal, describe, difference
+from .._adapter.losses import worst_first
 from .._checkpoint.layout import WeightedAdapter
 from .._checkpoint.merge import merge_checkpoint
 from .._errors import ConfigError, FormatError
@@ -48,15 +49,19 @@ def merge(options: argparse.Namespace) -> tuple[int, str]:
         done = merge_checkpoint(options.base, adapters, options.output, dtype=dtype,
                                 untie=options.untie, force=options.force, inputs=paths,
                                 threads=options.threads, progress=sys.stderr is not None,
+                                max_error=options.max_error,
                                 table=table_of)
     except KeyboardInterrupt:
         if options.base.is_dir():
             raise KeyboardInterrupt("interrupted; the same command goes on.") from None
         raise
     speed = _size(done.bytes / max(done.seconds, 1e-9))
-    return 0, (f"{options.output}: {done.changed} of {done.tensors} tensors changed; "
-               f"{_count(done.files, 'file')}, {_size(done.bytes)}, in {done.seconds:.1f} s "
-               f"({speed}/s)")
+    lines = [f"{options.output}: {done.changed} of {done.tensors} tensors changed; "
+             f"{_count(done.files, 'file')}, {_size(done.bytes)}, in {done.seconds:.1f} s "
+             f"({speed}/s)"]
+    for site, error in worst_first(done.errors)[:1]:
+        lines.append(f"rounding lost at most {error:.3g} of s B A, at {_site(site)}")
+    return 0, "\n".join(lines)
 
 
 def show(options: argparse.Namespace) -> tuple[int, str]:
@@ -76,7 +81,7 @@ def show(options: argparse.Namespace) -> tuple[int, str]:
              ""]
     rows = []
     for site, row in sites.items():
-        rows.append([site or "(the model)", str(row["rank"]), f"{row['scale']:g}", _shape(row["A"]),
+        rows.append([_site(site), str(row["rank"]), f"{row['scale']:g}", _shape(row["A"]),
                      _shape(row["B"]), row["dtype"], f"{row['norm']:.4g}"])
     for name, row in trained.items():
         rows.append([name, "-", "-", _shape(row["shape"]), "trained", row["dtype"],
@@ -178,6 +183,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _shape(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
+
+
+def _site(name: str) -> str:
+    return name or "(the model)"
 
 
 def _count(number: int, noun: str) -> str:

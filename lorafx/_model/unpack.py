@@ -58,6 +58,26 @@ class Unpacking:
                 made._parameters["weight"] = shared
             self._replace(layer, made)
 
+    def foretold(
+        self, name: str, place: Place, addends: Sequence[Addend], dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        """W, and what `fold` would store of W + sum s L R for a base cast to this dtype, if any."""
+        owner, attribute = place
+        if is_packed(owner):
+            W, _ = weight_and_bias(owner)
+            total = whole(W, addends)
+            if self.requantize:
+                return W, weight_and_bias(packed_again(owner, name, total))[0]
+            return W, total.to(dtype or self._dtype_of_plain(owner))
+        weight = owner._parameters[attribute]
+        assert weight is not None
+        W = dense(weight)
+        if self.requantize:
+            total = whole(W.to(torch.promote_types(W.dtype, torch.float32)), addends)
+            return W, dense(quantised_again(weight, name, total))
+        W = W if dtype is None else W.to(dtype)
+        return W, whole(W, addends)
+
     @cached_property
     def _dtype_around(self) -> torch.dtype | None:
         """The dtype of most weights of the model that are not quantised, or None without any.
@@ -71,6 +91,10 @@ class Unpacking:
                     if tensor is not None and tensor.dtype in FLOATS:
                         counts[tensor.dtype] += tensor.numel()
         return counts.most_common(1)[0][0] if counts else None
+
+    def _dtype_of_plain(self, layer: Any) -> torch.dtype:
+        """The dtype of the nn.Linear that a packed layer becomes."""
+        return self._dtype_around or stand_in(layer).dtype
 
     def _folded_tensor(self, name: str, weight: Tensor, addends: Sequence[Addend]) -> Tensor:
         W = dense(weight)
@@ -92,7 +116,7 @@ class Unpacking:
         out, width = W.shape
         row = packing_of(layer)
         bias = weight_and_bias(layer)[1] if row is None else row.bias(layer)
-        dtype = self._dtype_around or stand_in(layer).dtype
+        dtype = self._dtype_of_plain(layer)
         made = nn.Linear(width, out, bias=bias is not None, device="meta").train(layer.training)
         made.weight = nn.Parameter(W.to(dtype), requires_grad=False)
         if bias is not None:

@@ -221,6 +221,9 @@ def merged_and_ejected() -> float:
         assert len(hooked) == count + 1
         found.append(_outputs_differ([made, plain], tokens))
         made.load_state_dict(plain.state_dict())
+    errors = lorafx.merge_error(alone, dtype=torch.bfloat16)
+    assert 1e-4 < max(errors.values()) <= 1
+    assert lorafx.merge_error(model, dtype=torch.bfloat16) == pytest.approx(errors, rel=1e-3)
     assert train(model, lorafx.parameters(model))  # it is what it was
     return max(found)
 

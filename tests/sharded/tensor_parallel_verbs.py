@@ -63,6 +63,9 @@ def merged_and_ejected() -> None:
     model, alone = parallel(adapted(trainable=["head"])), adapted(trainable=["head"])
     lorafx.eject(model)
     assert_same(model, alone)
+    errors = lorafx.merge_error(alone, dtype=torch.bfloat16)
+    assert 1e-4 < max(errors.values()) <= 1
+    assert lorafx.merge_error(model, dtype=torch.bfloat16) == pytest.approx(errors, rel=1e-3)
     with CommDebugMode() as comm:  # which leaves hooks behind
         merged = lorafx.merge(model)
         ejected = lorafx.eject(model)

@@ -3,6 +3,7 @@
 Unit tests of a private unit import that unit themselves.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,7 +19,7 @@ from lorafx._checkpoint import find, fold, jobs, paths, progress, write
 from lorafx._cli import commands
 from lorafx._cli import main as program
 from lorafx._formats import peft_folder, table
-from lorafx._kernels import again, linears, products, weights
+from lorafx._kernels import again, linears, products, scratch, weights
 from lorafx._model import adapted_weight, lower
 from lorafx._storage import locks
 
@@ -39,6 +40,7 @@ _PLACES: dict[str, tuple[Any, str]] = {
     "put": (write, "_put"),
     "sync_folder": (write, "sync_folder"),
     "progress": (progress, "tqdm"),
+    "summed_at_a_time": (weights, "_BLOCK"),
     "open": (jobs, "open"),
     "merge": (commands, "merge_checkpoint"),
     "parse": (program, "parse"),
@@ -67,6 +69,19 @@ def watch_sums(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return summed(matrix, *arguments)
 
     monkeypatch.setattr(fold, "summed", watched)
+    return sizes
+
+
+def watch_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which each use of memory that is kept adds its number of elements."""
+    sizes: list[int] = []
+    empty = scratch.Scratch.empty
+
+    def watched(self: Any, use: str, shape: Any, *more: Any) -> torch.Tensor:
+        sizes.append(math.prod(shape))
+        return empty(self, use, shape, *more)
+
+    monkeypatch.setattr(scratch.Scratch, "empty", watched)
     return sizes
 
 
