@@ -10,11 +10,12 @@ import torch
 from .._errors import FormatError
 from .._storage.json_files import read_json
 from .._storage.safetensors_files import SafetensorsFile
+from .checkpoint import Readable
 from .find import INDEX, MODEL_CONFIG, read_config, shards_of
 from .fold import outputs_of, safetensors_job
 from .jobs import PreparedMerge, copy_job, files_in, json_job
 from .plan import MergePlan, MergeRequest, plan_merge
-from .safetensors_base import checkpoint_of
+from .safetensors_base import checkpoint_of, readable
 
 
 def prepare_folder(base: Path, request: MergeRequest) -> PreparedMerge:
@@ -36,6 +37,13 @@ def prepare_folder(base: Path, request: MergeRequest) -> PreparedMerge:
             jobs[name] = copy_job(path, name)
     tensors = sum(len(shard.entries) for shard in shards)
     return PreparedMerge(list(jobs.values()), plan, tensors)
+
+
+def open_folder(base: Path) -> Readable:
+    """Return what a folder holds."""
+    shards, config = shards_of(base), read_config(base)
+    _check_dense(base, config)
+    return readable(base, shards, config)
 
 
 def _check_dense(base: Path, config: Mapping[str, Any] | None) -> None:
