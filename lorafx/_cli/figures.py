@@ -85,7 +85,8 @@ def panels_of(facts: Sequence[SiteFacts], compared: bool) -> list[Panel]:
         cosines = {site.name: site.cosine for site in facts}
         panels.append(Panel(
             "Cosine between the two adapters", "1 where both change a weight in one direction, 0 "
-            "where their changes have nothing in common, -1 where they are opposite.", height,
+            "where their changes have nothing in common, -1 where they are opposite. Hatched: only "
+            "one of them has the site, or adds something there.", height,
             lambda figure: _heat_map(figure, grid, cosines, "cosine", {}, "PuOr", (-1.0, 1.0))))
     return panels
 
@@ -101,17 +102,19 @@ def svg_of(panel: Panel) -> bytes:
     return buffer.getvalue()
 
 
-def png_of(heading: str, panels: Sequence[Panel]) -> bytes:
-    """Return all pictures, one below the other, as PNG."""
+def png_of(title: str, said: str, panels: Sequence[Panel]) -> bytes:
+    """Return all pictures, one below the other, as PNG, under a title and what is said of them."""
     matplotlib = _matplotlib()
     heights = [panel.height + 0.75 for panel in panels]
-    figure = matplotlib.figure.Figure(figsize=(WIDTH, sum(heights) + 0.5), layout="constrained")
-    figure.suptitle(heading, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    figure = matplotlib.figure.Figure(figsize=(WIDTH, sum(heights) + 0.7), layout="constrained")
+    figure.suptitle("\n".join(textwrap.wrap(title, 80)), fontsize=14, fontweight="bold", x=0.01,
+                    ha="left")
+    figure.supxlabel("\n".join(textwrap.wrap(said, 120)), fontsize=9, x=0.01, ha="left")
     parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for panel, part in zip(panels, parts):
         caption = "\n".join(textwrap.wrap(panel.caption, 120))
-        part.suptitle(f"{panel.title}\n", fontsize=11, fontweight="bold", x=0.01, ha="left")
-        part.text(0.01, 0.0, caption, fontsize=8.5, color="#444444", va="bottom")
+        part.suptitle(panel.title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+        part.supxlabel(f"{caption}\n", fontsize=9, color="#444444", x=0.01, ha="left")
         panel.draw(part)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140)
@@ -208,8 +211,10 @@ def _spectra(figure: Any, grid: Grid, facts: Sequence[SiteFacts]) -> None:
             panel.tick_params(labelsize=8.5)
             panel.xaxis.get_major_locator().set_params(integer=True)
             panel.grid(color="#dddddd", linewidth=0.6)
+            if number % across == 0:
+                panel.set_ylabel("over the largest", fontsize=9)
             if number + across >= count:
-                panel.set_xlabel("number", fontsize=9)
+                panel.set_xlabel("singular value", fontsize=9)
     if len(grid.layers) > 1:
         scale = matplotlib.cm.ScalarMappable(
             matplotlib.colors.Normalize(0, (len(grid.layers) - 1) / 0.9), colours)
@@ -217,4 +222,5 @@ def _spectra(figure: Any, grid: Grid, facts: Sequence[SiteFacts]) -> None:
         bar = figure.colorbar(scale, ax=list(axes[:count]), pad=0.015, fraction=0.04, ticks=ends,
                               boundaries=[place - 0.5 for place in range(len(grid.layers) + 1)])
         bar.ax.set_yticklabels([grid.layers[place] for place in ends], fontsize=8.5)
+        bar.solids.set_edgecolor("face")
         bar.set_label("layer", fontsize=9)

@@ -56,7 +56,7 @@ def plot(options: argparse.Namespace) -> str:
         title += f", beside '{other.name}' of {options.other}"
     said = _in_words(facts, shown, other)
     if options.plot.suffix.lower() == ".png":
-        content = png_of(f"{title}: {said}", panels)
+        content = png_of(title, f"{options.file}: {said}", panels)
     else:
         content = _page(title, f"{options.file}: {said}", facts, panels).encode()
     write_whole(options.plot, content)
