@@ -117,7 +117,7 @@ def png_of(title: str, said: str, panels: Sequence[Panel]) -> bytes:
         part.supxlabel(f"{caption}\n", fontsize=9, color="#444444", x=0.01, ha="left")
         panel.draw(part)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140)
+    figure.savefig(buffer, format="png", dpi=140, bbox_inches="tight", pad_inches=0.2)
     return buffer.getvalue()
 
 
