@@ -32,6 +32,7 @@ if _typing.TYPE_CHECKING:
     from ._merge import eject as eject
     from ._merge import merge as merge
     from ._merge import merge_error as merge_error
+    from ._pictures.draw import draw as draw
     from ._resume import resume as resume
     from ._save import load as load
     from ._save import save as save
@@ -55,6 +56,7 @@ else:
         "_graph.sites": "Site Targets",
         "_inject": "InjectLoRA MergeLoRA add inject reset_parameters sites",
         "_merge": "eject merge merge_error",
+        "_pictures.draw": "draw",
         "_resume": "resume",
         "_save": "load save",
         "_summary": "Summary summary",

@@ -2,23 +2,31 @@
 
 import dataclasses
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
+import torch
 from torch import nn
 
+from ._adapter.names import split_block
+from ._graph.modules import submodule
 from ._model.branches import Branch, branches, factors_at
 from ._model.flat import in_shape
-from ._model.program import read_program
+from ._model.overview import joined_sites, relative_name, relative_norm, surroundings
+from ._model.program import Program, read_program
 from ._model.record import injection
-from ._model.regions import Region
-
-
-_HEADER = ("site", "out x in", "rank", "scale")
+from ._model.regions import Region, users_class
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteRow:
-    """One adapted site, a weight (out, in); `ranks` and `scales` are those of its adapters."""
+    """One adapted site, a weight (out, in), or a stack of such if `experts` says how many.
+
+    `ranks` and `scales` are those of its adapters, which have `parameters` together. `place` is
+    the region whose graph computes it, or the graph break whose Python does, as `region MLP`;
+    `joined` are the sites that are computed together with it. `relative_norm` is what the active
+    adapters add over W, |sum w s B A| / |W| in Frobenius norms; None where that is not known.
+    """
 
     name: str
     in_features: int
@@ -26,6 +34,45 @@ class SiteRow:
     calls: int
     ranks: Mapping[str, int]
     scales: Mapping[str, float]
+    experts: int | None
+    parameters: int
+    place: str
+    joined: tuple[str, ...]
+    relative_norm: float | None
+
+    @property
+    def size(self) -> str:
+        """The shape of the weight, out x in."""
+        experts = "" if self.experts is None else f"{self.experts} x "
+        return f"{experts}{self.out_features} x {self.in_features}"
+
+
+def _joined_with(site: SiteRow) -> str:
+    return ", ".join(relative_name(name, site.name) for name in site.joined)
+
+
+def _relative_norm(site: SiteRow) -> str:
+    return "" if site.relative_norm is None else f"{site.relative_norm:#.3g}"
+
+
+class _Column(NamedTuple):
+    """A column of the table; one that is empty for every site is left out."""
+
+    header: str
+    cell: Callable[[SiteRow], str]
+    is_number: bool = False
+
+
+_COLUMNS = (
+    _Column("site", lambda site: site.name or "(the model)"),
+    _Column("out x in", lambda site: site.size),
+    _Column("rank", lambda site: ", ".join(f"{name} {rank}" for name, rank in site.ranks.items())),
+    _Column("scale", lambda site: ", ".join(f"{scale:g}" for scale in site.scales.values())),
+    _Column("parameters", lambda site: f"{site.parameters:,}", is_number=True),
+    _Column("in", lambda site: site.place),
+    _Column("joined with", _joined_with),
+    _Column("|sBA| / |W|", _relative_norm, is_number=True),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +80,11 @@ class Summary:
     """What `lorafx.summary` returns; print() and notebooks show a table, and what was skipped.
 
     Attributes:
-        sites: of each adapted site, its `name`, `in_features`, `out_features`, the number of
-            `calls` in graphs, and by adapter its `ranks` and `scales`.
+        sites: of each adapted site, its `name`, `in_features`, `out_features`, `experts`, the
+            number of `calls` in graphs, by adapter its `ranks` and `scales`, its `parameters`,
+            the `place` where it is computed, such as `region MLP` or `break Attention`, the
+            names of those `joined` with it, computed together, and `relative_norm`,
+            |sum w s B A| / |W| of the active adapters, in Frobenius norms.
         active: {adapter: weight} of what forward adds, as given to `lorafx.activate`.
         trainable, total: numbers of parameters, those of all adapters among the total.
         skipped: {name: why} of each matrix that is not adapted.
@@ -60,15 +110,18 @@ class Summary:
     breaks: Mapping[str, str]
     code: str
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """Return the table's cells: site, out x in, ranks, scales."""
-        rows = []
-        for site in self.sites:
-            ranks = ", ".join(f"{adapter} {rank}" for adapter, rank in site.ranks.items())
-            scales = ", ".join(f"{scale:g}" for scale in site.scales.values())
-            size = f"{site.out_features} x {site.in_features}"
-            rows.append((site.name or "(the model)", size, ranks, scales))
-        return rows
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the table's cells, those of `columns` for each site."""
+        return [tuple(column.cell(site) for column in self._columns()) for site in self.sites]
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the table's header: site, out x in, rank, scale, parameters, in, ..."""
+        return tuple(column.header for column in self._columns())
+
+    def _columns(self) -> list[_Column]:
+        """The columns that say something of a site."""
+        found = [column for column in _COLUMNS if any(map(column.cell, self.sites))]
+        return found or list(_COLUMNS[:1])
 
     def headline(self) -> str:
         """Return one line of totals."""
@@ -79,11 +132,14 @@ class Summary:
                 f"{self.total:,} parameters train ({share:.2f} %)")
 
     def __str__(self) -> str:
-        table = [_HEADER, *self.rows()]
+        table = [self.columns(), *self.rows()]
         widths = [max(map(len, column)) for column in zip(*table)]
         lines = [self.headline(), ""]
         for row in table:
-            lines.append("  ".join(map(str.ljust, row, widths)).rstrip())
+            cells = []
+            for cell, width, column in zip(row, widths, self._columns()):
+                cells.append(cell.rjust(width) if column.is_number else cell.ljust(width))
+            lines.append("  ".join(cells).rstrip())
         if self.skipped:
             lines += ["", "skipped:"]
             for name, reason in self.skipped.items():
@@ -91,22 +147,40 @@ class Summary:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        parts = [f"<p>{html.escape(self.headline())}</p>", _html_table(_HEADER, self.rows())]
+        numbers = {column.header for column in self._columns() if column.is_number}
+        parts = [f"<p>{html.escape(self.headline())}</p>",
+                 _html_table(self.columns(), self.rows(), numbers)]
         if self.skipped:
             rows = [(name or "(the model)", reason) for name, reason in self.skipped.items()]
             parts.append(_html_table(("skipped", "why"), rows))
         return "".join(parts)
 
 
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _html_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = ()
+) -> str:
+    """A table whose text begins on the left, which notebooks would move to the right."""
     def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        parts = []
+        for name, cell in zip(header, cells):
+            side = ' style="text-align: right"' if name in numbers else ""
+            parts.append(f"<{tag}{side}>{html.escape(cell)}</{tag}>")
+        return f"<tr>{''.join(parts)}</tr>"
 
-    return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    head, body = line(header, "th"), "".join(line(row, "td") for row in rows)
+    return f'<table style="text-align: left">{head}{body}</table>'
 
 
-def summary(model: nn.Module) -> Summary:
+def summary(model: nn.Module, *, norms: bool = True) -> Summary:
     """Return what an injected model is: its sites, its parameters, what was left alone and why.
+
+    Args:
+        model: an injected model.
+        norms: give |sum w s B A| / |W| of each site, for which every adapted weight is read once.
+            It is None where a weight is spread over processes, or has no values yet.
+
+    Raises:
+        NotInjectedError: the model was not made by lorafx.
 
     Example:
         >>> import torch, lorafx
@@ -115,23 +189,26 @@ def summary(model: nn.Module) -> Summary:
         >>> print(lorafx.summary(model))
         1 site adapted, active: default x 1; 16 of 56 parameters train (28.57 %)
         <BLANKLINE>
-        site  out x in  rank       scale
-        0     4 x 4     default 2  1
+        site  out x in  rank       scale  parameters  in                |sBA| / |W|
+        0     4 x 4     default 2  1              16  break Sequential         0.00
         <BLANKLINE>
         skipped:
           1: a convolution (Conv1d), which lorafx does not adapt yet
     """
     with in_shape(model):
-        return _summary(model)
+        return _summary(model, norms)
 
 
-def _summary(model: nn.Module) -> Summary:
+def _summary(model: nn.Module, norms: bool) -> Summary:
     record = injection(model)
     program = read_program(model)
+    joined: dict[str, tuple[str, ...]] = {}
+    for group in joined_sites(model):
+        for name in group:
+            joined[name] = tuple(other for other in group if other != name)
     rows = []
     for name, branch in branches(model).items():
-        site = program.site(name)
-        row = _row(name, branch, list(record.configs), 0 if site is None else len(site.calls))
+        row = _row(program, name, branch, joined.get(name, ()), norms)
         if row is not None:
             rows.append(row)
     code: dict[type, str] = {}
@@ -146,12 +223,29 @@ def _summary(model: nn.Module) -> Summary:
                    "\n".join(code.values()))
 
 
-def _row(name: str, branch: Branch, adapters: Sequence[str], calls: int) -> SiteRow | None:
+def _row(
+    program: Program, name: str, branch: Branch, joined: tuple[str, ...], norms: bool
+) -> SiteRow | None:
     """The row of a site, or None if no adapter is there (they were removed)."""
-    ranks, scales, shape = {}, {}, None
-    for adapter in adapters:
+    model, record = program.model, injection(program.model)
+    ranks: dict[str, int] = {}
+    scales: dict[str, float] = {}
+    shapes: list[tuple[torch.Size, torch.Size]] = []
+    for adapter in record.configs:
         factors = factors_at(branch, adapter)
         if factors is not None:
             ranks[adapter], scales[adapter] = factors.A.shape[-2], factors.scale
-            shape = shape or (factors.A.shape[-1], factors.B.shape[-2])
-    return None if shape is None else SiteRow(name, *shape, calls, ranks, scales)
+            shapes.append((factors.A.shape, factors.B.shape))
+    if not shapes:
+        return None
+    (*stack, _, width), (*_, height, _) = shapes[0]
+    site = program.site(name)
+    is_break, path = surroundings(program, name)
+    kind = users_class(submodule(model, path)).__name__
+    place = program.places.get(split_block(name)[0])
+    return SiteRow(
+        name, width, height, 0 if site is None else len(site.calls), ranks, scales,
+        experts=stack[0] if stack else None,
+        parameters=sum(A.numel() + B.numel() for A, B in shapes),
+        place=f"{'break' if is_break else 'region'} {kind}", joined=joined,
+        relative_norm=relative_norm(branch, place, record.active) if norms else None)

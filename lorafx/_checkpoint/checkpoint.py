@@ -1,10 +1,11 @@
 """What is known of a checkpoint before its data is read: names, shapes, dtypes, what is tied."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class TensorInfo(NamedTuple):
@@ -71,3 +72,14 @@ class Checkpoint:
         """The others that are equal to a tensor: one that is tied may stand there twice."""
         alike = self.of_shape(self.tensors[name].shape)
         return [other for other in alike if other != name and self.equal(name, other)]
+
+
+class Readable(NamedTuple):
+    """A checkpoint and how its data is read.
+
+    `rows` gives `length` rows of a tensor seen with a shape, from `start` on; they hold until it is
+    called again.
+    """
+
+    checkpoint: Checkpoint
+    rows: Callable[[str, Sequence[int], int, int], Tensor]

@@ -10,11 +10,12 @@ import torch
 from .._errors import FormatError
 from .._storage.json_files import read_json
 from .._storage.safetensors_files import SafetensorsFile
+from .checkpoint import Readable
 from .find import INDEX, MODEL_CONFIG, read_config, shards_of
 from .fold import outputs_of, safetensors_job, sums_of
 from .jobs import PreparedMerge, copy_job, files_in, json_job
 from .plan import MergePlan, MergeRequest, plan_merge
-from .safetensors_base import checkpoint_of
+from .safetensors_base import checkpoint_of, readable
 
 
 def prepare_folder(base: Path, request: MergeRequest) -> PreparedMerge:
@@ -37,6 +38,13 @@ def prepare_folder(base: Path, request: MergeRequest) -> PreparedMerge:
     tensors = sum(len(shard.entries) for shard in shards)
     sums = [each for shard in shards for each in sums_of(shard, plan, dtype)]
     return PreparedMerge(list(jobs.values()), plan, tensors, sums)
+
+
+def open_folder(base: Path) -> Readable:
+    """Return what a folder holds."""
+    shards, config = shards_of(base), read_config(base)
+    _check_dense(base, config)
+    return readable(base, shards, config)
 
 
 def _check_dense(base: Path, config: Mapping[str, Any] | None) -> None:

@@ -5,23 +5,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .._errors import FormatError
-from .folder_base import prepare_folder
+from .checkpoint import Readable
+from .folder_base import open_folder, prepare_folder
 from .jobs import PreparedMerge
 from .plan import MergeRequest
-from .safetensors_base import prepare_safetensors
-from .torch_base import prepare_torch_file
+from .safetensors_base import open_base, prepare_safetensors
+from .torch_base import open_torch_file, prepare_torch_file
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The endings of a kind, for what is read and what is written, none for a folder; its merge."""
+    """The endings of a kind, for what is read and what is written, none for a folder.
+
+    Then how it is merged, and how it is opened to be read only.
+    """
 
     endings: tuple[str, ...]
     prepare: Callable[[Path, MergeRequest], PreparedMerge]
+    open: Callable[[Path], Readable]
 
 
-FOLDER = Kind((), prepare_folder)
-FILES = (Kind((".safetensors",), prepare_safetensors), Kind((".pth", ".pt"), prepare_torch_file))
+FOLDER = Kind((), prepare_folder, open_folder)
+FILES = (Kind((".safetensors",), prepare_safetensors, open_base),
+         Kind((".pth", ".pt"), prepare_torch_file, open_torch_file))
 
 
 def kind_of(base: Path) -> Kind:

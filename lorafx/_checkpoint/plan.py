@@ -20,6 +20,10 @@ from .locate import Location, locate
 from .ties import tied_names, unties
 
 
+# From the content of config.json to transformers' conversions of such a model's tensors.
+TableOf = Callable[[Mapping[str, Any]], ConversionTable | None]
+
+
 @dataclass(frozen=True)
 class MergeRequest:
     """What is to be merged: adapters, the dtype to write, if another, and whether to untie.
@@ -31,7 +35,7 @@ class MergeRequest:
     adapters: Sequence[WeightedAdapter]
     dtype: torch.dtype | None
     untie: bool
-    table: Callable[[Mapping[str, Any]], ConversionTable | None] | None = None
+    table: TableOf | None = None
 
 
 @dataclass
@@ -86,7 +90,7 @@ def plan_merge(request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:
     first_to_train: dict[str, dict[str, str]] = {}  # {tensor: {block of rows: adapter}}
     unties_any, orientations = False, stored_orientations(checkpoint)
     for weighted in request.adapters:
-        weighted, locations = _found(weighted, checkpoint, request)
+        weighted, locations = located(weighted, checkpoint, request.table)
         adapter = weighted.adapter
         for key, source in locations.values():
             if key != source:
@@ -114,7 +118,7 @@ def plan_merge(request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:
         layouts = layouts_of(weighted, tensors, orientations, checkpoint.label)
         for site, layout in layouts.items():
             key, source = locations[site]
-            _check_dtype(source, checkpoint)
+            check_dtype(source, checkpoint)
             unties_any |= unties(locations[site], site, checkpoint, request.untie)
             addend = _addend(weighted, site, layout, tensors[site])
             addends.setdefault(key, {}).setdefault(site, []).append(addend)
@@ -126,16 +130,16 @@ def plan_merge(request: MergeRequest, checkpoint: Checkpoint) -> MergePlan:
     return MergePlan(changes, new, unties_any)
 
 
-def _found(
-    weighted: WeightedAdapter, checkpoint: Checkpoint, request: MergeRequest
+def located(
+    weighted: WeightedAdapter, checkpoint: Checkpoint, table_of: TableOf | None
 ) -> tuple[WeightedAdapter, dict[str, Location]]:
-    """An adapter and where its tensors are, by other names if transformers' table has them."""
+    """Return an adapter and where its tensors are, by other names if the table has them."""
     try:
         return weighted, locate(weighted, checkpoint)
     except MismatchError:
-        if request.table is None or checkpoint.config is None:
+        if table_of is None or checkpoint.config is None:
             raise
-        table = request.table(checkpoint.config)
+        table = table_of(checkpoint.config)
         if table is None:
             raise
         adapter = as_stored(weighted.adapter, table, checkpoint.tensors)
@@ -167,10 +171,11 @@ def _check_trained(
         raise MismatchError(f"{label} has a trained '{name}' {shape}, but {checkpoint.label} has "
                             f"it as {stored}.")
     if name not in adapter.buffers:
-        _check_dtype(location.read, checkpoint)
+        check_dtype(location.read, checkpoint)
 
 
-def _check_dtype(name: str, checkpoint: Checkpoint) -> None:
+def check_dtype(name: str, checkpoint: Checkpoint) -> None:
+    """Raise FormatError unless a tensor is of a dtype in which a matrix is computed with."""
     dtype = checkpoint.tensors[name].dtype
     if dtype not in FLOATS:
         raise FormatError(

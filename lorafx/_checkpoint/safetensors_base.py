@@ -5,9 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .._errors import TiedWeightError
-from .._storage.safetensors_files import DTYPES, SafetensorsFile, open_safetensors, same_bytes
-from .checkpoint import Checkpoint, TensorInfo, Ties
+from .._kernels.scratch import Scratch
+from .._storage.safetensors_files import (
+    DTYPES, SafetensorsFile, open_safetensors, read_rows, same_bytes)
+from .checkpoint import Checkpoint, Readable, TensorInfo, Ties
 from .find import MODEL_CONFIG, read_config
 from .fold import safetensors_job, sums_of
 from .jobs import PreparedMerge
@@ -21,6 +25,27 @@ def prepare_safetensors(path: Path, request: MergeRequest) -> PreparedMerge:
     job = safetensors_job(file, path.name, plan, request.dtype)
     sums = list(sums_of(file, plan, request.dtype))
     return PreparedMerge([job], plan, len(file.entries), sums)
+
+
+def open_base(path: Path) -> Readable:
+    """Return what a safetensors file holds."""
+    file = open_safetensors(path)
+    return readable(path, [file], read_config(path.parent))
+
+
+def readable(
+    path: Path, files: Sequence[SafetensorsFile], config: Mapping[str, Any] | None
+) -> Readable:
+    """Return what files hold, of a path with this config, and how it is read."""
+    places = {name: file for file in files for name in file.entries}
+    scratch = Scratch()
+
+    def rows(name: str, shape: Sequence[int], start: int, length: int) -> Tensor:
+        file = places[name]
+        with open(file.path, "rb") as opened:
+            return read_rows(opened, file.entries[name], scratch, shape, start, length)
+
+    return Readable(checkpoint_of(path, files, config), rows)
 
 
 def checkpoint_of(

@@ -16,7 +16,7 @@ from .._kernels.private import storage_key
 from .._kernels.scratch import Scratch
 from .._storage.archive import Source, save_archive, storages_of
 from .._storage.pickles import load_pickle
-from .checkpoint import Checkpoint, TensorInfo, Ties
+from .checkpoint import Checkpoint, Readable, TensorInfo, Ties
 from .find import read_config
 from .fold import summed_rows
 from .jobs import Job, PreparedMerge, Sum
@@ -33,6 +33,16 @@ def prepare_torch_file(path: Path, request: MergeRequest) -> PreparedMerge:
     size = sum(storage.nbytes() for storage in storages_of(new.values()).values())
     job = Job(path.name, size, functools.partial(save_archive, new, sources), path)
     return PreparedMerge([job], plan, len(tensors), sums)
+
+
+def open_torch_file(path: Path) -> Readable:
+    """Return what a file of torch.save holds."""
+    tensors = load_pickle(path, mapped=True)
+
+    def rows(name: str, shape: Sequence[int], start: int, length: int) -> Tensor:
+        return tensors[name].detach().reshape(shape)[start:start + length]
+
+    return Readable(_checkpoint_of(path, tensors), rows)
 
 
 def _checkpoint_of(path: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:

@@ -36,6 +36,11 @@ examples:
   lorafx show french.safetensors
   lorafx show french.safetensors --json
   lorafx show peft_folder/french
+  lorafx show french.safetensors --plot report.html --base Llama-3.2-1B
+  lorafx show french.safetensors law.safetensors --plot report.png
+
+--plot draws, with matplotlib, how large a change the adapter makes by layer and kind of site, how
+much of its rank it uses, its singular values and, given two adapters, the cosine between them.
 """
 CONVERT = """\
 examples:
@@ -57,6 +62,7 @@ Two adapters are equal if they add the same to the same weights: s B A at every 
 tensors trained whole. What else differs (name, base, alpha, dropout, ...) is noted, and does not
 count.
 """
+PICTURES = (".html", ".png")
 OUT_DTYPES = ("float32", "float16", "bfloat16")
 MAX_THREADS = 1024  # a system that has no room for very many ends the process
 
@@ -132,7 +138,14 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_show_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=_path, metavar="FILE")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("other", type=_path, nargs="?", metavar="OTHER",
+                        help="with --plot, an adapter to compare it with")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as JSON")
+    form.add_argument("--plot", type=_picture, metavar="OUT",
+                      help="as pictures: an .html page or a .png, which replaces what is there")
+    parser.add_argument("--base", type=_path, metavar="BASE",
+                        help="with --plot, its base, to show |s B A| over |W|")
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,6 +197,15 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f"'{text}' is neither a file nor a folder, but a device, a pipe or a socket")
     return Path(text)
+
+
+def _picture(text: str) -> Path:
+    """The path of a picture, which its ending says."""
+    path = _path(text)
+    if path.suffix.lower() not in PICTURES or path.is_dir():
+        raise argparse.ArgumentTypeError(f"'{text}' is no picture: name a file that ends in "
+                                         f"{' or '.join(PICTURES)}")
+    return path
 
 
 def _weighted_path(text: str) -> tuple[Path, float]:

@@ -25,6 +25,7 @@ from .._model.fit import fit
 from .._model.program import read_program
 from .base import model_of
 from .conversions import table_of
+from .report import plot
 
 
 def merge(options: argparse.Namespace) -> tuple[int, str]:
@@ -65,7 +66,18 @@ def merge(options: argparse.Namespace) -> tuple[int, str]:
 
 
 def show(options: argparse.Namespace) -> tuple[int, str]:
-    """Describe an adapter: its sites, ranks, scales, shapes, and the norms of what it adds."""
+    """Describe an adapter: its sites, ranks, scales, shapes, and the norms of what it adds.
+
+    Or draw it, beside another one if there is one.
+    """
+    if options.plot is not None:
+        return 0, plot(options)
+    if options.other is not None:
+        raise ConfigError("two adapters are shown together in pictures only: add --plot OUT.html, "
+                          "or compare them by 'lorafx diff'.")
+    if options.base is not None:
+        raise ConfigError("--base is for --plot, which shows |s B A| over |W|: add --plot OUT.html."
+                          )
     description = describe(*read_adapter(options.file))
     format_name = format_read(options.file).name
     if options.json:

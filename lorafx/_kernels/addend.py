@@ -178,15 +178,28 @@ def padded(block: Tensor, axis: int, start: int, length: int) -> Tensor:
 
 
 def norm(addends: Sequence[Addend]) -> float:
-    """Return the Frobenius norm of sum s L R, all of one shape, in float64.
+    """Return the Frobenius norm of sum s L R, all of one shape, in float64."""
+    return float(torch.linalg.vector_norm(_core(addends)))
+
+
+def singular_values(addends: Sequence[Addend]) -> Tensor:
+    """Return those of sum s L R, all of one shape, in float64, (..., ranks), from large to small.
+
+    Where the ranks together are more than m or n, there are as many as the smaller of these.
+    """
+    values: Tensor = torch.linalg.svdvals(_core(addends))
+    return values
+
+
+def _core(addends: Sequence[Addend]) -> Tensor:
+    """A small matrix with the singular values of sum s L R, but for zeros.
 
     The sum is L R with the L's side by side, (..., m, ranks), and the R's stacked, (..., ranks, n).
-    With L = Q1 R1 and R^T = Q2 R2 its norm is that of the small R1 R2^T, which loses no digits as
-    Gram matrices would.
+    With L = Q1 R1 and R^T = Q2 R2 it is R1 R2^T, which loses no digits as Gram matrices would.
     """
     left = torch.cat([addend.scale * addend.left.double() for addend in addends], -1)
     right = torch.cat([addend.right.double() for addend in addends], -2)
-    return float(torch.linalg.vector_norm(_triangle(left) @ _triangle(right.mT).mT))
+    return _triangle(left) @ _triangle(right.mT).mT
 
 
 def _triangle(tall: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ WRONG_ARGUMENTS = {
         "argument --tolerance: '-1' is not a finite number of at least 0",
     "diff a.safetensors a.safetensors --tolerance inf":
         "argument --tolerance: 'inf' is not a finite number of at least 0",
-    "show a.safetensors b": "lorafx show: unrecognized arguments: b",
+    "show a.safetensors b c": "lorafx show: unrecognized arguments: c",
 }
 
 

@@ -215,7 +215,7 @@ def switching_after_wrapping() -> float:
     found = largest_difference(train(model, lorafx.parameters(model)), one_process(whole))
     assert found < 1e-5
     torch.testing.assert_close(model(tokens), whole(tokens))
-    assert str(lorafx.summary(model)) == str(lorafx.summary(whole))
+    assert str(lorafx.summary(model, norms=False)) == str(lorafx.summary(whole, norms=False))
     lorafx.remove(model, "other")
     assert lorafx.adapters(model) == ["default"]
     return found
