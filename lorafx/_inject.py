@@ -22,6 +22,7 @@ from ._model.guard import check_model
 from ._model.program import Program, read_program
 from ._model.record import check_adapter, find_injection, injection
 from ._model.reset import reset
+from ._model.roles import with_roles
 from ._switch import activate
 
 
@@ -36,7 +37,7 @@ def inject(
     rank_pattern: Mapping[str, int] | None = None, alpha_pattern: Mapping[str, float] | None = None,
     trainable: str | Collection[str] = (), init: str = "gaussian", dtype: torch.dtype | None = None,
     rounding: bool = False, share_dropout: bool = False, adapter: str = "default",
-    group: bool = True, recompute: bool = True,
+    group: bool = True, recompute: bool = True, example_inputs: Any = None,
 ) -> M:
     """Return a new model whose chosen linear calls y = x W^T + b also add s (x A^T) B^T.
 
@@ -51,7 +52,9 @@ def inject(
         alpha: the scale is s = alpha / rank, or 1 without it.
         targets: "square" (in == out), "linear" (all; a layer of that name is "*linear"; it warns if
             most cannot be adapted), a name, suffix, glob or block of rows ("qkv[q]", "qkv[0:64]"),
-            a compiled regular expression for the whole name, a function of a Site, or several.
+            a compiled regular expression for the whole name, a function of a Site, or several; or
+            a role, where no site has this name: "attention", "attention.query", "attention.key",
+            "attention.value", "attention.output", "mlp", "head".
         exclude: sites to leave out, in the same forms.
         dropout: in training, the probability that an element of the branch's input is zeroed.
         rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
@@ -64,9 +67,13 @@ def inject(
         adapter: the name of this adapter.
         group: compute linear calls that share an input (query, key, value) together, for speed.
         recompute: for memory, compute inputs again in the backward pass instead of keeping them.
+        example_inputs: a tuple of the arguments of forward, or a dict of its keyword arguments, on
+            which a copy of the base runs once, where roles are asked for: they are found in what
+            it computes, and in no name. Then a role's word means the role, whatever a site's name.
 
     Raises:
-        NoSiteError: a pattern matches nothing. ConfigError: a setting is out of its range.
+        NoSiteError: a pattern matches nothing, or a role cannot be decided for some site.
+        ConfigError: a setting is out of its range.
         UnsupportedModelError: the model is wrapped, compiled, patched, lazy, or adapted already.
 
     Example:
@@ -85,12 +92,19 @@ def inject(
     check_model(model)
     twin = share(model)
     program = read_program(twin)
+    config = _without_roles(program, config, example_inputs)
     made = new_adapter(program, adapter, config)
     _warn_of_left_alone(program, config)
     begin_injection(program, group, recompute)
     attach(program, made)
     activate(twin, adapter)
     return twin
+
+
+def _without_roles(program: Program, config: LoRAConfig, example_inputs: Any) -> LoRAConfig:
+    """The config with the sites that have a role in the place of its word."""
+    targets, exclude = with_roles(program, config.targets, config.exclude, example_inputs)
+    return dataclasses.replace(config, targets=targets, exclude=exclude)
 
 
 def _warn_of_left_alone(program: Program, config: LoRAConfig) -> None:
@@ -108,11 +122,17 @@ def _warn_of_left_alone(program: Program, config: LoRAConfig) -> None:
         "lorafx.summary(model).skipped has them all.", UserWarning, stacklevel=5)
 
 
-def sites(model: nn.Module, targets: Targets = "linear") -> list[Site]:
+def sites(
+    model: nn.Module, targets: Targets = "linear", *, example_inputs: Any = None
+) -> list[Site]:
     """Return the sites that `inject` would adapt for these targets: a dry run, changing nothing.
 
+    Args:
+        model: any nn.Module, injected or not.
+        targets, example_inputs: as for `inject`.
+
     Raises:
-        NoSiteError: a pattern matches nothing.
+        NoSiteError: a pattern matches nothing, or a role cannot be decided for some site.
 
     Example:
         >>> import torch, lorafx
@@ -123,20 +143,22 @@ def sites(model: nn.Module, targets: Targets = "linear") -> list[Site]:
     if find_injection(model) is None:
         check_model(model)
     program = read_program(model)
+    targets, _ = with_roles(program, targets, (), example_inputs)
     return select(program.sites, targets, (), program.left_alone)
 
 
 @explain_unknown_arguments([field.name for field in dataclasses.fields(LoRAConfig)])
 @torch.inference_mode(False)
 def add(
-    model: nn.Module, adapter: str, rank: int = 8, *, targets: Targets | None = None, **config: Any
+    model: nn.Module, adapter: str, rank: int = 8, *, targets: Targets | None = None,
+    example_inputs: Any = None, **config: Any
 ) -> None:
     """Give an injected model another adapter, inactive until `activate`.
 
     Args:
         model: an injected model; changed in place.
         adapter: the new adapter's name.
-        rank, targets, config: as for `lorafx.inject`; `targets=None` means the sites that have a
+        rank, targets, example_inputs, config: as for `lorafx.inject`; `targets=None` means the sites that have a
             branch already.
 
     Raises:
@@ -159,6 +181,7 @@ def add(
     config["trainable"] = tuple(as_list(config.get("trainable")))
     settings = LoRAConfig(rank, targets=is_adapted if targets is None else targets, **config)
     program = read_program(model)
+    settings = _without_roles(program, settings, example_inputs)
     attach(program, new_adapter(program, adapter, settings))
 
 

@@ -1,0 +1,371 @@
+"""The part that each site plays in a model: in attention, in a feed-forward block, as the head.
+
+It is found in the dataflow of one run of the base, and never in names.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .._adapter.names import name_matches, split_block
+from .._errors import ConfigError, NoSiteError
+from .._graph.modules import Place
+from .._graph.sites import Site, Targets, as_list, select
+from .copies import share
+from .flow import Attention, Flow, LinearCall
+from .places import places_of
+from .program import Program
+from .quantised import is_packed
+from .recording import Recorder, recording
+
+
+QUERY, KEY, VALUE = "attention.query", "attention.key", "attention.value"
+OUTPUT, MLP, HEAD = "attention.output", "mlp", "head"
+ROLES = (QUERY, KEY, VALUE, OUTPUT, MLP, HEAD)
+WORDS = ("attention", *ROLES)  # what `targets` takes; "attention" is all of its four
+
+
+@dataclasses.dataclass(frozen=True)
+class Undecided:
+    """A site of which it is open whether it has one of these roles, and why."""
+
+    between: frozenset[str]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """The roles of sites that have some, by name, and those left open."""
+
+    of: Mapping[str, frozenset[str]]
+    undecided: Mapping[str, Undecided]
+
+
+def roles(program: Program, example_inputs: Any) -> dict[str, str | None]:
+    """Return {site: its role, or None if it has none or that is undecided}.
+
+    A fused projection has several: "attention.query+attention.key+attention.value".
+
+    Args:
+        program: what `read_program` found in a model.
+        example_inputs: a tuple of arguments, or a dict of keyword arguments, of its forward.
+    """
+    found = find_roles(program, example_inputs)
+    named: dict[str, str | None] = {}
+    for site in program.sites:
+        own = found.of.get(site.name, ())
+        named[site.name] = "+".join(role for role in ROLES if role in own) or None
+    return named
+
+
+def find_roles(program: Program, example_inputs: Any) -> Roles:
+    """The roles of a model's sites, by one run of its base on these inputs."""
+    flow = _record(program, example_inputs)
+    reading = _Reading(flow)
+    by_site: dict[str, set[str]] = {site.name: set() for site in program.sites}
+    unsure: set[str] = set()
+    reached: set[str] = set()
+    for bit, call in flow.calls.items():
+        reached |= call.sites
+        for name in call.sites:
+            by_site[name] |= reading.roles_of(bit)
+            if bit & reading.unsure:
+                unsure.add(name)
+    found: dict[str, frozenset[str]] = {}
+    undecided: dict[str, Undecided] = {}
+    for name, own in by_site.items():
+        if name not in reached:
+            undecided[name] = Undecided(
+                frozenset(ROLES), "the model does not call it on these inputs")
+        elif name in unsure and not own & {QUERY, KEY}:
+            undecided[name] = Undecided(
+                frozenset({QUERY, KEY}), "which of two is the query could not be followed")
+        elif len(own) > 1 and not own <= {QUERY, KEY, VALUE}:
+            undecided[name] = Undecided(
+                frozenset(own), f"its calls differ: {' and '.join(sorted(own))}")
+        elif own:
+            found[name] = frozenset(own)
+    return Roles(found, undecided)
+
+
+class _Reading:
+    """What a flow says of the calls in it, each a bit."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.outputs, self.mlp, downs = self._outputs(), 0, 0
+        for bit, call in flow.calls.items():
+            ups = self._ups(bit, call)
+            if ups:
+                self.mlp |= ups & ~(flow.weighing | flow.selecting) | bit
+                downs |= bit
+        self._stream = self.outputs | downs  # what is added to the residual stream
+        self.query = self.key = self.value = self.unsure = 0
+        for attention in flow.attentions.values():
+            value = self._projections(attention.value)
+            self.query |= self._projections(attention.query)
+            self.key |= self._beside(self._projections(attention.key), value)
+            self.value |= value
+            self.unsure |= self._projections(attention.unsure)
+        for attention in flow.attentions.values():
+            self._add_latents(attention)
+
+    def roles_of(self, bit: int) -> set[str]:
+        """The roles of one call."""
+        masks = {QUERY: self.query, KEY: self.key, VALUE: self.value, OUTPUT: self.outputs}
+        own = {role for role, mask in masks.items() if bit & mask}
+        if bit & self.mlp and not own:
+            own = {MLP}
+        if not own and bit & self.flow.logits and not bit & self._read:
+            own = {HEAD}
+        return own
+
+    @functools.cached_property
+    def _read(self) -> int:
+        """What linear calls, attentions and products read."""
+        read = self.flow.multiplied
+        for call in self.flow.calls.values():
+            read |= call.reads
+        for attention in self.flow.attentions.values():
+            read |= _operands(attention)
+        return read
+
+    def _calls(self, sources: int) -> list[int]:
+        """The bits of linear calls among sources."""
+        return [bit for bit in bits(sources) if bit in self.flow.calls]
+
+    def _inputs(self, sources: int) -> set[int]:
+        """What the linear calls among these sources read, and those of attentions among them."""
+        read: set[int] = set()
+        for bit in bits(sources):
+            if bit in self.flow.calls:
+                read.add(self.flow.calls[bit].reads)
+            elif bit in self.flow.attentions:
+                read |= self._inputs(_operands(self.flow.attentions[bit]))
+        return read
+
+    def _outputs(self) -> int:
+        """The calls that read attention's result, maybe gated by what reads its input."""
+        found = 0
+        for bit, call in self.flow.calls.items():
+            attentions = [part for part in bits(call.reads) if part in self.flow.attentions]
+            beside = call.reads & ~sum(attentions)
+            if not attentions or sum(self._calls(beside)) != beside:
+                continue
+            if self._inputs(beside) <= self._inputs(sum(attentions)):
+                found |= bit
+        return found
+
+    def _ups(self, bit: int, down: LinearCall) -> int:
+        """The calls whose results, row by row, make what a call reads that adds to a residual.
+
+        They all read one value, and the residual comes from where that came from.
+        """
+        if not down.reads or not down.is_row_wise or sum(self._calls(down.reads)) != down.reads:
+            return 0
+        inputs = self._inputs(down.reads)
+        if len(inputs) != 1 or down.reads & self.outputs or bit & self.outputs:
+            return 0
+        [source] = inputs
+        for one, other in self.flow.sums:
+            for term, rest in ((one, other), (other, one)):
+                if term & bit and not term & down.reads and not rest & bit:
+                    if rest & source & ~term:
+                        return down.reads
+        return 0
+
+    def _projections(self, sources: int) -> int:
+        """The linear calls that give an attention these sources, none if it reads the stream.
+
+        Beside calls that read what was computed, those that read constants give positions.
+        """
+        if sources & self._stream:
+            return 0
+        calls = self._calls(sources & ~self.flow.weighing)
+        reading = [bit for bit in calls if self.flow.calls[bit].reads]
+        return sum(reading or calls)
+
+    def _beside(self, key: int, value: int) -> int:
+        """The calls for key that read what one for value does; all, if none does."""
+        inputs = self._inputs(value)
+        return sum(bit for bit in bits(key) if self.flow.calls[bit].reads in inputs) or key
+
+    def _add_latents(self, attention: Attention) -> None:
+        """Add the calls that only projections of this attention read, as those of low rank do.
+
+        Another projection, or another such call, reads what they read.
+        """
+        projections = self._projections(_operands(attention))
+        latents = 0
+        for bit in self._calls(projections):
+            reads = self.flow.calls[bit].reads
+            if reads in self.flow.calls and self._only_read_by(reads, projections, attention):
+                latents |= reads
+        for latent in bits(latents):
+            others = self._inputs((projections | latents) & ~latent) - {latent}
+            if self.flow.calls[latent].reads in others:
+                for role in ("query", "key", "value"):
+                    part = self._projections(getattr(attention, role))
+                    if latent in self._inputs(part):
+                        setattr(self, role, getattr(self, role) | latent)
+
+    def _only_read_by(self, latent: int, projections: int, attention: Attention) -> bool:
+        for bit, call in self.flow.calls.items():
+            if call.reads & latent and not bit & (projections | self.flow.selecting):
+                return False
+        return all(other is attention or not _operands(other) & latent
+                   for other in self.flow.attentions.values())
+
+
+def bits(mask: int) -> list[int]:
+    """The bits that are set in a mask."""
+    found: list[int] = []
+    while mask:
+        low = mask & -mask
+        found.append(low)
+        mask ^= low
+    return found
+
+
+def _operands(attention: Attention) -> int:
+    return attention.query | attention.key | attention.value | attention.unsure
+
+
+def _record(program: Program, example_inputs: Any) -> Flow:
+    """The flow of a run of the base on these inputs, in a copy, in eval, without gradients."""
+    args, kwargs = _arguments(example_inputs)
+    base = share(program.model, ejecting=True).eval()
+    places = places_of(base)
+    with torch.random.fork_rng(), recording() as recorder:
+        for site in program.sites:
+            _make_known(recorder, places[split_block(site.name)[0]], site)
+        args, kwargs = tree_map(_copied, (args, kwargs))
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                recorder.input(leaf)
+        try:
+            result = base(*args, **kwargs)
+        except Exception as error:
+            raise ConfigError(
+                f"This {type(base).__name__} cannot be run on example_inputs: "
+                f"{type(error).__name__}: {error}. Pass a tuple of the arguments of its forward, "
+                "or a dict of its keyword arguments.") from error
+        recorder.returned(result)
+    return recorder.flow
+
+
+def _arguments(example_inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    raise ConfigError("example_inputs takes a tuple of the arguments of the model's forward, such "
+                      "as (x,), or a dict of its keyword arguments, not "
+                      f"{type(example_inputs).__name__}.")
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _make_known(recorder: Recorder, place: Place, site: Site) -> None:
+    """Let a recorder know the tensors of which a site is made, or the layer that has it packed."""
+    module, attribute = place
+    if is_packed(module):
+        def note(layer: nn.Module, args: Any, result: Any) -> None:
+            recorder.layer(site.name, args[0], result)
+
+        module.register_forward_hook(note)
+    elif parametrize.is_parametrized(module, attribute):
+        for tensor in module.parametrizations[attribute].parameters():  # type: ignore[union-attr]
+            recorder.weight(tensor, site.name)
+    else:
+        recorder.weight(getattr(module, attribute), site.name, site.rows)
+
+
+def with_roles(
+    program: Program, targets: Targets, exclude: Targets, example_inputs: Any
+) -> tuple[Targets, Targets]:
+    """These targets with each word for a role as the sites that have it.
+
+    A word that names a site means that name, unless there are example inputs, which no other word
+    needs: then it means the role, and is an error if the sites of that name are others.
+    """
+    words = [word for word in (*as_list(targets), *as_list(exclude)) if _means(word, program)]
+    if example_inputs is None or not words:
+        words = [word for word in words if not _named(program.sites, word)]
+    if not words:
+        return targets, exclude
+    if example_inputs is None:
+        raise NoSiteError(
+            f"{words[0]!r} is a role, found by running the model once, and no site's name: pass "
+            "example_inputs=, a tuple of the arguments of its forward or a dict of its keyword "
+            "arguments.")
+    found = find_roles(program, example_inputs)
+    plain = [pattern for pattern in as_list(exclude) if pattern not in words]
+    excluded = select(program.sites, plain, (), program.left_alone) if plain else []
+    names = {site.name for site in excluded}
+    chosen = {word: _having(program.sites, found, word, names) for word in words}
+
+    def replaced(patterns: Targets) -> list[Any]:
+        return [chosen.get(pattern, pattern) if isinstance(pattern, str) else pattern
+                for pattern in as_list(patterns)]
+
+    return replaced(targets), replaced(exclude)
+
+
+class _SitesOfRole:
+    """A target: the sites that have a role."""
+
+    def __init__(self, word: str, names: Collection[str]) -> None:
+        self.word, self.names = word, names
+
+    def __call__(self, site: Site) -> bool:
+        return site.name in self.names
+
+    def __repr__(self) -> str:
+        return repr(self.word)
+
+
+def _means(word: Any, program: Program) -> bool:
+    return isinstance(word, str) and word in WORDS
+
+
+def _named(sites: Iterable[Site], word: str) -> set[str]:
+    """The sites that this word names."""
+    return {site.name for site in sites if any(name_matches(word, name) for name in site.names)}
+
+
+def _having(
+    sites: Sequence[Site], found: Roles, word: str, excluded: Collection[str]
+) -> _SitesOfRole:
+    """The sites of a role, or an error where there is none, or where one is undecided."""
+    meant = {role for role in ROLES if role == word or role.startswith(f"{word}.")}
+    open_ones = [name for name, undecided in found.undecided.items()
+                 if undecided.between & meant and name not in excluded]
+    if open_ones:
+        first = open_ones[0]
+        more = f" and {len(open_ones) - 1} more" if open_ones[1:] else ""
+        raise NoSiteError(
+            f"Whether {first!r}{more} is {word!r} cannot be decided: "
+            f"{found.undecided[first].reason}. Pass example_inputs that use all of the model, name "
+            "the sites, or exclude those by name.")
+    names = {name for name, own in found.of.items() if own & meant}
+    if not names:
+        others = sorted(set().union(*found.of.values()))
+        raise NoSiteError(
+            f"No linear call of this model is {word!r} in the run on example_inputs. Its sites "
+            f"are {', '.join(map(repr, others)) or 'of no role'}: name them, lorafx.sites(model) "
+            "lists them.")
+    named = _named(sites, word)
+    if named and named != names:
+        raise ConfigError(
+            f"{word!r} is the name of {min(named)!r} and the role of {min(names)!r}. Write "
+            f"{'*' + word!r} for the name, or leave out example_inputs.")
+    return _SitesOfRole(word, names)
