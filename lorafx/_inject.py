@@ -49,15 +49,12 @@ def inject(
     Args:
         model: any nn.Module. A `torch.fx.GraphModule` gets the branches as nodes of its own graph.
         rank: r, at least 1.
-        alpha: the scale is s = alpha / rank, or 1 without it.
+        alpha, rslora: s = alpha / rank, or 1; with rslora alpha / sqrt(rank) (arXiv:2312.03732).
         targets: "square" (in == out), "linear" (all; a layer of that name is "*linear"; it warns if
             most cannot be adapted), a name, suffix, glob or block of rows ("qkv[q]", "qkv[0:64]"),
-            a compiled regular expression for the whole name, a function of a Site, or several; or
-            a role, where no site has this name: "attention", "attention.query", "attention.key",
-            "attention.value", "attention.output", "mlp", "head".
+            a regular expression of whole names, a function of a Site, a role (`sites`), or several.
         exclude: sites to leave out, in the same forms.
         dropout: in training, the probability that an element of the branch's input is zeroed.
-        rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
         rank_pattern, alpha_pattern: {regular expression: rank or alpha}; the first match wins.
         trainable: modules, parameters and rows to train too: "head", "*.bias", "embed[100:103]".
         init: how A is drawn: "gaussian", or "kaiming" (uniform, a = sqrt(5), as in PEFT).
@@ -67,13 +64,10 @@ def inject(
         adapter: the name of this adapter.
         group: compute linear calls that share an input (query, key, value) together, for speed.
         recompute: for memory, compute inputs again in the backward pass instead of keeping them.
-        example_inputs: a tuple of the arguments of forward, or a dict of its keyword arguments, on
-            which a copy of the base runs once, where roles are asked for: they are found in what
-            it computes, and in no name. Then a role's word means the role, whatever a site's name.
+        example_inputs: a tuple or dict of forward's arguments, on which roles are found: `sites`.
 
     Raises:
-        NoSiteError: a pattern matches nothing, or a role cannot be decided for some site.
-        ConfigError: a setting is out of its range.
+        NoSiteError: a pattern matches nothing, a role is undecided. ConfigError: out of range.
         UnsupportedModelError: the model is wrapped, compiled, patched, lazy, or adapted already.
 
     Example:
@@ -92,8 +86,7 @@ def inject(
     check_model(model)
     twin = share(model)
     program = read_program(twin)
-    config = _without_roles(program, config, example_inputs)
-    made = new_adapter(program, adapter, config)
+    made = new_adapter(program, adapter, _without_roles(program, config, example_inputs))
     _warn_of_left_alone(program, config)
     begin_injection(program, group, recompute)
     attach(program, made)
@@ -127,18 +120,33 @@ def sites(
 ) -> list[Site]:
     """Return the sites that `inject` would adapt for these targets: a dry run, changing nothing.
 
+    A role is found in what the base computes in one run on `example_inputs`, never in names:
+    "attention.query", "attention.key" and "attention.value" give attention its operands (a fused
+    projection is all three), "attention.output" takes its result, "attention" is all of these;
+    "mlp" are the calls of feed-forward blocks, which end in a sum with what they began with (a
+    router is none); "head" gives logits. A word that names sites, such as "head", means these, as
+    any name does; but with `example_inputs` it means the role, and if the sites of that name are
+    others, that is an error.
+
     Args:
         model: any nn.Module, injected or not.
-        targets, example_inputs: as for `inject`.
+        targets: as for `inject`.
+        example_inputs: a tuple of the arguments of the model's forward, or a dict of its keyword
+            arguments. A copy of the base runs on a copy of them, in eval, without gradients.
 
     Raises:
         NoSiteError: a pattern matches nothing, or a role cannot be decided for some site.
+        ConfigError: the model cannot be run on `example_inputs`.
 
     Example:
         >>> import torch, lorafx
         >>> [site] = lorafx.sites(torch.nn.Sequential(torch.nn.Linear(3, 5)))
         >>> site.name, site.in_features, site.out_features, site.kind
         ('0', 3, 5, 'linear')
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
+        >>> found = lorafx.sites(layer, "mlp", example_inputs=(torch.ones(3, 1, 8),))
+        >>> [site.name for site in found]
+        ['linear1', 'linear2']
     """
     if find_injection(model) is None:
         check_model(model)
@@ -158,8 +166,8 @@ def add(
     Args:
         model: an injected model; changed in place.
         adapter: the new adapter's name.
-        rank, targets, example_inputs, config: as for `lorafx.inject`; `targets=None` means the sites that have a
-            branch already.
+        rank, targets, example_inputs, config: as for `lorafx.inject`; `targets=None` means the
+            sites that have a branch already.
 
     Raises:
         AdapterError: the name is taken.

@@ -5,10 +5,8 @@ Every operator of ATen is seen, whoever calls it: graphs, Python, or torch's own
 
 import contextlib
 import dataclasses
-import functools
 import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from .._kernels.private import TorchDispatchMode, storage_key, writes
 from .flow import Attention, Flow, Logits, Scores, Value, Weighting, attention_of, union
+from .operator_calls import (
+    OperatorCall, carries, elements, has_rows, has_storage, logits_of, moved, rows_of, written
+)
 
 
 # Products of matrices: {operator: the places of the two among its arguments}.
@@ -32,11 +33,6 @@ SELECTIONS = frozenset({"topk", "sort", "argsort", "argmax", "multinomial"})
 SUMS = frozenset({"add", "index_add", "scatter_add", "addcmul"})
 # A row of their result may depend on many rows, even where its shape says nothing of that.
 MIXING = frozenset({"convolution", "cumsum", "cumprod", "logcumsumexp", "roll", "flip"})
-# What logits may go through and still be logits.
-PASSING = frozenset("""
-    add sub rsub mul div _to_copy clone copy index index_select gather cat stack where masked_fill
-    _softmax _log_softmax
-""".split())
 LOOKUPS = frozenset({"embedding", "_embedding_bag"})
 
 
@@ -66,7 +62,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flow = Flow()
         # by the storage's key, with a reference that keeps the key from being used again
         self._values: dict[int, tuple[StorageWeakRef, Value]] = {}
@@ -76,18 +72,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Make known the tensor of a site, of which it may be some rows."""
         part = tensor if rows is None else tensor.narrow(0, *rows)
         known = self._weights.setdefault(storage_key(tensor.untyped_storage()), [])
-        known.append((_elements(part), site))
+        known.append((elements(part), site))
 
     def input(self, tensor: Tensor) -> None:
         """Make known a tensor given to the model."""
-        if _carries(tensor):
+        if carries(tensor):
             self._set(tensor, Value(self.flow.bit()))
 
     def layer(self, site: str, read: Tensor, result: Tensor) -> None:
         """Note the linear call that a layer makes by itself."""
         value = self._of(read) or Value()
         self._set(result, self.flow.linear_call(
-            frozenset({site}), value, _rows(read), _rows(result)))
+            frozenset({site}), value, rows_of(read), rows_of(result)))
 
     def returned(self, result: Any) -> None:
         """Note what the model returned."""
@@ -109,19 +105,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = name.removesuffix("_") if writing else name
         if not any(values) and name not in LOOKUPS:
             return result
-        call = _Call(name, func, args, kwargs, given, values)
-        known = {storage_key(tensor.untyped_storage()) for tensor in given if _has_storage(tensor)}
+        call = OperatorCall(name, func, args, kwargs, given, values)
+        known = {storage_key(tensor.untyped_storage()) for tensor in given if has_storage(tensor)}
         for tensor in results:
-            if not _carries(tensor):
+            if not carries(tensor):
                 continue
             if storage_key(tensor.untyped_storage()) not in known:
                 self._set(tensor, self._value(call, tensor))
             elif writing and tensor is result:
                 old, new = self._of(tensor), self._value(call, tensor)
-                self._set(tensor, _written(old, new))
+                self._set(tensor, written(old, new))
         return result
 
-    def _value(self, call: "_Call", result: Tensor) -> Value:
+    def _value(self, call: OperatorCall, result: Tensor) -> Value:
         """The value of what an operator computed; what that says of the flow is noted."""
         operands = call.attention_operands()
         if operands is not None:
@@ -144,12 +140,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if call.name in SUMS and len(values) > 1:
             self.flow.sums.add((values[0].sources, values[-1].sources))
         rows = {value.rows for value in values if value.sources}
-        if len(rows) == 1 and call.name not in MIXING and _has_rows(result, min(rows)):
+        if len(rows) == 1 and call.name not in MIXING and has_rows(result, min(rows)):
             made = dataclasses.replace(made, rows=min(rows))
         return dataclasses.replace(
-            made, scores=_moved(call, made.scores, result), logits=_logits(call, values))
+            made, scores=moved(call, made.scores, result), logits=logits_of(call, values))
 
-    def _weight(self, call: "_Call", values: Sequence[Value]) -> Value:
+    def _weight(self, call: OperatorCall, values: Sequence[Value]) -> Value:
         """The value of what is computed from weights alone."""
         sites = frozenset[str]().union(*(value.weights for value in values))
         if call.name in ("index", "index_select") and call.given[0].ndim < 3:
@@ -165,7 +161,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             weight, read = (left, right) if a.weights else (right, left)
             sites = (a if a.weights else b).weights
             value = b if a.weights else a
-            return self.flow.linear_call(sites, value, _rows(read), _rows(result))
+            return self.flow.linear_call(sites, value, rows_of(read), rows_of(result))
         made = dataclasses.replace(union([a, b]), scores=())
         if not a.sources or not b.sources:
             return made
@@ -181,7 +177,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             a.sources, b.sources, row_stride, result.stride(-1) if has_columns else None)
         return dataclasses.replace(made, scores=(scores,))
 
-    def _softmax(self, call: "_Call", result: Tensor) -> Value:
+    def _softmax(self, call: OperatorCall, result: Tensor) -> Value:
         scores = call.given[0]
         value = call.values[0] or Value()
         dim = call.args[1] % max(scores.ndim, 1)
@@ -201,11 +197,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Value(value.sources, weightings=tuple(weightings), logits=logits)
 
     def _of(self, tensor: Tensor) -> Value | None:
-        if not _has_storage(tensor):
+        if not has_storage(tensor):
             return None
         key = storage_key(tensor.untyped_storage())
         if key in self._weights:
-            here = _elements(tensor)
+            here = elements(tensor)
             sites = frozenset(
                 site for part, site in self._weights[key]
                 if max(part.start, here.start) < min(part.stop, here.stop))
@@ -215,108 +211,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _set(self, tensor: Tensor, value: Value) -> None:
         storage = tensor.untyped_storage()
-        self._values[storage_key(storage)] = StorageWeakRef(storage), value
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """A call of an operator, and the values of the tensors among its arguments."""
-
-    name: str
-    func: Any
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-    given: Sequence[Tensor]
-    values: Sequence[Value | None]
-
-    @functools.cached_property
-    def _named(self) -> dict[str, Any]:
-        names = [argument.name for argument in self.func._schema.arguments]
-        return {**dict(zip(names, self.args)), **self.kwargs}
-
-    def attention_operands(self) -> list[Tensor] | None:
-        """Query, key and value of a kernel that computes attention, by its arguments' names."""
-        for names in (("query", "key", "value"), ("q", "k", "v")):
-            found = [self._named.get(name) for name in names]
-            if all(isinstance(tensor, Tensor) for tensor in found):
-                return found  # type: ignore[return-value]
-        return None
-
-    def operands(self, places: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The two arguments at these places."""
-        values = list(self._named.values())
-        return values[places[0]], values[places[1]]
-
-
-def _moved(call: _Call, scores: Iterable[Scores], result: Tensor) -> tuple[Scores, ...]:
-    """The scores as they are in the result of an operator that keeps its operand's axes."""
-    moved: dict[Scores, None] = {}
-    for product in scores:
-        for tensor, value in zip(call.given, call.values):
-            if value is not None and product in value.scores:
-                row = _stride_in(result, tensor, product.row_stride)
-                column = _stride_in(result, tensor, product.column_stride)
-                moved[dataclasses.replace(product, row_stride=row, column_stride=column)] = None
-                break
-    return tuple(moved)
-
-
-def _stride_in(result: Tensor, tensor: Tensor, stride: int | None) -> int | None:
-    """The stride that the axis of a tensor with this one has in a result of the same axes."""
-    found = [dim - tensor.ndim for dim in range(tensor.ndim)
-             if tensor.stride(dim) == stride and tensor.shape[dim] > 1]
-    if len(found) != 1 or result.ndim < -found[0]:
-        return None
-    return result.stride(found[0])
-
-
-def _logits(call: _Call, values: Sequence[Value]) -> Logits:
-    """What a result is where these are its operands that are no constants."""
-    least = min((value.logits for value in values), default=Logits.NO)
-    if call.name == "tanh":
-        return Logits.BOUNDED if least is Logits.YES else Logits.NO
-    if call.name not in PASSING:
-        return Logits.NO
-    return Logits.YES if least is Logits.BOUNDED and call.name == "mul" else least
-
-
-def _written(old: Value | None, new: Value) -> Value:
-    """The value of a tensor, part of which may have been written anew."""
-    if old is None:
-        return new
-    both = union([old, new])
-    rows = new.rows if old.rows in (0, new.rows) and old.sources | new.sources else 0
-    return dataclasses.replace(both, rows=rows, logits=min(old.logits, new.logits))
-
-
-def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided
-
-
-def _carries(tensor: Tensor) -> bool:
-    """True if a tensor has numbers that a layer may have computed: no indices, no masks."""
-    return _has_storage(tensor) and (tensor.is_floating_point() or tensor.is_complex())
-
-
-def _elements(tensor: Tensor) -> range:
-    """The places in its storage over which a tensor extends."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    first = tensor.storage_offset()
-    return range(first, first + last + 1 if tensor.numel() else first)
-
-
-def _rows(tensor: Tensor) -> int:
-    return math.prod(tensor.shape[:-1])
-
-
-def _has_rows(tensor: Tensor, rows: int) -> bool:
-    """True if the first dimensions of a tensor are so many rows."""
-    product = 1
-    for size in tensor.shape:
-        product *= size
-        if product == rows:
-            return True
-    return product == rows
+        reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self._values[storage_key(storage)] = reference, value
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:
