@@ -125,8 +125,8 @@ def sites(
     projection is all three), "attention.output" takes its result, "attention" is all of these;
     "mlp" are the calls of feed-forward blocks, which end in a sum with what they began with (a
     router is none); "head" gives logits. A word that names sites, such as "head", means these, as
-    any name does; but with `example_inputs` it means the role, and if the sites of that name are
-    others, that is an error.
+    any name does; but with `example_inputs` it means the role, and is an error if the sites of that
+    name are others. "role:head" is always the role, "*head" the name.
 
     Args:
         model: any nn.Module, injected or not.

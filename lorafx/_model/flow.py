@@ -61,11 +61,17 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class LinearCall:
-    """A linear call that ran: of these sites, which read a value of these sources."""
+    """A linear call that ran: of these sites, which read a value of these sources.
+
+    Attributes:
+        is_row_wise: whether each row read is a function of one row of each source's result.
+        sums_before: how many sums ran before it.
+    """
 
     sites: frozenset[str]
     reads: int
-    is_row_wise: bool  # whether each row read is a function of one row of each source's result
+    is_row_wise: bool
+    sums_before: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Flow:
 
     calls: dict[int, LinearCall] = dataclasses.field(default_factory=dict)
     attentions: dict[int, Attention] = dataclasses.field(default_factory=dict)
-    sums: set[tuple[int, int]] = dataclasses.field(default_factory=set)
+    sums: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     weighing: int = 0
     selecting: int = 0
     multiplied: int = 0
@@ -108,7 +114,8 @@ class Flow:
     def linear_call(self, sites: frozenset[str], read: Value, rows: int, result_rows: int) -> Value:
         """The value of x W^T for weights of these sites, x being what was read."""
         bit = self.bit()
-        self.calls[bit] = LinearCall(sites, read.sources, read.rows == rows != 0)
+        is_row_wise = read.rows == rows != 0
+        self.calls[bit] = LinearCall(sites, read.sources, is_row_wise, len(self.sums))
         return Value(bit, result_rows, logits=Logits.YES)
 
     def attention(self, attention: Attention) -> Value:

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from .._kernels.private import TorchDispatchMode, storage_key, writes
+from .._kernels.private import TorchDispatchMode, storage_key, tree_iter, writes
 from .flow import Attention, Flow, Logits, Scores, Value, Weighting, attention_of, union
 from .operator_calls import (
     OperatorCall, carries, elements, has_rows, has_storage, logits_of, moved, rows_of, written
@@ -97,9 +96,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+        given = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)]
         values = [self._of(tensor) for tensor in given]
-        results = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        results = [tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor)]
         name = func._schema.name.rpartition("::")[2]
         writing = writes(func)
         name = name.removesuffix("_") if writing else name
@@ -138,7 +137,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if call.name in SELECTIONS:
             self.flow.selecting |= made.sources
         if call.name in SUMS and len(values) > 1:
-            self.flow.sums.add((values[0].sources, values[-1].sources))
+            self.flow.sums.append((values[0].sources, values[-1].sources))
         rows = {value.rows for value in values if value.sources}
         if len(rows) == 1 and call.name not in MIXING and has_rows(result, min(rows)):
             made = dataclasses.replace(made, rows=min(rows))

@@ -15,6 +15,8 @@ class RoleCalls:
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
+        self._inputs_of: dict[int, set[int]] = {}  # what was found, by attention
+        self._calls, self._attentions = sum(flow.calls), sum(flow.attentions)
         self.outputs, self.mlp, downs = self._outputs(), 0, 0
         for bit, call in flow.calls.items():
             ups = self._ups(bit, call)
@@ -34,10 +36,9 @@ class RoleCalls:
 
     def roles_of(self, bit: int) -> set[str]:
         """The roles of one call."""
-        masks = {QUERY: self.query, KEY: self.key, VALUE: self.value, OUTPUT: self.outputs}
+        masks = {QUERY: self.query, KEY: self.key, VALUE: self.value, OUTPUT: self.outputs,
+                 MLP: self.mlp}
         own = {role for role, mask in masks.items() if bit & mask}
-        if bit & self.mlp and not own:
-            own = {MLP}
         if not own and bit & self.flow.logits and not bit & self._read:
             own = {HEAD}
         return own
@@ -52,30 +53,24 @@ class RoleCalls:
             read |= _operands(attention)
         return read
 
-    def _calls(self, sources: int) -> list[int]:
-        """The bits of linear calls among sources."""
-        return [bit for bit in bits(sources) if bit in self.flow.calls]
-
     def _inputs(self, sources: int) -> set[int]:
         """What the linear calls among these sources read, and those of attentions among them."""
-        read: set[int] = set()
-        for bit in bits(sources):
-            if bit in self.flow.calls:
-                read.add(self.flow.calls[bit].reads)
-            elif bit in self.flow.attentions:
-                read |= self._inputs(_operands(self.flow.attentions[bit]))
+        read = {self.flow.calls[bit].reads for bit in bits(sources & self._calls)}
+        for bit in bits(sources & self._attentions):
+            if bit not in self._inputs_of:
+                self._inputs_of[bit] = self._inputs(_operands(self.flow.attentions[bit]))
+            read |= self._inputs_of[bit]
         return read
 
     def _outputs(self) -> int:
         """The calls that read attention's result, maybe gated by what reads its input."""
         found = 0
         for bit, call in self.flow.calls.items():
-            attentions = [part for part in bits(call.reads) if part in self.flow.attentions]
-            beside = call.reads & ~sum(attentions)
-            if not attentions or sum(self._calls(beside)) != beside:
-                continue
-            if self._inputs(beside) <= self._inputs(sum(attentions)):
-                found |= bit
+            attentions = call.reads & self._attentions
+            beside = call.reads & ~attentions
+            if attentions and not beside & ~self._calls:
+                if self._inputs(beside) <= self._inputs(attentions):
+                    found |= bit
         return found
 
     def _ups(self, bit: int, down: LinearCall) -> int:
@@ -83,17 +78,17 @@ class RoleCalls:
 
         They all read one value, and the residual comes from where that came from.
         """
-        if not down.reads or not down.is_row_wise or sum(self._calls(down.reads)) != down.reads:
+        ups = down.reads
+        if not ups or ups & ~self._calls or not down.is_row_wise or (ups | bit) & self.outputs:
             return 0
-        inputs = self._inputs(down.reads)
-        if len(inputs) != 1 or down.reads & self.outputs or bit & self.outputs:
+        inputs = self._inputs(ups)
+        if len(inputs) != 1:
             return 0
         [source] = inputs
-        for one, other in self.flow.sums:
+        for one, other in self.flow.sums[down.sums_before:]:
             for term, rest in ((one, other), (other, one)):
-                if term & bit and not term & down.reads and not rest & bit:
-                    if rest & source & ~term:
-                        return down.reads
+                if term & bit and not term & ups and not rest & bit and rest & source & ~term:
+                    return ups
         return 0
 
     def _projections(self, sources: int) -> int:
@@ -103,7 +98,7 @@ class RoleCalls:
         """
         if sources & self._stream:
             return 0
-        calls = self._calls(sources & ~self.flow.weighing)
+        calls = bits(sources & self._calls & ~self.flow.weighing)
         reading = [bit for bit in calls if self.flow.calls[bit].reads]
         return sum(reading or calls)
 
@@ -119,7 +114,7 @@ class RoleCalls:
         """
         projections = self._projections(_operands(attention))
         latents = 0
-        for bit in self._calls(projections):
+        for bit in bits(projections):
             reads = self.flow.calls[bit].reads
             if reads in self.flow.calls and self._only_read_by(reads, projections, attention):
                 latents |= reads

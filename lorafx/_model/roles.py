@@ -3,6 +3,7 @@
 It is found in the dataflow of one run of the base, and never in names.
 """
 
+import copy
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves, tree_map
 
 from .._adapter.names import name_matches, split_block
 from .._errors import ConfigError, NoSiteError
+from .._kernels.private import tree_iter, tree_map
 from .._graph.modules import Place
 from .._graph.sites import Site, Targets, as_list, select
 from .copies import share
@@ -25,7 +26,8 @@ from .recording import Recorder, recording
 from .role_calls import KEY, QUERY, ROLES, VALUE, RoleCalls
 
 
-WORDS = ("attention", *ROLES)  # what `targets` takes; "attention" is all of its four
+# What `targets` takes; "attention" is all of its four.
+WORDS = {prefix + word: word for prefix in ("", "role:") for word in ("attention", *ROLES)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _record(program: Program, example_inputs: Any) -> Flow:
         for site in program.sites:
             _make_known(recorder, places[split_block(site.name)[0]], site)
         args, kwargs = tree_map(_copied, (args, kwargs))
-        for leaf in tree_leaves((args, kwargs)):
+        for leaf in tree_iter((args, kwargs)):
             if isinstance(leaf, Tensor):
                 recorder.input(leaf)
         try:
@@ -125,7 +127,8 @@ def _arguments(example_inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
 
 
 def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+    """A copy of an input, since a forward may write into it, as into a cache."""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
 
 
 def _make_known(recorder: Recorder, place: Place, site: Site) -> None:
@@ -149,11 +152,12 @@ def with_roles(
 ) -> tuple[Targets, Targets]:
     """These targets with each word for a role as the sites that have it.
 
-    A word that names a site means that name, unless there are example inputs, which no other word
-    needs: then it means the role, and is an error if the sites of that name are others.
+    A word that names sites means these, unless there are example inputs: then it means the role,
+    and is an error if the sites of that name are others. After "role:" it is never a name.
     """
-    words = [word for word in (*as_list(targets), *as_list(exclude)) if _means(word, program)]
-    if example_inputs is None or not words:
+    patterns = [*as_list(targets), *as_list(exclude)]
+    words = [word for word in patterns if isinstance(word, str) and word in WORDS]
+    if example_inputs is None:
         words = [word for word in words if not _named(program.sites, word)]
     if not words:
         return targets, exclude
@@ -188,10 +192,6 @@ class _SitesOfRole:
         return repr(self.word)
 
 
-def _means(word: Any, program: Program) -> bool:
-    return isinstance(word, str) and word in WORDS
-
-
 def _named(sites: Iterable[Site], word: str) -> set[str]:
     """The sites that this word names."""
     return {site.name for site in sites if any(name_matches(word, name) for name in site.names)}
@@ -201,6 +201,7 @@ def _having(
     sites: Sequence[Site], found: Roles, word: str, excluded: Collection[str]
 ) -> _SitesOfRole:
     """The sites of a role, or an error where there is none, or where one is undecided."""
+    word, written = WORDS[word], word
     meant = {role for role in ROLES if role == word or role.startswith(f"{word}.")}
     open_ones = [name for name, undecided in found.undecided.items()
                  if undecided.between & meant and name not in excluded]
@@ -218,9 +219,9 @@ def _having(
             f"No linear call of this model is {word!r} in the run on example_inputs. Its sites "
             f"are {', '.join(map(repr, others)) or 'of no role'}: name them, lorafx.sites(model) "
             "lists them.")
-    named = _named(sites, word)
+    named = _named(sites, written)
     if named and named != names:
         raise ConfigError(
-            f"{word!r} is the name of {min(named)!r} and the role of {min(names)!r}. Write "
-            f"{'*' + word!r} for the name, or leave out example_inputs.")
-    return _SitesOfRole(word, names)
+            f"{word!r} is the name of {min(named)!r} and the role of {min(names)!r}: write "
+            f"'*{word}' for the name, 'role:{word}' for the role.")
+    return _SitesOfRole(written, names)
