@@ -6,6 +6,7 @@ no other linear call or attention. They are bits of an integer.
 
 import dataclasses
 import enum
+from collections import defaultdict
 from collections.abc import Sequence
 
 
@@ -17,27 +18,33 @@ class Logits(enum.IntEnum):
     YES = 2
 
 
+class Axis(enum.Enum):
+    """An axis of scores left @ right."""
+
+    ROWS = "of left's rows"
+    COLUMNS = "of right's columns"
+    LOST = "not known"
+
+
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """A product left @ right of two activations: their sources, and where its axes are now.
 
-    A stride tells the axis of left's rows, and that of right's columns, in the value that carries
-    this; None if it was lost.
+    A stride tells an axis in the value that carries this; None if it was lost.
     """
 
     left: int
     right: int
     row_stride: int | None
     column_stride: int | None
+    softmax: Axis | None = None  # over which a softmax went, if one did
 
-
-@dataclasses.dataclass(frozen=True)
-class Weighting:
-    """A softmax of scores, over keys: the sources of query and key; `unsure` which is which."""
-
-    query: int
-    key: int
-    unsure: int = 0
+    def axis(self, stride: int | None) -> Axis:
+        """The axis of this stride."""
+        if stride is None or self.row_stride == self.column_stride:
+            return Axis.LOST
+        axes = {self.row_stride: Axis.ROWS, self.column_stride: Axis.COLUMNS}
+        return axes.get(stride, Axis.LOST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +61,6 @@ class Value:
     sources: int = 0
     rows: int = 0
     scores: tuple[Scores, ...] = ()
-    weightings: tuple[Weighting, ...] = ()
     logits: Logits = Logits.NO
     weights: frozenset[str] = frozenset()
 
@@ -129,18 +135,29 @@ def union(values: Sequence[Value]) -> Value:
     """A value that was computed from these, by a function of which nothing else is known."""
     sources = 0
     scores: dict[Scores, None] = {}
-    weightings: dict[Weighting, None] = {}
     for value in values:
         sources |= value.sources
         scores |= dict.fromkeys(value.scores)
-        weightings |= dict.fromkeys(value.weightings)
-    return Value(sources, scores=tuple(scores), weightings=tuple(weightings))
+    return Value(sources, scores=tuple(scores))
 
 
-def attention_of(weightings: Sequence[Weighting], value: Value) -> Attention:
-    """The attention that multiplies these weights and a value."""
+def attention_of(weights: Sequence[Scores], contracted: int | None, value: int) -> Attention:
+    """The attention that multiplies these scores, after a softmax, and a value of these sources.
+
+    The keys are along the axis that the product contracts, and the softmax is mostly over them.
+    """
+    by_contraction: dict[tuple[int, int], set[Axis]] = defaultdict(set)
+    by_softmax: dict[tuple[int, int], set[Axis]] = defaultdict(set)
+    for scores in weights:
+        by_contraction[scores.left, scores.right].add(scores.axis(contracted))
+        by_softmax[scores.left, scores.right].add(scores.softmax or Axis.LOST)
     query = key = unsure = 0
-    for weighting in weightings:
-        query, key = query | weighting.query, key | weighting.key
-        unsure |= weighting.unsure
-    return Attention(query, key, value.sources, unsure)
+    for (left, right), axes in by_contraction.items():
+        known = axes - {Axis.LOST} or by_softmax[left, right]
+        if known == {Axis.COLUMNS}:
+            query, key = query | left, key | right
+        elif known == {Axis.ROWS}:
+            query, key = query | right, key | left
+        else:
+            unsure |= left | right
+    return Attention(query, key, value, unsure)

@@ -66,7 +66,7 @@ def _stride_in(result: Tensor, tensor: Tensor, stride: int | None) -> int | None
     """The stride that the axis of a tensor with this one has in a result of the same axes."""
     found = [dim - tensor.ndim for dim in range(tensor.ndim)
              if tensor.stride(dim) == stride and tensor.shape[dim] > 1]
-    if len(found) != 1 or result.ndim < -found[0]:
+    if len(found) != 1 or result.ndim < -found[0] or result.shape[found[0]] == 1:
         return None
     return result.stride(found[0])
 

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from .._kernels.private import TorchDispatchMode, storage_key, tree_iter, writes
-from .flow import Attention, Flow, Logits, Scores, Value, Weighting, attention_of, union
+from .flow import Attention, Flow, Logits, Scores, Value, attention_of, union
 from .operator_calls import (
     OperatorCall, carries, elements, has_rows, has_storage, logits_of, moved, rows_of, written
 )
@@ -164,36 +164,31 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = dataclasses.replace(union([a, b]), scores=())
         if not a.sources or not b.sources:
             return made
-        if bool(a.weightings) != bool(b.weightings):
-            weights, value = (a, b) if a.weightings else (b, a)
-            return self.flow.attention(attention_of(weights.weightings, value))
+        in_a, in_b = _weights(a), _weights(b)
+        if in_a and not in_b:
+            return self.flow.attention(attention_of(in_a, _stride(left, -1), b.sources))
+        if in_b and not in_a:
+            contracted = _stride(right, -2 if right.ndim > 1 else -1)
+            return self.flow.attention(attention_of(in_b, contracted, a.sources))
         self.flow.multiplied |= made.sources
-        if a.weightings:
-            return made
-        has_columns = right.ndim > 1
-        row_stride = result.stride(-2 if has_columns else -1) if result.ndim > has_columns else None
-        scores = Scores(
-            a.sources, b.sources, row_stride, result.stride(-1) if has_columns else None)
-        return dataclasses.replace(made, scores=(scores,))
+        if in_a:
+            both = [dataclasses.replace(scores, row_stride=None, column_stride=None)
+                    for scores in (*in_a, *in_b)]
+            return dataclasses.replace(made, scores=tuple(both))
+        column = result.stride(-1) if right.ndim > 1 else None
+        row = result.stride(-1 if column is None else -2) if left.ndim > 1 else None
+        return dataclasses.replace(made, scores=(Scores(a.sources, b.sources, row, column),))
 
     def _softmax(self, call: OperatorCall, result: Tensor) -> Value:
-        scores = call.given[0]
-        value = call.values[0] or Value()
-        dim = call.args[1] % max(scores.ndim, 1)
-        stride = scores.stride(dim) if scores.ndim and scores.shape[dim] > 1 else None
-        weightings: list[Weighting] = []
-        for product in value.scores:
-            both = {product.row_stride, product.column_stride}
-            if stride is None or stride not in both or len(both) == 1:
-                weightings.append(Weighting(0, 0, product.left | product.right))
-            elif stride == product.column_stride:
-                weightings.append(Weighting(product.left, product.right))
-            else:
-                weightings.append(Weighting(product.right, product.left))
-        if not weightings:
+        """The value of a softmax: weights of an attention, or a choice between other things."""
+        operand, value = call.given[0], call.values[0] or Value()
+        if not value.scores:
             self.flow.weighing |= value.sources
-        logits = value.logits
-        return Value(value.sources, weightings=tuple(weightings), logits=logits)
+        stride = _stride(operand, call.args[1])
+        weights = [dataclasses.replace(scores, softmax=scores.axis(stride))
+                   for scores in value.scores]
+        made = dataclasses.replace(call, values=[dataclasses.replace(value, scores=tuple(weights))])
+        return Value(value.sources, scores=moved(made, weights, result), logits=value.logits)
 
     def _of(self, tensor: Tensor) -> Value | None:
         if not has_storage(tensor):
@@ -226,6 +221,16 @@ def tensors_in(result: Any) -> Iterator[Tensor]:
     if isinstance(result, (list, tuple)):
         for item in result:
             yield from tensors_in(item)
+
+
+def _weights(value: Value) -> list[Scores]:
+    """The scores in a value of which a softmax was taken."""
+    return [scores for scores in value.scores if scores.softmax is not None]
+
+
+def _stride(tensor: Tensor, dim: int) -> int | None:
+    """The stride of an axis; None of one of a single element, which has no telling one."""
+    return tensor.stride(dim) if tensor.ndim and tensor.shape[dim] > 1 else None
 
 
 @contextlib.contextmanager

@@ -13,25 +13,25 @@ from lorafx._model.roles import roles
 from tests.zoo.all_architectures import ROWS
 from tests.zoo.rows import X
 
-Q, K, V, O = (f"attention.{part}" for part in ("query", "key", "value", "output"))
+Q, K, V, OUT = (f"attention.{part}" for part in ("query", "key", "value", "output"))
 QKV, KV = f"{Q}+{K}+{V}", f"{K}+{V}"
 MLP, HEAD, NONE = "mlp", "head", None
 SEPARATE = {r"q(_proj|uery|_lin)?": Q, r"k(_proj|ey|_lin)?": K, r"v(_proj|alue|_lin)?": V,
-            r"(o|out)_proj": O}
+            r"(o|out)_proj": OUT}
 GATED = {r"gate_proj|up_proj|down_proj": MLP}
 LM = {"lm_head": HEAD}
 
 # {architecture: {the end of a site's name, a regular expression: role}}; the first that fits holds.
 TRUTH = {
     "llama": {**SEPARATE, **GATED, **LM},
-    "gpt2": {"attn.c_attn": QKV, "attn.c_proj": O, "c_fc|c_proj": MLP, **LM},
-    "bert": {**SEPARATE, "attention.output.dense": O, "pooler.dense": NONE, "dense": MLP},
+    "gpt2": {"attn.c_attn": QKV, "attn.c_proj": OUT, "c_fc|c_proj": MLP, **LM},
+    "bert": {**SEPARATE, "attention.output.dense": OUT, "pooler.dense": NONE, "dense": MLP},
     "bart": {**SEPARATE, r"fc\d": MLP, **LM},
     "vit": {**SEPARATE, r"fc\d": MLP, "pooler.dense": NONE},
     "convnext": {r"pwconv\d": MLP},
     "clip": {**SEPARATE, r"fc\d": MLP, "(text|visual)_projection": NONE},
     "qwen2_moe": {**SEPARATE, **GATED, "gate_up_proj": MLP, "gate|shared_expert_gate": NONE, **LM},
-    "deepseek_v3": {"q_[ab]_proj": Q, "kv_a_proj_with_mqa|kv_b_proj": KV, "o_proj": O, **GATED,
+    "deepseek_v3": {"q_[ab]_proj": Q, "kv_a_proj_with_mqa|kv_b_proj": KV, "o_proj": OUT, **GATED,
                     "gate_up_proj": MLP, "gate": NONE, **LM},
     "mamba2": {"in_proj|out_proj": NONE, **LM},
     "jamba": {"mamba.*": NONE, **SEPARATE, **GATED, "gate_up_proj": MLP, "router": NONE, **LM},
@@ -87,7 +87,7 @@ class Crossed(nn.Module):
         return torch.tanh(self.last(x) / 3) * 3, torch.tanh(self.head(x))
 
 
-CROSSED = {"value": Q, "query": K, "key": V, "mlp": O, "router": MLP, "up": MLP, "head": None,
+CROSSED = {"value": Q, "query": K, "key": V, "mlp": OUT, "router": MLP, "up": MLP, "head": None,
            "last": HEAD}
 
 
