@@ -5,6 +5,7 @@ It is found in the dataflow of one run of the base, and never in names.
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from .._graph.modules import Place
 from .._graph.sites import Site, Targets, as_list, select
 from .copies import share
 from .flow import Flow
+from .graph_inputs import inputs_in_graph, run_graph
 from .places import places_of
 from .program import Program
 from .quantised import is_packed
@@ -53,7 +55,11 @@ def roles(program: Program, example_inputs: Any) -> dict[str, str | None]:
 
     Args:
         program: what `read_program` found in a model.
-        example_inputs: a tuple of arguments, or a dict of keyword arguments, of its forward.
+        example_inputs: a tuple of arguments, or a dict of keyword arguments, of its forward; None
+            for a graph that knows the shapes of its inputs.
+
+    Raises:
+        ConfigError: the model cannot be run on them.
     """
     found = find_roles(program, example_inputs)
     named: dict[str, str | None] = {}
@@ -94,19 +100,29 @@ def find_roles(program: Program, example_inputs: Any) -> Roles:
 
 
 def _record(program: Program, example_inputs: Any) -> Flow:
-    """The flow of a run of the base on these inputs, in a copy, in eval, without gradients."""
-    args, kwargs = _arguments(example_inputs)
-    base = share(program.model, ejecting=True).eval()
+    """The flow of a run of the base on these inputs, in a copy, in eval, without gradients.
+
+    Without inputs, a graph is run that knows what its own are like.
+    """
+    base: Any = share(program.model, ejecting=True)
+    for module in base.modules():
+        module.training = False
     places = places_of(base)
     with torch.random.fork_rng(), recording() as recorder:
         for site in program.sites:
             _make_known(recorder, places[split_block(site.name)[0]], site)
-        args, kwargs = tree_map(_copied, (args, kwargs))
+        if example_inputs is None:
+            values = inputs_in_graph(base)
+            args, kwargs = values or [], {}
+            call = functools.partial(run_graph, base)
+        else:
+            args, kwargs = tree_map(_copied, _arguments(example_inputs))
+            call = base
         for leaf in tree_iter((args, kwargs)):
             if isinstance(leaf, Tensor):
                 recorder.input(leaf)
         try:
-            result = base(*args, **kwargs)
+            result = call(*args, **kwargs)
         except Exception as error:
             raise ConfigError(
                 f"This {type(base).__name__} cannot be run on example_inputs: "
@@ -161,7 +177,7 @@ def with_roles(
         words = [word for word in words if not _named(program.sites, word)]
     if not words:
         return targets, exclude
-    if example_inputs is None:
+    if example_inputs is None and inputs_in_graph(program.model) is None:
         raise NoSiteError(
             f"{words[0]!r} is a role, found by running the model once, and no site's name: pass "
             "example_inputs=, a tuple of the arguments of its forward or a dict of its keyword "

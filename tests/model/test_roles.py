@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 import lorafx
 from lorafx._model.program import read_program
@@ -27,9 +28,7 @@ TRUTH = {
     "gpt2": {"attn.c_attn": QKV, "attn.c_proj": OUT, "c_fc|c_proj": MLP, **LM},
     "bert": {**SEPARATE, "attention.output.dense": OUT, "pooler.dense": NONE, "dense": MLP},
     "bart": {**SEPARATE, r"fc\d": MLP, **LM},
-    "vit": {**SEPARATE, r"fc\d": MLP, "pooler.dense": NONE},
     "convnext": {r"pwconv\d": MLP},
-    "clip": {**SEPARATE, r"fc\d": MLP, "(text|visual)_projection": NONE},
     "qwen2_moe": {**SEPARATE, **GATED, "gate_up_proj": MLP, "gate|shared_expert_gate": NONE, **LM},
     "deepseek_v3": {"q_[ab]_proj": Q, "kv_a_proj_with_mqa|kv_b_proj": KV, "o_proj": OUT, **GATED,
                     "gate_up_proj": MLP, "gate": NONE, **LM},
@@ -124,13 +123,44 @@ def test_inject_adapts_the_sites_of_a_role_and_draws_as_for_their_names():
 def test_a_name_goes_before_a_role_until_there_are_example_inputs():
     model = Crossed().double()
     assert [site.name for site in lorafx.sites(model, ["mlp", "head"])] == ["mlp", "head"]
-    with pytest.raises(lorafx.ConfigError, match=r"name of 'head' and the role of 'last'.*'\*head'"):
+    with pytest.raises(lorafx.ConfigError, match=r"of 'head' and the role of 'last'.*'\*head'"):
         lorafx.sites(model, "head", example_inputs=(X,))
     found = lorafx.sites(model, ["*head", "role:head"], example_inputs=(X,))
     assert [site.name for site in found] == ["head", "last"]
     for word in ("attention", "role:mlp"):
         with pytest.raises(lorafx.NoSiteError, match=f"'{word}' is a role.* pass example_inputs="):
             lorafx.sites(model, word)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+        self.e, self.f, self.g = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = x + self.d(F.scaled_dot_product_attention(self.a(x), self.b(x), self.c(x)))
+        return self.g(x + self.f(self.e(x).relu()))
+
+
+def shape_propagated(model, x):
+    graph = torch.fx.symbolic_trace(model)
+    ShapeProp(graph).propagate(x)
+    return graph
+
+
+def exported(model, x):
+    free = {"x": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
+    return torch.export.export(model, (x,), dynamic_shapes=free).module()
+
+
+@pytest.mark.parametrize("made", [shape_propagated, exported])
+def test_a_graph_that_knows_its_shapes_needs_no_inputs(made):
+    graph, state = made(Block(), X.float()), torch.get_rng_state()
+    expected = {"a": Q, "b": K, "c": V, "d": OUT, "e": MLP, "f": MLP, "g": HEAD}
+    assert roles(read_program(graph), None) == expected
+    assert [site.name for site in lorafx.sites(graph, ["mlp", "head"])] == ["e", "f", "g"]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class Chosen(nn.Module):
