@@ -22,6 +22,7 @@ from ._model.guard import check_model
 from ._model.program import Program, read_program
 from ._model.record import check_adapter, find_injection, injection
 from ._model.reset import reset
+from ._model.roles import with_roles
 from ._switch import activate
 
 
@@ -36,7 +37,7 @@ def inject(
     rank_pattern: Mapping[str, int] | None = None, alpha_pattern: Mapping[str, float] | None = None,
     trainable: str | Collection[str] = (), init: str = "gaussian", dtype: torch.dtype | None = None,
     rounding: bool = False, share_dropout: bool = False, adapter: str = "default",
-    group: bool = True, recompute: bool = True,
+    group: bool = True, recompute: bool = True, example_inputs: Any = None,
 ) -> M:
     """Return a new model whose chosen linear calls y = x W^T + b also add s (x A^T) B^T.
 
@@ -48,13 +49,12 @@ def inject(
     Args:
         model: any nn.Module. A `torch.fx.GraphModule` gets the branches as nodes of its own graph.
         rank: r, at least 1.
-        alpha: the scale is s = alpha / rank, or 1 without it.
+        alpha, rslora: s = alpha / rank, or 1; with rslora alpha / sqrt(rank) (arXiv:2312.03732).
         targets: "square" (in == out), "linear" (all; a layer of that name is "*linear"; it warns if
             most cannot be adapted), a name, suffix, glob or block of rows ("qkv[q]", "qkv[0:64]"),
-            a compiled regular expression for the whole name, a function of a Site, or several.
+            a regular expression of whole names, a function of a Site, a role (`sites`), or several.
         exclude: sites to leave out, in the same forms.
         dropout: in training, the probability that an element of the branch's input is zeroed.
-        rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
         rank_pattern, alpha_pattern: {regular expression: rank or alpha}; the first match wins.
         trainable: modules, parameters and rows to train too: "head", "*.bias", "embed[100:103]".
         init: how A is drawn: "gaussian", or "kaiming" (uniform, a = sqrt(5), as in PEFT).
@@ -64,9 +64,10 @@ def inject(
         adapter: the name of this adapter.
         group: compute linear calls that share an input (query, key, value) together, for speed.
         recompute: for memory, compute inputs again in the backward pass instead of keeping them.
+        example_inputs: a tuple or dict of forward's arguments, on which roles are found: `sites`.
 
     Raises:
-        NoSiteError: a pattern matches nothing. ConfigError: a setting is out of its range.
+        NoSiteError: a pattern matches nothing, a role is undecided. ConfigError: out of range.
         UnsupportedModelError: the model is wrapped, compiled, patched, lazy, or adapted already.
 
     Example:
@@ -85,12 +86,18 @@ def inject(
     check_model(model)
     twin = share(model)
     program = read_program(twin)
-    made = new_adapter(program, adapter, config)
+    made = new_adapter(program, adapter, _without_roles(program, config, example_inputs))
     _warn_of_left_alone(program, config)
     begin_injection(program, group, recompute)
     attach(program, made)
     activate(twin, adapter)
     return twin
+
+
+def _without_roles(program: Program, config: LoRAConfig, example_inputs: Any) -> LoRAConfig:
+    """The config with the sites that have a role in the place of its word."""
+    targets, exclude = with_roles(program, config.targets, config.exclude, example_inputs)
+    return dataclasses.replace(config, targets=targets, exclude=exclude)
 
 
 def _warn_of_left_alone(program: Program, config: LoRAConfig) -> None:
@@ -108,36 +115,59 @@ def _warn_of_left_alone(program: Program, config: LoRAConfig) -> None:
         "lorafx.summary(model).skipped has them all.", UserWarning, stacklevel=5)
 
 
-def sites(model: nn.Module, targets: Targets = "linear") -> list[Site]:
+def sites(
+    model: nn.Module, targets: Targets = "linear", *, example_inputs: Any = None
+) -> list[Site]:
     """Return the sites that `inject` would adapt for these targets: a dry run, changing nothing.
 
+    A role is found in what the base computes in one run on `example_inputs`, never in names:
+    "attention.query", "attention.key" and "attention.value" give attention its operands (a fused
+    projection is all three), "attention.output" takes its result, "attention" is all of these;
+    "mlp" are the calls of feed-forward blocks, which end in a sum with what they began with (a
+    router is none); "head" gives logits. A word that names sites, such as "head", means these, as
+    any name does; but with `example_inputs` it means the role, and is an error if the sites of that
+    name are others. "role:head" is always the role, "*head" the name.
+
+    Args:
+        model: any nn.Module, injected or not.
+        targets: as for `inject`.
+        example_inputs: a tuple of the arguments of the model's forward, or a dict of its keyword
+            arguments. A copy of the base runs on a copy of them, in eval, without gradients.
+
     Raises:
-        NoSiteError: a pattern matches nothing.
+        NoSiteError: a pattern matches nothing, or a role cannot be decided for some site.
+        ConfigError: the model cannot be run on `example_inputs`.
 
     Example:
         >>> import torch, lorafx
         >>> [site] = lorafx.sites(torch.nn.Sequential(torch.nn.Linear(3, 5)))
         >>> site.name, site.in_features, site.out_features, site.kind
         ('0', 3, 5, 'linear')
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
+        >>> found = lorafx.sites(layer, "mlp", example_inputs=(torch.ones(3, 1, 8),))
+        >>> [site.name for site in found]
+        ['linear1', 'linear2']
     """
     if find_injection(model) is None:
         check_model(model)
     program = read_program(model)
+    targets, _ = with_roles(program, targets, (), example_inputs)
     return select(program.sites, targets, (), program.left_alone)
 
 
 @explain_unknown_arguments([field.name for field in dataclasses.fields(LoRAConfig)])
 @torch.inference_mode(False)
 def add(
-    model: nn.Module, adapter: str, rank: int = 8, *, targets: Targets | None = None, **config: Any
+    model: nn.Module, adapter: str, rank: int = 8, *, targets: Targets | None = None,
+    example_inputs: Any = None, **config: Any
 ) -> None:
     """Give an injected model another adapter, inactive until `activate`.
 
     Args:
         model: an injected model; changed in place.
         adapter: the new adapter's name.
-        rank, targets, config: as for `lorafx.inject`; `targets=None` means the sites that have a
-            branch already.
+        rank, targets, example_inputs, config: as for `lorafx.inject`; `targets=None` means the
+            sites that have a branch already.
 
     Raises:
         AdapterError: the name is taken.
@@ -159,6 +189,7 @@ def add(
     config["trainable"] = tuple(as_list(config.get("trainable")))
     settings = LoRAConfig(rank, targets=is_adapted if targets is None else targets, **config)
     program = read_program(model)
+    settings = _without_roles(program, settings, example_inputs)
     attach(program, new_adapter(program, adapter, settings))
 
 

@@ -230,6 +230,10 @@ tree_map: Callable[[Callable[[Any], Any], Any], Any] = _optional(
 tree_iter: Callable[[Any], Iterable[Any]] = _optional("torch.utils._pytree:tree_iter", _tree_iter)
 
 
+# The size for which a graph of symbolic sizes was made. Without it: what int makes of the size.
+hint_int: Callable[[Any], int] = _optional("torch.fx.experimental.symbolic_shapes:hint_int", int)
+
+
 # Modules.
 
 # A module to which nothing is hooked is computed without being called.

@@ -1,0 +1,120 @@
+"""What operators make of the values of their operands."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .flow import Logits, Scores, Value, union
+
+
+# What logits may go through and still be logits.
+PASSING = frozenset("""
+    add sub rsub mul div _to_copy clone copy index index_select gather cat stack where masked_fill
+    _softmax _log_softmax
+""".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorCall:
+    """A call of an operator, and the values of the tensors among its arguments."""
+
+    name: str
+    func: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    given: Sequence[Tensor]
+    values: Sequence[Value | None]
+
+    @functools.cached_property
+    def _named(self) -> dict[str, Any]:
+        names = [argument.name for argument in self.func._schema.arguments]
+        return {**dict(zip(names, self.args)), **self.kwargs}
+
+    def attention_operands(self) -> list[Tensor] | None:
+        """Query, key and value of a kernel that computes attention, by its arguments' names."""
+        for names in (("query", "key", "value"), ("q", "k", "v")):
+            found = [self._named.get(name) for name in names]
+            if all(isinstance(tensor, Tensor) for tensor in found):
+                return found  # type: ignore[return-value]
+        return None
+
+    def operands(self, places: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The two arguments at these places."""
+        values = list(self._named.values())
+        return values[places[0]], values[places[1]]
+
+
+def moved(call: OperatorCall, scores: Iterable[Scores], result: Tensor) -> tuple[Scores, ...]:
+    """The scores as they are in the result of an operator that keeps its operand's axes."""
+    moved: dict[Scores, None] = {}
+    for product in scores:
+        for tensor, value in zip(call.given, call.values):
+            if value is not None and product in value.scores:
+                row = _stride_in(result, tensor, product.row_stride)
+                column = _stride_in(result, tensor, product.column_stride)
+                moved[dataclasses.replace(product, row_stride=row, column_stride=column)] = None
+                break
+    return tuple(moved)
+
+
+def _stride_in(result: Tensor, tensor: Tensor, stride: int | None) -> int | None:
+    """The stride that the axis of a tensor with this one has in a result of the same axes."""
+    found = [dim - tensor.ndim for dim in range(tensor.ndim)
+             if tensor.stride(dim) == stride and tensor.shape[dim] > 1]
+    if len(found) != 1 or result.ndim < -found[0] or result.shape[found[0]] == 1:
+        return None
+    return result.stride(found[0])
+
+
+def logits_of(call: OperatorCall, values: Sequence[Value]) -> Logits:
+    """What a result is where these are its operands that are no constants."""
+    least = min((value.logits for value in values), default=Logits.NO)
+    if call.name == "tanh":
+        return Logits.BOUNDED if least is Logits.YES else Logits.NO
+    if call.name not in PASSING:
+        return Logits.NO
+    return Logits.YES if least is Logits.BOUNDED and call.name == "mul" else least
+
+
+def written(old: Value | None, new: Value) -> Value:
+    """The value of a tensor, part of which may have been written anew."""
+    if old is None:
+        return new
+    both = union([old, new])
+    rows = new.rows if old.rows in (0, new.rows) and old.sources | new.sources else 0
+    return dataclasses.replace(both, rows=rows, logits=min(old.logits, new.logits))
+
+
+def has_storage(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided
+
+
+def carries(tensor: Tensor) -> bool:
+    """True if a tensor has numbers that a layer may have computed: no indices, no masks."""
+    return has_storage(tensor) and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def elements(tensor: Tensor) -> range:
+    """The places in its storage over which a tensor extends."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    first = tensor.storage_offset()
+    return range(first, first + last + 1 if tensor.numel() else first)
+
+
+def rows_of(tensor: Tensor) -> int:
+    return math.prod(tensor.shape[:-1])
+
+
+def has_rows(tensor: Tensor, rows: int) -> bool:
+    """True if the first dimensions of a tensor are so many rows."""
+    product = 1
+    for size in tensor.shape:
+        product *= size
+        if product == rows:
+            return True
+    return product == rows

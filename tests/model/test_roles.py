@@ -1,0 +1,221 @@
+"""Roles found in dataflow are those of a table written by hand, which goes by names."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+import lorafx
+from lorafx._model.program import read_program
+from lorafx._model.roles import roles
+from tests.zoo.all_architectures import ROWS
+from tests.zoo.rows import X
+
+Q, K, V, OUT = (f"attention.{part}" for part in ("query", "key", "value", "output"))
+QKV, KV = f"{Q}+{K}+{V}", f"{K}+{V}"
+MLP, HEAD, NONE = "mlp", "head", None
+SEPARATE = {r"q(_proj|uery|_lin)?": Q, r"k(_proj|ey|_lin)?": K, r"v(_proj|alue|_lin)?": V,
+            r"(o|out)_proj": OUT}
+GATED = {r"gate_proj|up_proj|down_proj": MLP}
+LM = {"lm_head": HEAD}
+
+# {architecture: {the end of a site's name, a regular expression: role}}; the first that fits holds.
+TRUTH = {
+    "llama": {**SEPARATE, **GATED, **LM},
+    "gpt2": {"attn.c_attn": QKV, "attn.c_proj": OUT, "c_fc|c_proj": MLP, **LM},
+    "bert": {**SEPARATE, "attention.output.dense": OUT, "pooler.dense": NONE, "dense": MLP},
+    "bart": {**SEPARATE, r"fc\d": MLP, **LM},
+    "convnext": {r"pwconv\d": MLP},
+    "qwen2_moe": {**SEPARATE, **GATED, "gate_up_proj": MLP, "gate|shared_expert_gate": NONE, **LM},
+    "deepseek_v3": {"q_[ab]_proj": Q, "kv_a_proj_with_mqa|kv_b_proj": KV, "o_proj": OUT, **GATED,
+                    "gate_up_proj": MLP, "gate": NONE, **LM},
+    "mamba2": {"in_proj|out_proj": NONE, **LM},
+    "jamba": {"mamba.*": NONE, **SEPARATE, **GATED, "gate_up_proj": MLP, "router": NONE, **LM},
+    "rwkv": {"attention.*": NONE, "feed_forward.receptance": NONE, "key|value": MLP, "head": HEAD},
+    "siglip": {**SEPARATE, r"fc\d": MLP, "text_model.head": NONE,
+               r"in_proj_weight\[q\]": Q, r"in_proj_weight\[k\]": K, r"in_proj_weight\[v\]": V},
+    "afmoe": {"self_attn.gate_proj|gate": NONE, **SEPARATE, **GATED, "gate_up_proj": MLP, **LM},
+}
+BUILT = {row.name: row for row in ROWS}
+
+
+class Given(Exception):
+    """Carries the arguments with which a row calls its model."""
+
+
+def inputs_of(row):
+    def call(**kwargs):
+        raise Given(kwargs)
+
+    with pytest.raises(Given) as raised:
+        row.run(call)
+    return raised.value.args[0]
+
+
+@pytest.mark.parametrize("name", TRUTH)
+def test_roles_are_those_written_by_hand(name):
+    row = BUILT[name]
+    found = roles(read_program(row.build()), inputs_of(row))
+    for site, role in found.items():
+        fitting = [known for end, known in TRUTH[name].items()
+                   if re.search(rf"(^|\.)({end})$", site)]
+        assert role == fitting[0], site
+
+
+class Crossed(nn.Module):
+    """Attention with k @ q^T, a cache, in-place sums, and values whose names say the contrary."""
+
+    def __init__(self):
+        super().__init__()
+        self.value, self.query, self.key = (nn.Linear(8, 8) for _ in range(3))
+        self.mlp, self.router, self.up = nn.Linear(8, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.register_buffer("cache", torch.zeros(2, 9, 8))
+
+    def forward(self, x):
+        q, k = self.value(x), self.query(x)  # (batch, length, 8)
+        self.cache[:, :5] = k
+        scores = self.cache[:, :5] @ q.mT  # (batch, keys, queries)
+        weights = F.pad(scores, (0, 0, 0, 1), value=-9.0).softmax(1)[:, :5]
+        x = x + self.mlp((weights.mT @ self.key(x)).contiguous())
+        h = self.router(x).relu_()
+        x += self.up(h)
+        return torch.tanh(self.last(x) / 3) * 3, torch.tanh(self.head(x))
+
+
+CROSSED = {"value": Q, "query": K, "key": V, "mlp": OUT, "router": MLP, "up": MLP, "head": None,
+           "last": HEAD}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_names_decide_nothing(grad):
+    model = Crossed().double()
+    with torch.set_grad_enabled(grad):
+        assert roles(read_program(model), {"x": X}) == CROSSED
+    assert not model.cache.any() and model.training
+
+
+def test_inject_adapts_the_sites_of_a_role_and_draws_as_for_their_names():
+    model = Crossed().double()
+    x = X.clone()
+    torch.manual_seed(0)
+    expected = lorafx.inject(model, targets=["query", "up", "router"])
+    torch.manual_seed(0)
+    adapted = lorafx.inject(
+        model, targets=["attention", "role:mlp"], exclude=["attention.output", "key", "*value"],
+        example_inputs=(x,))
+    assert torch.equal(x, X)
+    pairs = dict(lorafx.named_parameters(adapted))
+    assert pairs.keys() == dict(lorafx.named_parameters(expected)).keys()
+    for name, parameter in lorafx.named_parameters(expected):
+        assert torch.equal(pairs[name], parameter)
+    with torch.no_grad():
+        for parameter in lorafx.parameters(adapted):
+            parameter.fill_(1)
+    lorafx.add(adapted, "other", targets="attention.value", example_inputs=(x,))
+    assert list(lorafx.summary(adapted).sites[-1].ranks) == ["default"]
+    assert {row.name for row in lorafx.summary(adapted).sites if "other" in row.ranks} == {"key"}
+
+
+def test_a_name_goes_before_a_role_until_there_are_example_inputs():
+    model = Crossed().double()
+    assert [site.name for site in lorafx.sites(model, ["mlp", "head"])] == ["mlp", "head"]
+    with pytest.raises(lorafx.ConfigError, match=r"of 'head' and the role of 'last'.*'\*head'"):
+        lorafx.sites(model, "head", example_inputs=(X,))
+    found = lorafx.sites(model, ["*head", "role:head"], example_inputs=(X,))
+    assert [site.name for site in found] == ["head", "last"]
+    for word in ("attention", "role:mlp"):
+        with pytest.raises(lorafx.NoSiteError, match=f"'{word}' is a role.* pass example_inputs="):
+            lorafx.sites(model, word)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+        self.e, self.f, self.g = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = x + self.d(F.scaled_dot_product_attention(self.a(x), self.b(x), self.c(x)))
+        return self.g(x + self.f(self.e(x).relu()))
+
+
+def shape_propagated(model, x):
+    graph = torch.fx.symbolic_trace(model)
+    ShapeProp(graph).propagate(x)
+    return graph
+
+
+def exported(model, x):
+    free = {"x": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
+    return torch.export.export(model, (x,), dynamic_shapes=free).module()
+
+
+@pytest.mark.parametrize("made", [shape_propagated, exported])
+def test_a_graph_that_knows_its_shapes_needs_no_inputs(made):
+    graph, state = made(Block(), X.float()), torch.get_rng_state()
+    expected = {"a": Q, "b": K, "c": V, "d": OUT, "e": MLP, "f": MLP, "g": HEAD}
+    assert roles(read_program(graph), None) == expected
+    assert [site.name for site in lorafx.sites(graph, ["mlp", "head"])] == ["e", "f", "g"]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Chosen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.other = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, other=False):
+        return x + (self.other(x) if other else self.down(self.up(x).relu()))
+
+
+def test_what_the_run_does_not_reach_is_undecided_unless_excluded():
+    model = Chosen()
+    x = torch.ones(2, 8)
+    before = dict(model.named_modules())
+    with pytest.raises(lorafx.NoSiteError, match="'other' is 'mlp' cannot be decided: .* not call"):
+        lorafx.inject(model, targets="mlp", example_inputs=(x,))
+    assert dict(model.named_modules()) == before
+    adapted = lorafx.inject(model, targets="mlp", exclude="other", example_inputs=(x,))
+    assert [row.name for row in lorafx.summary(adapted).sites] == ["up", "down"]
+    with pytest.raises(lorafx.NoSiteError, match="No linear call .* 'attention.query'.* are 'mlp'"):
+        lorafx.inject(model, targets="attention.query", exclude="other", example_inputs=(x,))
+
+
+class Both(nn.Module):
+    """One weight, once in a feed-forward block and once for queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x + self.key(self.both(x).relu())
+        return F.scaled_dot_product_attention(self.both(x), self.key(x), x)
+
+
+def test_a_weight_of_two_roles_is_undecided():
+    with pytest.raises(lorafx.NoSiteError, match="'both' and 1 more is 'mlp' .* calls differ: "
+                                                 "attention.query and mlp"):
+        lorafx.sites(Both(), "mlp", example_inputs=(torch.ones(2, 3, 8),))
+
+
+@pytest.mark.parametrize("given, says", [
+    (torch.ones(2, 8), "takes a tuple .*, not Tensor"),
+    ((torch.ones(2, 7),), "cannot be run on example_inputs: RuntimeError: .*shapes"),
+    ({"y": 1}, "cannot be run on example_inputs: TypeError: .*unexpected keyword argument 'y'"),
+])
+def test_example_inputs_that_fit_no_forward_are_an_error(given, says):
+    with pytest.raises(lorafx.ConfigError, match=says):
+        lorafx.sites(Chosen(), "mlp", example_inputs=given)
+
+
+def test_a_run_leaves_random_numbers_and_the_model():
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    [site] = lorafx.sites(model, "head", example_inputs=(torch.ones(4, 8),))
+    assert site.name == "3" and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
