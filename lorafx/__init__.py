@@ -11,6 +11,7 @@ from ._version import __version__ as __version__
 
 if _typing.TYPE_CHECKING:
     from ._compile import compile_options as compile_options
+    from ._compose import compose as compose
     from ._errors import AdaptedWeightError as AdaptedWeightError
     from ._errors import AdapterError as AdapterError
     from ._errors import ConfigError as ConfigError
@@ -38,7 +39,6 @@ if _typing.TYPE_CHECKING:
     from ._summary import summary as summary
     from ._switch import activate as activate
     from ._switch import adapters as adapters
-    from ._switch import compose as compose
     from ._switch import disabled as disabled
     from ._switch import named_parameters as named_parameters
     from ._switch import parameters as parameters
@@ -46,6 +46,7 @@ if _typing.TYPE_CHECKING:
 else:
     _MODULES = {  # where the names above are defined
         "_compile": "compile_options",
+        "_compose": "compose",
         "_errors": "AdaptedWeightError AdapterError ConfigError FormatError LorafxError "
                    "MismatchError NoSiteError NotInjectedError TiedWeightError "
                    "UnsupportedModelError",
@@ -55,7 +56,7 @@ else:
         "_resume": "resume",
         "_save": "load save",
         "_summary": "Summary summary",
-        "_switch": "activate adapters compose disabled named_parameters parameters remove",
+        "_switch": "activate adapters disabled named_parameters parameters remove",
     }
     _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
     __all__ = sorted(_MODULE_OF)

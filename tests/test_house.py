@@ -16,7 +16,7 @@ FLOORS = (
     {"_adapter"},
     {"_graph", "_storage"},
     {"_model", "_checkpoint"},
-    {"_formats", "_switch", "_merge", "_summary", "_compile"},
+    {"_formats", "_switch", "_compose", "_merge", "_summary", "_compile"},
     {"_inject", "_resume", "_save", "_cli"},
     {"__main__"},
 )
