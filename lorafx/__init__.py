@@ -32,6 +32,7 @@ if _typing.TYPE_CHECKING:
     from ._inject import sites as sites
     from ._merge import eject as eject
     from ._merge import merge as merge
+    from ._rename import rename as rename
     from ._resume import resume as resume
     from ._save import load as load
     from ._save import save as save
@@ -53,6 +54,7 @@ else:
         "_graph.sites": "Site Targets",
         "_inject": "InjectLoRA MergeLoRA add inject reset_parameters sites",
         "_merge": "eject merge",
+        "_rename": "rename",
         "_resume": "resume",
         "_save": "load save",
         "_summary": "Summary summary",

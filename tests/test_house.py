@@ -16,7 +16,7 @@ FLOORS = (
     {"_adapter"},
     {"_graph", "_storage"},
     {"_model", "_checkpoint"},
-    {"_formats", "_switch", "_compose", "_merge", "_summary", "_compile"},
+    {"_formats", "_switch", "_compose", "_rename", "_merge", "_summary", "_compile"},
     {"_inject", "_resume", "_save", "_cli"},
     {"__main__"},
 )
@@ -102,7 +102,7 @@ PUBLIC = [
     "MergeLoRA", "MismatchError", "NoSiteError", "NotInjectedError", "Site", "Summary", "Targets",
     "TiedWeightError", "UnsupportedModelError", "activate", "adapters", "add", "compile_options",
     "compose", "disabled", "eject", "inject", "load", "merge", "named_parameters", "parameters",
-    "remove", "reset_parameters", "resume", "save", "sites", "summary"]
+    "remove", "rename", "reset_parameters", "resume", "save", "sites", "summary"]
 
 
 def test_the_public_surface():
