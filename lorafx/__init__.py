@@ -11,6 +11,7 @@ from ._version import __version__ as __version__
 
 if _typing.TYPE_CHECKING:
     from ._compile import compile_options as compile_options
+    from ._compose import compose as compose
     from ._errors import AdaptedWeightError as AdaptedWeightError
     from ._errors import AdapterError as AdapterError
     from ._errors import ConfigError as ConfigError
@@ -33,6 +34,7 @@ if _typing.TYPE_CHECKING:
     from ._merge import merge as merge
     from ._merge import merge_error as merge_error
     from ._pictures.draw import draw as draw
+    from ._rename import rename as rename
     from ._resume import resume as resume
     from ._save import load as load
     from ._save import save as save
@@ -40,7 +42,6 @@ if _typing.TYPE_CHECKING:
     from ._summary import summary as summary
     from ._switch import activate as activate
     from ._switch import adapters as adapters
-    from ._switch import compose as compose
     from ._switch import disabled as disabled
     from ._switch import named_parameters as named_parameters
     from ._switch import parameters as parameters
@@ -50,6 +51,7 @@ if _typing.TYPE_CHECKING:
 else:
     _MODULES = {  # where the names above are defined
         "_compile": "compile_options",
+        "_compose": "compose",
         "_errors": "AdaptedWeightError AdapterError ConfigError FormatError LorafxError "
                    "MismatchError NoSiteError NotInjectedError TiedWeightError "
                    "UnsupportedModelError",
@@ -57,11 +59,11 @@ else:
         "_inject": "InjectLoRA MergeLoRA add inject reset_parameters sites",
         "_merge": "eject merge merge_error",
         "_pictures.draw": "draw",
+        "_rename": "rename",
         "_resume": "resume",
         "_save": "load save",
         "_summary": "Summary summary",
-        "_switch": "activate adapters compose disabled named_parameters parameters remove "
-                   "rows using",
+        "_switch": "activate adapters disabled named_parameters parameters remove rows using",
     }
     _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
     __all__ = sorted(_MODULE_OF)

@@ -3,22 +3,15 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ._adapter.adapter import Adapter, Pair
-from ._adapter.config import LoRAConfig
 from ._adapter.names import dotted
 from ._errors import AdapterError
 from ._graph.dispatched import offloaded_parameters
 from ._graph.modules import all_modules, named_modules
-from ._model.attach import attach, check_new_name
-from ._model.branches import branches
 from ._model.choice import Selection
-from ._model.extract import extract_here
 from ._model.factors import OFFLOADED
 from ._model.fsdp import settle
-from ._model.program import read_program
 from ._model.record import (
     HOLDERS, check_adapter, check_ties_are_here, holders, injection, refresh, set_trainable,
     trained_modules, weights_of
@@ -222,52 +215,6 @@ def remove(model: nn.Module, adapter: str) -> None:
     for _, owner, held in list(trained_modules(model)):
         if not held._modules:
             del owner._modules["trained"]
-
-
-@torch.inference_mode(False)
-def compose(model: nn.Module, weights: Mapping[str, float], adapter: str) -> None:
-    """Make one adapter that computes exactly what these do together with these weights.
-
-    Its A is theirs stacked, (sum of ranks, in), and its B theirs side by side, each times its
-    weight and scale; both are float32, or float64 where theirs are. It is inactive at first.
-
-    Raises:
-        AdapterError: a name is unknown, or the new one is taken.
-
-    Example:
-        >>> import torch, lorafx
-        >>> model = lorafx.inject(torch.nn.Linear(4, 4), rank=2, adapter="a")
-        >>> lorafx.add(model, "b", rank=3)
-        >>> lorafx.compose(model, {"a": 0.7, "b": 0.3}, adapter="c")
-        >>> model.lora.c
-        Factors(rank=5, scale=1)
-    """
-    check_new_name(model, adapter)
-    chosen = weights_of(model, weights)
-    if not chosen:
-        raise AdapterError("There is nothing to compose: name at least one adapter.")
-    parts = [(extract_here(model, name), weight) for name, weight in chosen.items()]
-    pairs: dict[str, Pair] = {}
-    for site in branches(model):
-        found = [(part.pairs[site], weight) for part, weight in parts if site in part.pairs]
-        if found:
-            pairs[site] = _sum_of_pairs(found)
-    whole: dict[str, Tensor] = {}
-    for part, _ in parts:
-        for name, tensor in part.trained.items():
-            whole[name] = tensor.clone()
-    config = LoRAConfig(rank=max(pair.A.shape[-2] for pair in pairs.values()))
-    attach(read_program(model), Adapter(adapter, config, pairs, whole))
-
-
-def _sum_of_pairs(weighted: Sequence[tuple[Pair, float]]) -> Pair:
-    """One pair whose B A is the sum of w s B A over these."""
-    wide = torch.float32
-    for pair, _ in weighted:
-        wide = torch.promote_types(wide, pair.A.dtype)
-    A = torch.cat([pair.A.to(wide) for pair, _ in weighted], dim=-2)  # (sum of ranks, in)
-    scaled = [weight * pair.scale * pair.B.to(wide) for pair, weight in weighted]
-    return Pair(A, torch.cat(scaled, dim=-1), 1.0)  # B (out, sum of ranks)
 
 
 def only_active(model: nn.Module, adapter: str | None, doing: str) -> str:

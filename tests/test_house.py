@@ -16,7 +16,7 @@ FLOORS = (
     {"_adapter"},
     {"_graph", "_storage"},
     {"_model", "_checkpoint"},
-    {"_formats", "_switch", "_merge", "_summary", "_compile"},
+    {"_formats", "_switch", "_compose", "_rename", "_merge", "_summary", "_compile"},
     {"_inject", "_resume", "_save", "_pictures", "_cli"},
     {"__main__"},
 )
@@ -101,14 +101,9 @@ PUBLIC = [
     "AdaptedWeightError", "AdapterError", "ConfigError", "FormatError", "InjectLoRA", "LorafxError",
     "MergeLoRA", "MismatchError", "NoSiteError", "NotInjectedError", "Site", "Summary", "Targets",
     "TiedWeightError", "UnsupportedModelError", "activate", "adapters", "add", "compile_options",
-<<<<<<< HEAD
-    "compose", "disabled", "eject", "inject", "load", "merge", "merge_error", "named_parameters",
-    "parameters", "remove", "reset_parameters", "resume", "save", "sites", "summary"]
-=======
-    "compose", "disabled", "draw", "eject", "inject", "load", "merge", "named_parameters",
-    "parameters",
-    "remove", "reset_parameters", "resume", "save", "sites", "summary"]
->>>>>>> look
+    "compose", "disabled", "draw", "eject", "inject", "load", "merge", "merge_error",
+    "named_parameters", "parameters", "remove", "rename", "reset_parameters", "resume", "rows",
+    "save", "sites", "summary", "using"]
 
 
 def test_the_public_surface():
@@ -118,7 +113,7 @@ def test_the_public_surface():
 def test_names_are_imported_when_they_are_used():
     assert (
         ran("import sys, lorafx; print('torch' in sys.modules, dir(lorafx)[-1])")
-        == "False summary\n"
+        == "False using\n"
     )
     assert ran("from lorafx import *; print(inject.__name__, Site.__name__)") == "inject Site\n"
     with pytest.raises(AttributeError, match="module 'lorafx' has no attribute 'injct'"):

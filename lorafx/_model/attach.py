@@ -32,7 +32,7 @@ from .places import base_parameters
 from .program import Program
 from .quantised import is_packed
 from .reading import FROZEN_PREFIX, adapted_names
-from .record import RECORD, Injection, injection, set_trainable
+from .record import RECORD, Injection, injection, is_cut, set_trainable
 from .regions import (
     Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
 )
@@ -110,6 +110,10 @@ def attach(program: Program, adapter: Adapter) -> None:
         site = program.site(name)
         if site is not None:
             sites.append(site)
+        elif not is_cut(model):
+            raise AdapterError(
+                f"Adapter {adapter.name!r} has a pair for '{name}', which is no site of this model "
+                "now, as where a forward was changed after lorafx.inject: change it before that.")
     _check_names_are_free(program, sites, adapter)
     managed = managed_modules(model)
     _check_fsdp(program, sites, adapter, managed)

@@ -117,6 +117,15 @@ def check_takes_parameters(model: nn.Module) -> None:
     _check_whole(model)
 
 
+def check_can_be_renamed(model: nn.Module) -> None:
+    """Raise if FSDP1 knows parameters by the names that they had when it wrapped the model."""
+    if _wrappers(model):
+        raise UnsupportedModelError(
+            "FullyShardedDataParallel keeps the names that parameters had when it wrapped the "
+            "model: lorafx.rename before that; one that was trained goes from lorafx.save to "
+            "lorafx.load(base, path, adapter=...).")
+
+
 def check_can_be_copied(model: nn.Module) -> None:
     """Raise if what FSDP1 holds would have to be copied, as merge and eject do."""
     if _wrappers(model):

@@ -196,7 +196,7 @@ def why_not_region(module: nn.Module) -> str | None:
     taken = sorted(_RESERVED & attributes)
     if taken:
         return f"its attribute '{taken[0]}' is one that a graph module needs"
-    return _why_not_defined(own_class(type(module)), _RESERVED) or why_not_adapted(module)
+    return _why_not_defined(users_class(module), _RESERVED) or why_not_adapted(module)
 
 
 def _why_not_defined(cls: type, names: frozenset[str]) -> str | None:

@@ -127,7 +127,9 @@ def check_everything(model, base, alone, tmp_path):
     lorafx.load(model, tmp_path / "saved.safetensors", adapter="again")
     lorafx.activate(model, "again")
     assert torch.equal(logits(model), want)
-    lorafx.remove(model, "again")
+    lorafx.rename(model, "again", "renamed")
+    assert torch.equal(logits(model), want)
+    lorafx.remove(model, "renamed")
     lorafx.activate(model, "default")
 
 
@@ -254,6 +256,7 @@ def test_blocks_that_are_offloaded_whole(tmp_path):
     with pytest.raises(lorafx.AdapterError, match="training would not reach them"):
         loss(model).backward()
     for verb in (lorafx.merge, lambda m: lorafx.add(m, "other"),
+                 lambda m: lorafx.rename(m, "default", "other"),
                  lambda m: lorafx.save(m, tmp_path / "saved.safetensors")):
         with pytest.raises(lorafx.UnsupportedModelError, match="remove_hook_from_submodules"):
             verb(model)

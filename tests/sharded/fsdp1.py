@@ -239,6 +239,7 @@ def what_comes_too_late() -> None:
         refused(lambda: lorafx.add(model, "new"), first)
         refused(lambda: lorafx.load(model, path, "new"), first)
         refused(lambda: lorafx.compose(model, {"default": 1.0}, "new"), first)
+        refused(lambda: lorafx.rename(model, "default", "new"), "lorafx.rename before that")
         refused(lambda: lorafx.merge(model), "lorafx.load it into the base model")
         refused(lambda: lorafx.eject(model), "lorafx.load it into the base model")
         refused(lambda: lorafx.save(wrap(adapted()).module, folder / "x.pth"), "pass that")

@@ -117,15 +117,17 @@ def loaded_composed_removed_and_chosen() -> float:
         for model in models:
             assert lorafx.load(model, path) is model
             lorafx.compose(model, {"default": 0.5, "second": 2.0}, "sum")
+            lorafx.compose(model, {"default": 0.5, "second": 2.0}, "near", rank=1)
+            lorafx.rename(model, "sum", "both")
         found = []
-        for which in ("default", "second", {"default": 0.5, "second": 2.0}, "sum", []):
+        for which in ("default", "second", {"default": 0.5, "second": 2.0}, "both", "near", []):
             for model in models:
                 lorafx.activate(model, which)
             found.append(_outputs_differ(models, tokens))
         for model in models:
             lorafx.activate(model, "default")
             lorafx.remove(model, "second")
-            assert lorafx.adapters(model) == ["default", "sum"]
+            assert lorafx.adapters(model) == ["default", "both", "near"]
         found.append(_outputs_differ(models, tokens))
         with lorafx.disabled(models[0]), lorafx.disabled(models[1]):
             found.append(_outputs_differ(models, tokens))

@@ -90,10 +90,11 @@ def all_functions_take_the_wrapper() -> None:
         torch.testing.assert_close(merged(tokens), whole(tokens))
         assert torch.equal(ejected(tokens), decoder()(tokens))
         lorafx.compose(model, {"default": 1.0}, "same")
-        assert lorafx.adapters(model) == ["default", "same"]
+        lorafx.rename(model, "same", "equal")
+        assert lorafx.adapters(model) == ["default", "equal"]
         lorafx.activate(model, "default")
         torch.testing.assert_close(model(tokens), whole(tokens))
-        lorafx.remove(model, "same")
+        lorafx.remove(model, "equal")
         assert lorafx.adapters(model) == ["default"]
 
 
