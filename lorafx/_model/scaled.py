@@ -11,7 +11,7 @@ from .shards import local_part, whole_beside
 
 
 class Scaled(Held):
-    """A and B whose state_dict has `s`, their scale, where it is not 1, and wants it on loading.
+    """A and B whose state_dict has `s`, their scale, where it is not 1, and checks it on loading.
 
     As a number it is not what `to` and `half` cast, nor what optimizers and wrappers look for.
     """
@@ -56,7 +56,5 @@ class Scaled(Held):
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing, unexpected, errors)
         problem = self._difference(state_dict[key]) if key in state_dict else ""
-        if key not in state_dict and f"{prefix}A" in state_dict and self.scale != 1:
-            missing.append(key)  # the scale was 1 there, or whoever gathers parameters lost it
         if problem:
             errors.append(f"{key}, the scale, {problem}")

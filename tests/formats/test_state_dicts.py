@@ -135,12 +135,7 @@ def test_a_state_dict_keeps_the_scale_apart_from_casts() -> None:
     halves = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     assert not any(other.load_state_dict(halves))
     old = {name: tensor for name, tensor in model.state_dict().items() if name[-2:] != ".s"}
-    found = other.load_state_dict(old, strict=False)
-    assert not found.unexpected_keys
-    assert set(found.missing_keys) == model.state_dict().keys() - old.keys()
-    for lacking in (old, injected(net, alpha=2).state_dict()):  # lost, or another one
-        with pytest.raises(RuntimeError, match=r'Missing key.*"layers.0.lora.default.s"'):
-            other.load_state_dict(lacking)
+    assert not any(other.load_state_dict(old))
     with pytest.raises(RuntimeError, match="the scale, is 0.1, and here it is 1: make this adap"):
         injected(net, alpha=2).load_state_dict(model.state_dict())
     moved = injected(net, alpha=0.2).to_empty(device="meta")
