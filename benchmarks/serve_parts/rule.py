@@ -75,11 +75,11 @@ def line(adapters: int, rows: int, width: int, tokens: int, timing: Timing) -> l
             "gathered" if gathers(x, gates) else "stacked"]
 
 
-def table(timing: Timing = Timing(), widths: Sequence[int] = WIDTHS,
-          tokens: Sequence[int] = TOKENS) -> str:
+def table(timing: Timing = Timing(), batches: Sequence[tuple[int, int]] = BATCHES,
+          widths: Sequence[int] = WIDTHS, tokens: Sequence[int] = TOKENS) -> str:
     """The ratios as text, a line for each batch, width and number of tokens."""
     torch.manual_seed(0)
-    cells = list(itertools.product(BATCHES, widths, tokens))
+    cells = list(itertools.product(batches, widths, tokens))
     lines = [line(*batch, width, count, timing)
              for batch, width, count in progress(cells, unit="line")]
     return "\n".join([
