@@ -175,6 +175,21 @@ def test_lines_lead_where_the_graph_says(decoder, here):
               for x, y in ends]
     assert all(on_top) and len(ends) == 3 + 4  # three sites; silu, to and reshape, ×, output
     assert {"to", "reshape"} <= set(texts(root))
+    glyphs = {group.get("data-site"): rectangles_of(group)[0] for group in root.iter(f"{SVG}g")
+              if group.get("data-site")}
+    labels = {text.text: float(text.get("x")) for text in root.iter(f"{SVG}text")}
+    [joined] = rectangles(root, "joined")
+    ways = {}  # from x at the lower edge of the joined sites to where that line ends
+    for path in root.iter(f"{SVG}path"):
+        data = path.get("d")
+        start = re.match(r"M([\d.]+) ([\d.]+)", data)
+        if path.get("class") == "line" and float(start[2]) == pytest.approx(joined[3]):
+            bends = re.findall(r"C[\d.]+ [\d.]+ [\d.]+ [\d.]+ ([\d.]+)", data)
+            ways[float(start[1])] = float([start[1], *bends][-1])
+    for site, first in (("gate", "silu"), ("up", "to")):
+        left, _, right, _ = glyphs[f"layers.1.mlp.{site}"]
+        [end] = [end for x, end in ways.items() if abs(x - (left + right) / 2) < 0.2]
+        assert end == pytest.approx(labels[first], abs=0.2)
 
 
 def test_adapters_and_their_weights_are_named(here):

@@ -216,6 +216,7 @@ def switching_after_wrapping() -> float:
     assert found < 1e-5
     torch.testing.assert_close(model(tokens), whole(tokens))
     assert str(lorafx.summary(model, norms=False)) == str(lorafx.summary(whole, norms=False))
+    assert {row.relative_norm for row in lorafx.summary(model).sites} == {None}
     lorafx.remove(model, "other")
     assert lorafx.adapters(model) == ["default"]
     return found
