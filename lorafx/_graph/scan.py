@@ -40,7 +40,11 @@ def modules_fetched(module: nn.Module, method: str = "forward") -> Iterator[nn.M
 
 def _methods_called(module: nn.Module, method: str) -> Iterator[tuple[nn.Module, str]]:
     """(child, name) of the methods that users wrote and that this one calls of children."""
-    for *owner, name in analysis_of(module, method).calls:
+    first = module._modules.keys() | {ITEM}
+    for chain in analysis_of(module, method).calls:
+        if chain[0] not in first and len(chain) > 1:  # most, and a forward may have 10^5
+            continue
+        *owner, name = chain
         for child in _modules_at(module, tuple(owner)):
             function = inspect.getattr_static(type(child), name, None)
             if isinstance(function, types.FunctionType) and package(function) != "torch":
