@@ -239,3 +239,22 @@ def test_a_run_leaves_random_numbers_and_the_model():
     [site] = lorafx.sites(model, "head", example_inputs=(torch.ones(4, 8),))
     assert site.name == "3" and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Past:
+    """A cache whose tensor autograd made."""
+
+    def __init__(self, x):
+        self.keys = x.requires_grad_() * 1
+
+
+class Cached(Block):
+    def forward(self, x, past):
+        past.keys = torch.cat([past.keys, self.b(x)], 1)
+        return self.d(F.scaled_dot_product_attention(self.a(x), past.keys, self.c(past.keys)))
+
+
+def test_a_cache_among_the_inputs_is_left_as_it_is():
+    past = Past(torch.ones(2, 3, 8))
+    found = roles(read_program(Cached()), (X.float(), past))
+    assert found["b"] == KV and found["d"] == OUT and past.keys.shape == (2, 3, 8)
