@@ -80,7 +80,7 @@ def share(model: M, ejecting: bool = False) -> M:
         memo[id(module)] = object.__new__(users_class(module))
     token = EJECTING.set(ejecting)
     try:
-        with _CopyNonLeaves():
+        with CopyNonLeaves():
             for module in graphs:
                 _copy_attributes(module, memo[id(module)], memo)
             for module in sharded:
@@ -166,7 +166,7 @@ def _storages_of(tensor: Any) -> list[int]:
     return found
 
 
-class _CopyNonLeaves(TorchFunctionMode):
+class CopyNonLeaves(TorchFunctionMode):
     """Lets deepcopy copy tensors that autograd made, as caches and weight_norm hold, by value."""
 
     def __torch_function__(

@@ -32,6 +32,11 @@ SELECTIONS = frozenset({"topk", "sort", "argsort", "argmax", "multinomial"})
 SUMS = frozenset({"add", "index_add", "scatter_add", "addcmul"})
 # A row of their result may depend on many rows, even where its shape says nothing of that.
 MIXING = frozenset({"convolution", "cumsum", "cumprod", "logcumsumexp", "roll", "flip"})
+# Of their operands' shapes alone.
+FACTORIES = frozenset("""
+    zeros_like ones_like empty_like full_like rand_like randn_like
+    new_zeros new_ones new_empty new_empty_strided new_full
+""".split())
 LOOKUPS = frozenset({"embedding", "_embedding_bag"})
 
 
@@ -102,7 +107,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name.rpartition("::")[2]
         writing = writes(func)
         name = name.removesuffix("_") if writing else name
-        if not any(values) and name not in LOOKUPS:
+        if name in FACTORIES or not any(values) and name not in LOOKUPS:
             return result
         call = OperatorCall(name, func, args, kwargs, given, values)
         known = {storage_key(tensor.untyped_storage()) for tensor in given if has_storage(tensor)}

@@ -6,7 +6,7 @@ It is found in the dataflow of one run of the base, and never in names.
 import copy
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .._errors import ConfigError, NoSiteError
 from .._kernels.private import tree_iter, tree_map
 from .._graph.modules import Place
 from .._graph.sites import Site, Targets, as_list, select
-from .copies import share
+from .copies import CopyNonLeaves, share
 from .flow import Flow
 from .graph_inputs import inputs_in_graph, run_graph
 from .places import places_of
@@ -108,16 +108,10 @@ def _record(program: Program, example_inputs: Any) -> Flow:
     for module in base.modules():
         module.training = False
     places = places_of(base)
+    call, args, kwargs = _call(base, example_inputs)
     with torch.random.fork_rng(), recording() as recorder:
         for site in program.sites:
             _make_known(recorder, places[split_block(site.name)[0]], site)
-        if example_inputs is None:
-            values = inputs_in_graph(base)
-            args, kwargs = values or [], {}
-            call = functools.partial(run_graph, base)
-        else:
-            args, kwargs = tree_map(_copied, _arguments(example_inputs))
-            call = base
         for leaf in tree_iter((args, kwargs)):
             if isinstance(leaf, Tensor):
                 recorder.input(leaf)
@@ -130,6 +124,17 @@ def _record(program: Program, example_inputs: Any) -> Flow:
                 "or a dict of its keyword arguments.") from error
         recorder.returned(result)
     return recorder.flow
+
+
+def _call(
+    base: Any, example_inputs: Any
+) -> tuple[Callable[..., Any], Sequence[Any], Mapping[str, Any]]:
+    """What runs a model, and a copy of the arguments for it."""
+    if example_inputs is None:
+        return functools.partial(run_graph, base), inputs_in_graph(base) or [], {}
+    args, kwargs = _arguments(example_inputs)
+    with CopyNonLeaves():
+        return base, tree_map(_copied, args), tree_map(_copied, kwargs)
 
 
 def _arguments(example_inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:

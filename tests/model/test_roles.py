@@ -132,6 +132,26 @@ def test_a_name_goes_before_a_role_until_there_are_example_inputs():
             lorafx.sites(model, word)
 
 
+class Slots(nn.Module):
+    """A softmax over queries, keys of positions too, and a sum that is no residual connection."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+        self.e, self.f = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x, places):
+        q = self.a(x)
+        weights = (q @ self.b(x).mT + q @ self.d(places).mT).softmax(-2)
+        weights = weights / weights.sum(-1, keepdim=True)
+        return weights @ self.c(x) + self.f(self.e(places).relu())
+
+
+def test_keys_are_along_what_the_product_with_values_contracts():
+    expected = {"a": Q, "b": K, "c": V, "d": None, "e": None, "f": None}
+    assert roles(read_program(Slots().double()), (X, X + 1)) == expected
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -219,3 +239,22 @@ def test_a_run_leaves_random_numbers_and_the_model():
     [site] = lorafx.sites(model, "head", example_inputs=(torch.ones(4, 8),))
     assert site.name == "3" and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Past:
+    """A cache whose tensor autograd made."""
+
+    def __init__(self, x):
+        self.keys = x.requires_grad_() * 1
+
+
+class Cached(Block):
+    def forward(self, x, past):
+        past.keys = torch.cat([past.keys, self.b(x)], 1)
+        return self.d(F.scaled_dot_product_attention(self.a(x), past.keys, self.c(past.keys)))
+
+
+def test_a_cache_among_the_inputs_is_left_as_it_is():
+    past = Past(torch.ones(2, 3, 8))
+    found = roles(read_program(Cached()), (X.float(), past))
+    assert found["b"] == KV and found["d"] == OUT and past.keys.shape == (2, 3, 8)
