@@ -17,7 +17,7 @@ FLOORS = (
     {"_graph", "_storage"},
     {"_model", "_checkpoint"},
     {"_formats", "_switch", "_merge", "_summary", "_compile"},
-    {"_inject", "_resume", "_save", "_cli"},
+    {"_inject", "_resume", "_save", "_export", "_cli"},
     {"__main__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}
@@ -101,8 +101,8 @@ PUBLIC = [
     "AdaptedWeightError", "AdapterError", "ConfigError", "FormatError", "InjectLoRA", "LorafxError",
     "MergeLoRA", "MismatchError", "NoSiteError", "NotInjectedError", "Site", "Summary", "Targets",
     "TiedWeightError", "UnsupportedModelError", "activate", "adapters", "add", "compile_options",
-    "compose", "disabled", "eject", "inject", "load", "merge", "named_parameters", "parameters",
-    "remove", "reset_parameters", "resume", "save", "sites", "summary"]
+    "compose", "disabled", "eject", "export", "inject", "load", "merge", "named_parameters",
+    "parameters", "remove", "reset_parameters", "resume", "save", "sites", "summary"]
 
 
 def test_the_public_surface():
