@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind, TensorArgument
 
 from ._errors import FormatError, UnsupportedModelError
 from ._kernels.private import tree_iter
@@ -160,8 +161,11 @@ def _write_onnx(exported: ExportedProgram, program: WithAdapterInputs, path: Pat
         raise FormatError(f"A program of ONNX is written by onnxscript, which is not installed: "
                           f"{error}: pip install 'lorafx[export]'.") from error
     del onnxscript  # what torch.onnx imports
-    names = [*program.adapter]
-    names += map(str, exported.graph_signature.user_inputs[len(names):])
+    given = []
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):
+            given.append(spec.arg.name)
+    names = [*program.adapter, *given[len(program.adapter):]]
     made = torch.onnx.export(exported, input_names=names, output_names=_output_names(exported),
                              dynamo=True, verbose=False)
     assert made is not None

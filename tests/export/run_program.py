@@ -41,7 +41,7 @@ def onnx_program(folder):
         chosen = onnxruntime.RunOptions()
         if adapter is not None:
             chosen.add_active_adapter(adapter)
-        arrays = {name: tensor.numpy() for name, tensor in flat(given).items()}
+        arrays = {name.replace(".", "_"): tensor.numpy() for name, tensor in flat(given).items()}
         outputs = session.run(names, arrays, chosen)
         return dict(zip(names, map(torch.from_numpy, outputs)))
 
