@@ -22,6 +22,7 @@ if _typing.TYPE_CHECKING:
     from ._errors import NotInjectedError as NotInjectedError
     from ._errors import TiedWeightError as TiedWeightError
     from ._errors import UnsupportedModelError as UnsupportedModelError
+    from ._export import export as export
     from ._graph.sites import Site as Site
     from ._graph.sites import Targets as Targets
     from ._inject import InjectLoRA as InjectLoRA
@@ -55,6 +56,7 @@ else:
         "_errors": "AdaptedWeightError AdapterError ConfigError FormatError LorafxError "
                    "MismatchError NoSiteError NotInjectedError TiedWeightError "
                    "UnsupportedModelError",
+        "_export": "export",
         "_graph.sites": "Site Targets",
         "_inject": "InjectLoRA MergeLoRA add inject reset_parameters sites",
         "_merge": "eject merge merge_error",

@@ -44,9 +44,9 @@ def load(
 
     Args:
         model: a base model, or an injected one.
-        path: a file of `lorafx.save`, MiniMind, kohya-ss, diffusers, torchtune, litgpt or loralib;
-            a folder of PEFT or MLX; or an injected model's state_dict, in a file (also as
-            `{"model": state_dict}`) or a folder of a Trainer or `save_pretrained`.
+        path: a file of `lorafx.save`, MiniMind, kohya-ss, diffusers, torchtune, litgpt, loralib or
+            onnxruntime; a folder of PEFT or MLX; or an injected model's state_dict, in a file (also
+            as `{"model": state_dict}`) or a folder of a Trainer or `save_pretrained`.
         adapter: the name to give it, by default the file's; of several in one, which one.
         part: of a file for several models of a diffusion pipeline, which one this is, as diffusers
             names them: "unet", "transformer", "text_encoder", "text_encoder_2", "prior".
@@ -110,11 +110,11 @@ def save(
     Args:
         model: an injected model.
         path: its ending says the format: `.safetensors` (lorafx's own, all of the adapter), `.pth`
-            or `.pt` (MiniMind's: float16, the scale folded into B), or none: PEFT's folder. Missing
-            folders are made.
+            or `.pt` (MiniMind's: float16, the scale folded into B), `.onnx_adapter` (onnxruntime's,
+            likewise in float32), or none: PEFT's folder. Missing folders are made.
         adapter: which one; by default the only active one.
-        format: "diffusers" or "kohya" (`.safetensors`), "mlx" (a folder), where the ending does not
-            say it.
+        format: "diffusers", "kohya" or "exported" (`.safetensors`; the last is what the programs of
+            `lorafx.export` take), "mlx" (a folder), where the ending does not say it.
         part: for these, which part of a pipeline the model is, as for `lorafx.load`: its name is
             put before each module's (kohya takes "unet" by default).
         optimizer, step: of a training run that `lorafx.resume` shall continue, kept with the states

@@ -17,7 +17,7 @@ FLOORS = (
     {"_graph", "_storage"},
     {"_model", "_checkpoint"},
     {"_formats", "_switch", "_compose", "_rename", "_merge", "_summary", "_compile"},
-    {"_inject", "_resume", "_save", "_pictures", "_cli"},
+    {"_inject", "_resume", "_save", "_export", "_pictures", "_cli"},
     {"__main__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}
@@ -101,7 +101,7 @@ PUBLIC = [
     "AdaptedWeightError", "AdapterError", "ConfigError", "FormatError", "InjectLoRA", "LorafxError",
     "MergeLoRA", "MismatchError", "NoSiteError", "NotInjectedError", "Site", "Summary", "Targets",
     "TiedWeightError", "UnsupportedModelError", "activate", "adapters", "add", "compile_options",
-    "compose", "disabled", "draw", "eject", "inject", "load", "merge", "merge_error",
+    "compose", "disabled", "draw", "eject", "export", "inject", "load", "merge", "merge_error",
     "named_parameters", "parameters", "remove", "rename", "reset_parameters", "resume", "rows",
     "save", "sites", "summary", "using"]
 

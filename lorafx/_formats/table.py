@@ -15,8 +15,8 @@ from .._errors import ConfigError, FormatError
 from .._storage.durable import write_folder, write_whole
 from .._storage.files import read_part, read_safetensors
 from . import (
-    kohya, kohya_write, minimind, mlx, native, peft_folder, peft_read, peft_write, state_dicts,
-    unscaled
+    exported, kohya, kohya_write, minimind, mlx, native, peft_folder, peft_read, peft_write,
+    state_dicts, unscaled
 )
 from .adapter_file import INSTEAD, AdapterFile, Decoded, Destination
 
@@ -104,6 +104,11 @@ FORMATS = (
            has_parts=True),
     Format("lorafx", "*.safetensors", _ends_in(".safetensors"), _read_safetensors,
            native.decode, native.encode, keeps_training=True),
+    Format("lorafx, for exported programs", "*.safetensors", _ends_in(".safetensors"),
+           _read_safetensors, native.decode, exported.encode_safetensors,
+           asked_for_as="exported"),
+    Format("onnxruntime", "*.onnx_adapter", _ends_in(".onnx_adapter"), exported.read_onnx,
+           exported.decode_onnx, exported.encode_onnx),
     Format("MiniMind", "*.pth or *.pt", _ends_in(".pth", ".pt"), _read_torch_file,
            minimind.decode, minimind.encode),
     dataclasses.replace(_MLX, form="an existing folder of any name", accepts=Path.is_dir),

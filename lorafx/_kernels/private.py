@@ -229,6 +229,10 @@ tree_map: Callable[[Callable[[Any], Any], Any], Any] = _optional(
     "torch.utils._pytree:tree_map", _tree_map)
 tree_iter: Callable[[Any], Iterable[Any]] = _optional("torch.utils._pytree:tree_iter", _tree_iter)
 
+# Without it: a named tuple is a tuple.
+is_namedtuple: Callable[[Any], bool] = _optional(
+    "torch.utils._pytree:is_namedtuple_instance", lambda value: False)
+
 
 # The size for which a graph of symbolic sizes was made. Without it: what int makes of the size.
 hint_int: Callable[[Any], int] = _optional("torch.fx.experimental.symbolic_shapes:hint_int", int)

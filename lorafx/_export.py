@@ -1,0 +1,201 @@
+"""`export`: one program that runs without the model's Python, its adapters' A and B as inputs."""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind, TensorArgument
+
+from ._errors import FormatError, UnsupportedModelError
+from ._kernels.private import tree_iter
+from ._merge import eject
+from ._model.adapter_inputs import WithAdapterInputs, with_adapter_inputs
+from ._storage.durable import write_folder, write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of program: the ending of its path, and what writes it, to a folder of its own."""
+
+    name: str
+    ending: str
+    write: Callable[[ExportedProgram, WithAdapterInputs, Path], None]
+
+
+def export(
+    model: nn.Module, path: str | os.PathLike[str], args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one program for the base and all of its adapters, which runs without its Python.
+
+    It computes `program(adapter, *args, **kwargs)`, the model's output in eval with, at each site,
+    y = x W^T + b + (x A^T) B^T, where `adapter` is {"<site>.lora.A": A (rank, in), "<site>.lora.B":
+    s B (out, rank)}: the scale s travels in B. Sites are those at which the model has adapters.
+    A and B are as wide as the weight, at least float32, and of any rank from 0 on at each site.
+    Outputs come in dicts (with the names of the model's own classes), lists and tuples.
+    `lorafx.save(model, "french.safetensors", format="exported")` writes such an adapter, to be read
+    by `safetensors.torch.load_file`.
+
+    Args:
+        model: an injected model; which of its adapters are active is of no account.
+        path: its ending says the kind. `.pt2`: of `torch.export.load(path)`, `.module()` is the
+            program, and `.example_inputs[0][0]` an adapter of zeros, the base. `.onnx`: names of
+            inputs are those of A and B, and of forward's arguments; without an adapter it is the
+            base; `lorafx.save(model, "french.onnx_adapter")` writes what onnxruntime's
+            LoraAdapter loads. `.aoti.pt2`: compiled for this machine's kind, to be loaded by
+            `torch._inductor.aoti_load_package`. Missing folders are made.
+        args, kwargs: an example of what forward takes.
+        dynamic_shapes: {argument: what may vary, as for `torch.export.export`}; by default each
+            size of each tensor may that the model lets vary and that is above 1 in the example.
+
+    Raises:
+        FormatError: no such kind, or a package that writes it is not installed.
+        NotInjectedError, AdapterError: the model has no adapter.
+        UnsupportedModelError: torch cannot trace the model, or the kind has no such operator.
+        OSError: the disk failed. The file is written whole or, after any error, not at all.
+
+    Example:
+        >>> import tempfile, torch, lorafx
+        >>> path, x = tempfile.mkdtemp() + "/model.pt2", torch.randn(2, 4)
+        >>> model = lorafx.inject(torch.nn.Linear(4, 4), rank=3)
+        >>> lorafx.export(model, path, (x,))
+        >>> program = torch.export.load(path).module()
+        >>> french = {"lora.A": torch.ones(8, 4), "lora.B": torch.ones(4, 8)}
+        >>> torch.allclose(program(french, x), model(x) + 8 * x.sum(1, keepdim=True), atol=1e-5)
+        True
+    """
+    path = Path(path)
+    kind = _kind_of(path)
+    program = with_adapter_inputs(model, eject(model))
+    exported = _traced(program, tuple(args), dict(kwargs or {}), dynamic_shapes)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            kind.write(exported, program, Path(folder, path.name))
+        except FormatError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"'{path}' cannot be a program of {kind.name}: {_reason(error)}") from error
+        # what a program reads beside it comes first
+        written = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
+        files = {file.name: file.read_bytes() for file in written}
+    if len(files) == 1:
+        write_whole(path, files[path.name])
+    else:
+        write_folder(path.parent, lambda: files)
+
+
+def _kind_of(path: Path) -> Kind:
+    for kind in KINDS:
+        if path.name.endswith(kind.ending):
+            if path.is_dir():
+                raise FormatError(f"'{path}' is a folder: name a file in it.")
+            return kind
+    known = ", ".join(f"{kind.ending} ({kind.name})" for kind in KINDS)
+    raise FormatError(f"The path '{path}' names no kind of program by its ending: use {known}.")
+
+
+def _traced(
+    program: WithAdapterInputs, args: tuple[Any, ...], kwargs: dict[str, Any],
+    dynamic_shapes: Mapping[str, Any] | None,
+) -> ExportedProgram:
+    """The program that torch.export traces, of any rank at each site."""
+    given = program.adapter, *args
+    shapes: dict[str, Any] = {}
+    try:
+        if dynamic_shapes is None:
+            collection: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+            for value in tree_iter((args, kwargs)):
+                if isinstance(value, Tensor) and value.ndim:
+                    collection[value] = {axis: Dim.AUTO for axis in range(value.ndim)}
+            shapes |= collection.dynamic_shapes(program, given, kwargs)
+        else:
+            shapes |= dynamic_shapes
+        shapes["adapter"] = _ranks(program.adapter)
+        with torch.no_grad():
+            return torch.export.export(program, given, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"torch.export cannot trace this {type(program.model).__name__}: "
+            f"{_reason(error)}") from error
+
+
+def _ranks(adapter: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
+    """{name: {axis: Dim}}: A and B of a site share one, which is any number from 0 on."""
+    shapes: dict[str, dict[int, Any]] = {}
+    for number, name in enumerate(adapter):
+        if name.endswith("A"):
+            rank, ndim = Dim(f"rank_{number}", min=0), adapter[name].ndim
+            shapes[name], shapes[name[:-1] + "B"] = {ndim - 2: rank}, {ndim - 1: rank}
+    return shapes
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong at first, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _write_pt2(exported: ExportedProgram, program: WithAdapterInputs, path: Path) -> None:
+    torch.export.save(exported, path)
+
+
+def _write_aoti(exported: ExportedProgram, program: WithAdapterInputs, path: Path) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(exported, package_path=str(path))
+
+
+def _write_onnx(exported: ExportedProgram, program: WithAdapterInputs, path: Path) -> None:
+    try:
+        import onnx_ir
+        import onnxscript
+    except ImportError as error:
+        raise FormatError(f"A program of ONNX is written by onnxscript, which is not installed: "
+                          f"{error}: pip install 'lorafx[export]'.") from error
+    del onnxscript  # what torch.onnx imports
+    given = []
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):
+            given.append(spec.arg.name)
+    names = [*program.adapter, *given[len(program.adapter):]]
+    made = torch.onnx.export(exported, input_names=names, output_names=_output_names(exported),
+                             dynamo=True, verbose=False)
+    assert made is not None
+    graph = made.model.graph
+    for value in graph.inputs:
+        if value.name in program.adapter:  # an input that has a default is an initializer too
+            zeros = program.adapter[value.name].cpu().numpy()
+            value.const_value = onnx_ir.tensor(zeros, name=value.name)
+            graph.initializers[value.name] = value
+    made.save(path)
+
+
+def _output_names(exported: ExportedProgram) -> list[str]:
+    """The path of each output in the dicts, lists and tuples that the program returns."""
+    outputs: Any = exported.call_spec.out_spec.unflatten(exported.graph_signature.user_outputs)
+    return [*_paths(outputs, "")]
+
+
+def _paths(outputs: Any, path: str) -> Iterator[str]:
+    items = outputs.items() if isinstance(outputs, dict) else enumerate(outputs)
+    for key, value in items:
+        below = f"{path}.{key}" if path else str(key)
+        if isinstance(value, (dict, list, tuple)):
+            yield from _paths(value, below)
+        else:
+            yield below
+
+
+KINDS = (
+    Kind("AOTInductor", ".aoti.pt2", _write_aoti),
+    Kind("torch.export", ".pt2", _write_pt2),
+    Kind("ONNX", ".onnx", _write_onnx),
+)

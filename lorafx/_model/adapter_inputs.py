@@ -1,0 +1,140 @@
+"""A model as a program of its inputs and of an adapter's tensors, which torch.export traces."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._adapter.adapter import Adapter, Pair
+from .._adapter.config import LoRAConfig, factor_dtype
+from .._adapter.names import dotted, split_block
+from .._errors import AdapterError, UnsupportedModelError
+from .._kernels.private import is_namedtuple
+from .attach import attach, begin_injection
+from .branches import Factors, branches, factors_at
+from .places import places_of, tensor_at
+from .program import read_program
+from .record import injection, trained_modules
+
+ADAPTER = "inputs"  # the name of the only adapter in such a program
+RANK = 2  # of the example: torch.export takes sizes of 0 and 1 for constants
+
+
+class WithAdapterInputs(nn.Module):
+    """f(adapter, ...) = model(...) with A and B of `adapter`, {`<site>.lora.A`: tensor, ...}.
+
+    `model` holds ADAPTER only, without tensors of its own: those of the mapping stand in their
+    places during a call.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.adapter: dict[str, Tensor] = {}  # the base: zeros
+        self.places: dict[str, tuple[Factors, str]] = {}
+        for site, branch in branches(model).items():
+            factors = factors_at(branch, ADAPTER)
+            assert factors is not None
+            for half in "AB":
+                name = dotted(site, f"lora.{half}")
+                self.adapter[name] = torch.zeros_like(factors._parameters[half])  # type: ignore
+                self.places[name] = factors, half
+                factors._parameters[half] = None
+
+    def run(self, adapter: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """model(*args, **kwargs) with this adapter, in dicts, lists and tuples."""
+        try:
+            for name, (factors, half) in self.places.items():
+                held: dict[str, Any] = factors._parameters
+                held[half] = adapter[name]
+            return plain(self.model(*args, **kwargs))
+        finally:
+            for factors, half in self.places.values():
+                factors._parameters[half] = None
+
+
+def with_adapter_inputs(model: nn.Module, base: nn.Module) -> WithAdapterInputs:
+    """Return the program of an injected model; `base`, its original, becomes a part of it.
+
+    The program's forward takes `adapter`, and then what the model's takes, by the same names.
+    """
+    _check_adapters(model)
+    dtypes, shapes = input_dtypes(model), input_shapes(model, RANK)
+    program = read_program(base)
+    pairs: dict[str, Pair] = {}
+    for site in program.sites:
+        if site.name in shapes:
+            device = program.home(site, has_values=True)
+            A, B = (torch.zeros(shape, dtype=dtypes[site.name], device=device)
+                    for shape in shapes[site.name])
+            pairs[site.name] = Pair(A, B, 1.0)
+    begin_injection(program, group=False, recompute=False)
+    attach(program, Adapter(ADAPTER, LoRAConfig(RANK, targets=[*pairs]), pairs))
+    for branch in branches(base).values():
+        branch._active = ((ADAPTER, 1.0),)
+    base.eval().requires_grad_(False)
+
+    def forward(self: WithAdapterInputs, adapter: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.run(adapter, args, kwargs)
+
+    own = [*inspect.signature(forward).parameters.values()][:2]
+    parameters = [*own, *inspect.signature(base.forward).parameters.values()]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    cls = type("WithAdapterInputs", (WithAdapterInputs,), {"forward": forward})
+    made: WithAdapterInputs = cls(base)
+    return made
+
+
+def plain(output: Any) -> Any:
+    """What a model returns without the classes of its code: named fields are a dict's, if any."""
+    if is_namedtuple(output):
+        output = output._asdict()
+    if isinstance(output, Mapping):
+        return {key: plain(value) for key, value in output.items() if value is not None}
+    if isinstance(output, (tuple, list)):
+        return type(output)(map(plain, output))
+    return output
+
+
+def input_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """{site: dtype of A and B as inputs} of all sites that have some: W's own, at least float32."""
+    places, config = places_of(model), LoRAConfig()
+    dtypes: dict[str, torch.dtype] = {}
+    for site, _ in _factors(model):
+        dtypes[site] = factor_dtype(config, tensor_at(places[split_block(site)[0]]))
+    return dtypes
+
+
+def input_shapes(
+    model: nn.Module, rank: int
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """{site: shapes of A and B as inputs} of the same sites, for a rank."""
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for site, factors in _factors(model):
+        (*stack, _, inputs), (*_, outputs, _) = factors.shapes
+        shapes[site] = (*stack, rank, inputs), (*stack, outputs, rank)
+    return shapes
+
+
+def _factors(model: nn.Module) -> Iterator[tuple[str, Factors]]:
+    """(site, the factors of some adapter) at each site that has adapters'."""
+    for site, branch in branches(model).items():
+        for held in branch._modules.values():
+            if isinstance(held, Factors):
+                yield site, held
+                break
+
+
+def _check_adapters(model: nn.Module) -> None:
+    """Raise unless a model has adapters, all of them of A and B alone."""
+    if not injection(model).configs:
+        raise AdapterError("This model has no adapter, so that nothing says which sites take one "
+                           "as inputs: lorafx.add one.")
+    for path, _, trained in trained_modules(model):
+        for adapter, copies in trained.sets().items():
+            raise UnsupportedModelError(
+                f"Adapter {adapter!r} trains '{dotted(path, next(iter(copies.holders())))}' whole, "
+                "and only A and B can be inputs of an exported program: lorafx.merge it, and "
+                "export what that returns.")

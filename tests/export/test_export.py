@@ -1,0 +1,165 @@
+"""What export refuses, what its adapters' files hold, and that a merged model is the base again."""
+
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import lorafx
+from tests.support.models import TOKENS
+from tests.support.oracle import randomise
+
+X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+
+
+def layers():
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def adapted():
+    model = lorafx.inject(layers(), rank=2, targets="linear", alpha=6, adapter="a")
+    lorafx.add(model, "b", rank=1, targets="0")
+    return randomise(model)
+
+
+def refused(path, error, match, model=None, args=(X,)):
+    with pytest.raises(error, match=match):
+        lorafx.export(adapted() if model is None else model, path, args)
+    assert not [*path.parent.iterdir()] or path.is_dir()
+
+
+def test_an_unknown_ending(tmp_path):
+    refused(tmp_path / "m.pb", lorafx.FormatError,
+            r"no kind of program by its ending: use \.aoti\.pt2 \(AOTInductor\), \.pt2 \(torch")
+
+
+def test_a_folder_in_the_way(tmp_path):
+    (tmp_path / "m.pt2").mkdir()
+    refused(tmp_path / "m.pt2", lorafx.FormatError, "is a folder: name a file in it")
+
+
+def test_a_path_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="cannot be written, and stays as it was"):
+        lorafx.export(adapted(), tmp_path / "file" / "m.pt2", (X,))
+
+
+def test_a_model_without_adapters(tmp_path):
+    refused(tmp_path / "m.pt2", lorafx.NotInjectedError, "lorafx.inject", layers())
+    model = adapted()
+    lorafx.remove(model, "a")
+    lorafx.remove(model, "b")
+    refused(tmp_path / "m.pt2", lorafx.AdapterError, "has no adapter, so that nothing", model)
+
+
+def test_a_module_trained_whole(tmp_path):
+    model = lorafx.inject(layers(), targets="0", trainable="2", adapter="a")
+    refused(tmp_path / "m.pt2", lorafx.UnsupportedModelError,
+            r"'a' trains '2\.weight' whole.*lorafx\.merge", model)
+    for name in ("a.onnx_adapter", "a.safetensors"):
+        asked = {"format": "exported"} if name.endswith("safetensors") else {}
+        if name.endswith("onnx_adapter"):
+            pytest.importorskip("onnxruntime")
+        with pytest.raises(lorafx.FormatError, match=r"no other tensors such as the trained '2\."):
+            lorafx.save(model, tmp_path / name, **asked)
+
+
+class Deciding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y if y.sum() > 0 else -y
+
+
+def test_what_torch_cannot_trace(tmp_path):
+    refused(tmp_path / "m.pt2", lorafx.UnsupportedModelError,
+            "torch.export cannot trace this Deciding: .*data-dependent",
+            lorafx.inject(Deciding()))
+
+
+class Unusual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.special.bessel_j0(self.layer(x))
+
+
+def test_an_operator_that_onnx_lacks(tmp_path):
+    pytest.importorskip("onnxscript")
+    refused(tmp_path / "m.onnx", lorafx.UnsupportedModelError,
+            "cannot be a program of ONNX: .*bessel_j0",
+            lorafx.inject(Unusual()))
+
+
+@pytest.mark.parametrize("package, path", [
+    ("onnxscript", "m.onnx"), ("onnxruntime", "a.onnx_adapter")])
+def test_a_missing_package(tmp_path, monkeypatch, package, path):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(lorafx.FormatError, match=rf"{package}.*pip install 'lorafx\[export\]'"):
+        if path == "m.onnx":
+            lorafx.export(adapted(), tmp_path / path, (X,))
+        else:
+            lorafx.save(adapted(), tmp_path / path, "a")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_adapter_for_exported_programs(tmp_path):
+    """It has the scale in B, zeros where only other adapters are, and can be loaded again."""
+    model = adapted()
+    lorafx.save(model, tmp_path / "a.safetensors", "a", format="exported")
+    lorafx.save(model, tmp_path / "b.safetensors", "b", format="exported")
+    a, b = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    names = {f"{site}.lora.{half}" for site in "02" for half in "AB"}
+    assert a.keys() == b.keys() == names
+    assert torch.equal(a["0.lora.A"], model[0].lora.a.A)
+    assert torch.equal(a["0.lora.B"], 3 * model[0].lora.a.B)
+    assert b["2.lora.A"].shape == (1, 6) and not b["2.lora.A"].any()
+    assert b["2.lora.B"].shape == (3, 1) and not b["2.lora.B"].any()
+    for name in "ab":
+        lorafx.activate(model, name)
+        again = lorafx.load(lorafx.eject(model), tmp_path / f"{name}.safetensors")
+        torch.testing.assert_close(again(X), model(X))
+
+
+def test_an_adapter_of_onnxruntime(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = adapted()
+    lorafx.activate(model, "a")
+    lorafx.save(model, tmp_path / "a.onnx_adapter")
+    again = lorafx.load(lorafx.eject(model), tmp_path / "a.onnx_adapter")
+    assert torch.equal(again[0].lora.default.A, model[0].lora.a.A)
+    torch.testing.assert_close(again(X), model(X))
+
+
+def test_bytes_that_are_no_adapter_of_onnxruntime(tmp_path):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "a.onnx_adapter").write_bytes(b"no flatbuffer")
+    with pytest.raises(lorafx.FormatError, match="is damaged or not an adapter of onnxruntime"):
+        lorafx.load(layers(), tmp_path / "a.onnx_adapter")
+
+
+def nodes(model):
+    graph = torch.export.export(model, (TOKENS,)).graph
+    return [(node.op, node.name, str(node.target), str(node.args), str(node.kwargs))
+            for node in graph.nodes]
+
+
+def test_a_merged_model_exports_node_for_node_as_the_base(block):
+    model = randomise(lorafx.inject(block, targets=["square", "up", "down"]))
+    assert nodes(lorafx.merge(model)) == nodes(block) != nodes(model)
+
+
+def test_nothing_of_the_model_changes(tmp_path):
+    model = adapted()
+    before, state = model(X), {name: t.clone() for name, t in model.state_dict().items()}
+    lorafx.export(model.train(), tmp_path / "m.pt2", (X,))
+    assert model.training and torch.equal(model(X), before)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name])
