@@ -148,9 +148,8 @@ def _write_pt2(exported: ExportedProgram, program: WithAdapterInputs, path: Path
 
 
 def _write_aoti(exported: ExportedProgram, program: WithAdapterInputs, path: Path) -> None:
-    from torch._inductor import aoti_compile_and_package
-
-    aoti_compile_and_package(exported, package_path=str(path))
+    import torch._inductor
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
 
 
 def _write_onnx(exported: ExportedProgram, program: WithAdapterInputs, path: Path) -> None:

@@ -234,10 +234,6 @@ is_namedtuple: Callable[[Any], bool] = _optional(
     "torch.utils._pytree:is_namedtuple_instance", lambda value: False)
 
 
-# The size for which a graph of symbolic sizes was made. Without it: what int makes of the size.
-hint_int: Callable[[Any], int] = _optional("torch.fx.experimental.symbolic_shapes:hint_int", int)
-
-
 # Modules.
 
 # A module to which nothing is hooked is computed without being called.

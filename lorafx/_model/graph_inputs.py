@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from .._kernels.private import hint_int
 from .regions import is_plain_graph
 
 
@@ -33,7 +32,7 @@ def inputs_in_graph(model: nn.Module) -> list[Any] | None:
 
 def _zeros(known: Tensor | TensorMetadata, device: torch.device | None) -> Tensor:
     """A tensor of this shape and dtype."""
-    return torch.zeros([hint_int(size) for size in known.shape], dtype=known.dtype, device=device)
+    return torch.zeros([*map(int, known.shape)], dtype=known.dtype, device=device)
 
 
 def run_graph(model: fx.GraphModule, *values: Any) -> Any:
