@@ -136,7 +136,8 @@ def rows(
         raise AdapterError("Rows are given as a list, with what each row of the batch uses, not as "
                            f"{adapters!r}.")
     each = [{} if spec is None else weights_of(model, spec) for spec in adapters]
-    used = {name: 1.0 for weights in each for name in weights}
+    here = {name for weights in each for name in weights}
+    used = {name: 1.0 for name in injection(model).configs if name in here}
     for path, _, trained in trained_modules(model):
         for name in trained.having(used):
             raise AdapterError(
@@ -211,6 +212,7 @@ def remove(model: nn.Module, adapter: str) -> None:
     record.active = {name: w for name, w in record.active.items() if name != adapter}
     for holder in holders(model):
         holder._modules.pop(adapter, None)
+    record.choice.kept.clear()
     refresh(model)
     for _, owner, held in list(trained_modules(model)):
         if not held._modules:

@@ -31,7 +31,7 @@ class Selection:
     def forget(self) -> None:
         """Forget what was made of factors for this selection."""
         self.made: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-        self.gates: dict[Any, Any] = {}  # by the ranks and scales that they are for
+        self.gates: list[tuple[Any, Any]] = []  # with the ranks and scales that they are for
 
     def __getstate__(self) -> dict[str, Any]:
         return {"weights": self.weights, "rows": self.rows, "chosen_in": None}
@@ -55,6 +55,8 @@ class Choice:
 
     def _start(self) -> None:
         self._here: contextvars.ContextVar[Selection] = contextvars.ContextVar("lorafx")
+        # {branch: {(form, adapters): what was made of their factors}}
+        self.kept: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self._functions: weakref.WeakKeyDictionary[Any, Selection] = weakref.WeakKeyDictionary()
         self._chose_with_gradients = False
 
