@@ -1,7 +1,7 @@
 """Batches whose rows use adapters of their own: in decoding, in a prompt, and in training.
 
 Contenders are the frozen base, PEFT's `adapter_names`, a loop that activates one adapter of lorafx
-after another and takes its rows through the model, and lorafx's kernel for all rows at once: of one
+after another and takes its rows through the model, and `lorafx.rows`, all rows at once: of one
 base, a Llama of transformers with six layers, all linear layers adapted, or one linear layer. The
 adapters, of rank 8, go round the rows. First each one's results are compared with those of the base
 with W + s B A of each row in float64, or its row is void. A training step of eight adapters is

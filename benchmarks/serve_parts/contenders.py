@@ -6,14 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import peft
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorafx
 from common.contenders import BASE, LORAFX, PEFT, Adapters, draw
 from common.llama import adapted_layers
-from lorafx._kernels.mixed import Gates, mixed, stacked_factors
 
 LOOP = "loop over adapters"
 Forward = Callable[..., Tensor]  # (x or tokens, **options) -> what the model gives
@@ -37,43 +34,25 @@ class Assignment:
         """The rows that use an adapter."""
         return [row for row, used in enumerate(self.rows) if used == name]
 
-    def gates(self) -> Gates:
-        """The kernel's gates."""
-        names = list(self.adapters)
-        ranks = [adapters.rank for adapters in self.adapters.values()]
-        dense = torch.zeros(len(self.rows), 1 + sum(ranks))
-        for row, name in enumerate(self.rows):
-            start = 1 + sum(ranks[:names.index(name)])
-            rank, scale = self.adapters[name].rank, self.adapters[name].scale
-            dense[row, start:start + rank] = scale
-        return Gates.of(dense)
 
+class WithRows(nn.Module):
+    """A model of lorafx whose rows use adapters of their own."""
 
-class MixedLinear(nn.Module):
-    """A linear layer with the adapters of all rows beside it, by lorafx's kernel."""
-
-    def __init__(self, layer: nn.Linear, pairs: Sequence[tuple[Tensor, Tensor]],
-                 gates: Gates) -> None:
+    def __init__(self, model: nn.Module, rows: Sequence[str]) -> None:
         super().__init__()
-        self.weight, self.bias, self.gates = layer.weight, layer.bias, gates
-        self.As = nn.ParameterList([nn.Parameter(A.clone()) for A, _ in pairs])
-        self.Bs = nn.ParameterList([nn.Parameter(B.clone()) for _, B in pairs])
-        self.stacked = [factor.detach() for factor in stacked_factors(self.As, self.Bs)]
+        self.model, self.rows = model, rows
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (rows, ..., in) -> (rows, ..., out)."""
-        A, B = stacked_factors(self.As, self.Bs) if self.training else self.stacked
-        return mixed(x, F.linear(x, self.weight, self.bias), A, B, self.gates, fresh=True)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives for a batch of these rows."""
+        with lorafx.rows(self.model, self.rows):
+            return self.model(*args, **kwargs)
 
 
-def mixed_model(base: nn.Module, assignment: Assignment) -> nn.Module:
-    """The base with a MixedLinear for each adapted layer."""
-    gates, names = assignment.gates(), list(next(iter(assignment.adapters.values())).values)
-    for name in names:
-        layer: Any = base.get_submodule(name)
-        pairs = [adapters.values[name] for adapters in assignment.adapters.values()]
-        base.set_submodule(name, MixedLinear(layer, pairs, gates))
-    return base
+def rows_model(base: nn.Module, assignment: Assignment) -> WithRows:
+    """lorafx, with all adapters, all of them active, and each row's own used."""
+    model = lorafx_model(base, assignment)
+    lorafx.activate(model, list(assignment.adapters))
+    return WithRows(model, assignment.rows)
 
 
 def peft_model(base: nn.Module, assignment: Assignment) -> nn.Module:
@@ -114,7 +93,7 @@ def lorafx_model(base: nn.Module, assignment: Assignment) -> nn.Module:
 def contenders(base: nn.Module, assignment: Assignment) -> dict[str, nn.Module]:
     """{contender: its model}, in eval, all on the base's Parameters."""
     methods = {BASE: lambda base, _: base, PEFT: peft_model, LOOP: lorafx_model,
-               LORAFX: mixed_model}
+               LORAFX: rows_model}
     models = {}
     for name, method in methods.items():
         fresh = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})

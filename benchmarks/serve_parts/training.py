@@ -16,7 +16,7 @@ import lorafx
 from common.contenders import LORAFX
 from common.llama import VOCABULARY, frozen_llama
 from common.timing import interleaved, median, ratio, thread_seconds
-from serve_parts.contenders import Assignment, MixedLinear, lorafx_model, mixed_model
+from serve_parts.contenders import Assignment, WithRows, lorafx_model, rows_model
 from serve_parts.run import RANK
 
 ONE = "one adapter"
@@ -64,28 +64,21 @@ def step_of(model: nn.Module, parameters: list[nn.Parameter],
     return step
 
 
-def trained(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """{layer: its A and B} of the kernel's model."""
-    return {name: [*layer.As, *layer.Bs] for name, layer in model.named_modules()
-            if isinstance(layer, MixedLinear)}
-
-
-def judge(mixed: nn.Module, base: nn.Module, assignment: Assignment, tokens: Tensor) -> str:
-    """Why the kernel's gradients are void: each must be that of the adapter's own rows alone."""
+def judge(mixed: WithRows, base: nn.Module, assignment: Assignment, tokens: Tensor) -> str:
+    """Why the gradients are void: each must be that of the adapter's own rows alone."""
     mean_loss(mixed, tokens).backward()
-    for index, name in enumerate(assignment.adapters):
-        rows = assignment.rows_of(name)
+    gradients = {name: factor.grad for name, factor in lorafx.named_parameters(mixed.model)}
+    for adapter in assignment.adapters:
+        rows = assignment.rows_of(adapter)
         alone: Any = lorafx_model(copy.deepcopy(base), assignment).train()
-        lorafx.activate(alone, name)
+        lorafx.activate(alone, adapter)
         (mean_loss(alone, tokens[rows]) * len(rows) / len(tokens)).backward()
-        own = dict(lorafx.named_parameters(alone))
-        for layer, factors in trained(mixed).items():
-            count = len(factors) // 2
-            for factor, kind in ((factors[index], "A"), (factors[count + index], "B")):
-                true, found = own[f"{layer}.lora.{name}.{kind}"].grad, factor.grad
-                error = ((found - true).abs().max() / true.abs().max()).item()
-                if error > TOLERANCE:
-                    return f"a gradient of {name} at {layer} has a relative error of {error:.1e}"
+        for name, own in lorafx.named_parameters(alone):
+            true, found = own.grad, gradients[name]
+            assert true is not None and found is not None
+            error = ((found - true).abs().max() / true.abs().max()).item()
+            if error > TOLERANCE:
+                return f"a gradient of {name} has a relative error of {error:.1e}"
     mixed.zero_grad()
     return ""
 
@@ -96,13 +89,10 @@ def measure(case: Training, rounds: int) -> dict[str, Any]:
     assignment = Assignment.draw(base, case.adapters, case.rows, RANK)
     single = Assignment.draw(base, 1, case.rows, RANK)
     tokens = torch.randint(VOCABULARY, (case.rows, case.tokens))
-    mixed = mixed_model(copy.deepcopy(base), assignment).train()
-    for layer in trained(mixed).values():
-        for factor in layer:
-            factor.requires_grad_()
+    mixed = rows_model(copy.deepcopy(base), assignment).train()
     one = lorafx_model(copy.deepcopy(base), single).train()
     void = judge(mixed, base, assignment, tokens)
-    every = [factor for factors in trained(mixed).values() for factor in factors]
+    every = list(lorafx.parameters(mixed.model))
     calls = {ONE: step_of(one, list(lorafx.parameters(one)), tokens),
              LORAFX: step_of(mixed, every, tokens)}
     times = interleaved({name: partial(thread_seconds, call, 1)
