@@ -135,15 +135,16 @@ def rows(
     if isinstance(adapters, (str, Mapping)) or not isinstance(adapters, Sequence) or not adapters:
         raise AdapterError("Rows are given as a list, with what each row of the batch uses, not as "
                            f"{adapters!r}.")
+    record = injection(model)
     each = [{} if spec is None else weights_of(model, spec) for spec in adapters]
     here = {name for weights in each for name in weights}
-    used = {name: 1.0 for name in injection(model).configs if name in here}
-    for path, _, trained in trained_modules(model):
-        for name in trained.having(used):
+    used = {name: 1.0 for name in record.configs if name in here}
+    for name in used:
+        if record.trained[name]:
             raise AdapterError(
-                f"Adapter {name!r} trains tensors of '{path}' whole, and these are the same for "
+                f"Adapter {name!r} trains '{record.trained[name][0]}' whole, which is the same for "
                 "all rows of a batch: run its rows by themselves.")
-    with injection(model).choice.choosing(Selection(used, each)):
+    with record.choice.choosing(Selection(used, each)):
         yield
 
 

@@ -148,7 +148,8 @@ def weights_of(
         if not is_number(weight):
             raise AdapterError(f"The weight of adapter {adapter!r} must be a finite number, not "
                                f"{weight!r}.")
-    for path, _, trained in trained_modules(model):
+    train_whole = [name for name in weights if injection(model).trained[name]]
+    for path, _, trained in trained_modules(model) if len(train_whole) > 1 else ():
         before: dict[str, str] = {}  # {name: the adapter that trains it}
         for adapter in trained.having(weights):
             names = trained.sets()[adapter].holders()

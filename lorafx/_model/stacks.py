@@ -43,64 +43,103 @@ class _Form(NamedTuple):
     needs: tuple[bool, bool]  # of a gradient, in compiled programs
 
 
+class _Made(NamedTuple):
+    """A stack, and what it is good for: the form, the factors, and as they were then."""
+
+    form: _Form
+    held: Sequence[tuple[str, Any, Tensor, Tensor, float, float]]  # with scale and dropout
+    absent: Sequence[str]  # adapters that have no factors there
+    state: Sequence[Any]
+    stack: Stack
+
+    def holds(self, form: _Form, modules: Any) -> bool:
+        """True if it would be made in the same way now. It is asked at each call of a branch."""
+        if form != self.form:
+            return False
+        for name, factors, A, B, scale, dropout in self.held:
+            if modules.get(name) is not factors or factors.scale != scale:
+                return False
+            tensors = factors._parameters
+            if tensors.get("A") is not A or tensors.get("B") is not B:
+                return False
+            if dropout != factors.dropout and factors.training:
+                return False
+        for name in self.absent:
+            if name in modules:
+                return False
+        return self.state == _state([(held[2], held[3]) for held in self.held], form)
+
+
 def stack_of(branch: Any, selection: Selection, compiled: bool) -> Stack | None:
     """The stack of a branch; None where each adapter's factors are to be asked for by themselves.
 
     Compiled programs take it, whatever its ranks: it has two at least, the least that a compiler
     takes for any number, and requires grad if anything at the branch does.
     """
-    rows = [selection.weights] if selection.rows is None else selection.rows
-    names, used, parts = [], [], []
-    for name in selection.weights:
-        factors = branch._modules.get(name)
-        if factors is None:
-            continue
-        pair = factors.plain()
-        if pair is None or selection.rows is not None and pair[0].ndim > 2:
-            return None
-        names.append(name)
-        used.append(factors)
-        shares = tuple([row.get(name, 0.0) * factors.scale for row in rows])
-        parts.append(_Part(pair[0], pair[1], shares))
-    apart = len(parts) > 1 or selection.rows is not None
-    if apart and any([factors.dropping for factors in used]):
-        return None
-    if not parts:
-        nothing = branch.nothing() if compiled else None
-        if nothing is None:
-            return None
-        parts.append(_Part(nothing[0], nothing[1], (0.0,) * len(rows)))
     gradients = torch.is_grad_enabled()
     needs = branch.needs() if compiled and gradients else (False, False)
     form = _Form(compiled, selection.rows is not None, gradients, needs)
-    key = form, _memory(parts, form), [part.shares for part in parts]
     made = selection.made.get(branch)
-    if made is None or made[0] != key:
+    if made is None or not made.holds(form, branch._modules):
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            A, B = _kept(branch.choice.kept.setdefault(branch, {}), tuple(names), parts, form)
-            told = (used[0].dropping, used[0].share_dropout, used[0].rounding) if used else ()
-            stack = Stack(A, B, _gate(parts, form, selection), *told)
-        made = selection.made[branch] = key, stack
-    found: Stack = made[1]
-    return found
+            made = _make(branch, selection, form)
+        if made is None:
+            return None
+        selection.made[branch] = made
+    stack: Stack = made.stack
+    return stack
 
 
-def _memory(parts: Sequence[_Part], form: _Form) -> list[Any]:
+def _make(branch: Any, selection: Selection, form: _Form) -> _Made | None:
+    rows = [selection.weights] if selection.rows is None else selection.rows
+    held, absent, parts = [], [], []
+    for name in selection.weights:
+        factors = branch._modules.get(name)
+        if factors is None:
+            absent.append(name)
+            continue
+        pair = factors.plain()
+        if pair is None or form.rows and pair[0].ndim > 2:
+            return None
+        held.append((name, factors, pair[0], pair[1], factors.scale, factors.dropping))
+        shares = tuple([row.get(name, 0.0) * factors.scale for row in rows])
+        parts.append(_Part(pair[0], pair[1], shares))
+    if (len(parts) > 1 or form.rows) and any([found[-1] for found in held]):
+        return None  # each drops out elements of its own
+    if not parts:
+        nothing = branch.nothing() if form.compiled else None
+        if nothing is None:
+            return None
+        parts.append(_Part(nothing[0], nothing[1], (0.0,) * len(rows)))
+    kept = branch.choice.kept.setdefault(branch, {})
+    A, B = _kept(kept, tuple([found[0] for found in held]), parts, form)
+    state = _state([(found[2], found[3]) for found in held], form)
+    stack = Stack(A, B, _gate(parts, form, selection))
+    if held:
+        first = held[0][1]
+        stack = Stack(*stack[:3], first.dropping, first.share_dropout, first.rounding)
+    return _Made(form, held, absent, state, stack)
+
+
+def _state(pairs: Sequence[tuple[Tensor, Tensor]], form: _Form) -> list[Any]:
     """What a stack was made of: memory, and as that was where it is a copy.
 
     What is frozen, and yet to require grad, is such a one for autograd.
     """
-    key: list[Any] = []
-    for A, B, _ in parts:
+    copies = len(pairs) > 1 or form.rows or form.compiled
+    if copies and not form.gradients:
+        return [(t._version, t.data_ptr()) for pair in pairs for t in pair]
+    state: list[Any] = []
+    for A, B in pairs:
         trains = A.requires_grad, B.requires_grad
-        key += [A.data_ptr(), B.data_ptr(), A.shape, trains]
-        if _is_copy(parts, form) or trains != form.needs and any(form.needs):
-            key += [A._version, B._version]
-    return key
+        state += [A.data_ptr(), B.data_ptr(), A.shape, trains]
+        if _is_copy(pairs, form) or trains != form.needs and any(form.needs):
+            state += [A._version, B._version]
+    return state
 
 
-def _is_copy(parts: Sequence[_Part], form: _Form) -> bool:
-    return len(parts) > 1 or form.rows or form.compiled and parts[0].A.shape[-2] < 2
+def _is_copy(pairs: Sequence[Any], form: _Form) -> bool:
+    return len(pairs) > 1 or form.rows or form.compiled and pairs[0][0].shape[-2] < 2
 
 
 KEPT = 8  # stacks of different adapters that a branch keeps
@@ -110,7 +149,7 @@ def _kept(
     kept: dict[Any, Any], names: tuple[str, ...], parts: Sequence[_Part], form: _Form
 ) -> tuple[Tensor, Tensor]:
     """A and B of adapters together, made again only where they changed."""
-    memory = _memory(parts, form)
+    memory = _state([(part.A, part.B) for part in parts], form)
     found = kept.get((form, names))
     if found is None or found[0] != memory:
         found = memory, _stacked(parts, form)
