@@ -107,7 +107,8 @@ def using(
         True
     """
     weights = {} if adapters is None else weights_of(model, adapters)
-    with injection(model).choice.choosing(Selection(weights)):
+    choice = injection(model).choice
+    with choice.choosing(choice.selection(weights)):
         yield
 
 
@@ -144,7 +145,7 @@ def rows(
             raise AdapterError(
                 f"Adapter {name!r} trains '{record.trained[name][0]}' whole, which is the same for "
                 "all rows of a batch: run its rows by themselves.")
-    with record.choice.choosing(Selection(used, each)):
+    with record.choice.choosing(record.choice.selection(used, each)):
         yield
 
 
@@ -213,7 +214,7 @@ def remove(model: nn.Module, adapter: str) -> None:
     record.active = {name: w for name, w in record.active.items() if name != adapter}
     for holder in holders(model):
         holder._modules.pop(adapter, None)
-    record.choice.kept.clear()
+    record.choice.forget()
     refresh(model)
     for _, owner, held in list(trained_modules(model)):
         if not held._modules:

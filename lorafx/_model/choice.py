@@ -15,6 +15,9 @@ from .._kernels.compiling import Anew
 from .._kernels.private import is_in_backward
 
 
+RECENT = 16  # selections that are kept
+
+
 class Selection:
     """What forward adds: {adapter: weight}, or one of these for each row of a batch.
 
@@ -25,16 +28,15 @@ class Selection:
         self, weights: Mapping[str, float], rows: Sequence[Mapping[str, float]] | None = None
     ) -> None:
         self.weights, self.rows = dict(weights), rows
-        self.chosen_in: Any = None  # the call of a checkpointed function that chose this, if any
         self.forget()
 
     def forget(self) -> None:
-        """Forget what was made of factors for this selection."""
+        """Forget what was made of factors."""
         self.made: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self.gates: list[tuple[Any, Any]] = []  # with the ranks and scales that they are for
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"weights": self.weights, "rows": self.rows, "chosen_in": None}
+        return {"weights": self.weights, "rows": self.rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -54,7 +56,10 @@ class Choice:
         self._start()
 
     def _start(self) -> None:
-        self._here: contextvars.ContextVar[Selection] = contextvars.ContextVar("lorafx")
+        # the selection, and the call of a checkpointed function that chose it, if any
+        self._here: contextvars.ContextVar[tuple[Selection, Any] | None] = contextvars.ContextVar(
+            "lorafx", default=None)
+        self._recent: dict[Any, Selection] = {}
         # {branch: {(form, adapters): what was made of their factors}}
         self.kept: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self._functions: weakref.WeakKeyDictionary[Any, Selection] = weakref.WeakKeyDictionary()
@@ -67,15 +72,28 @@ class Choice:
         self.__dict__.update(state)
         self._start()
 
+    def selection(
+        self, weights: Mapping[str, float], rows: Sequence[Mapping[str, float]] | None = None
+    ) -> Selection:
+        """The same again for what was chosen a short while ago, with what was made for it."""
+        each = [tuple(row.items()) for row in rows or ()]
+        key = tuple(weights.items()), rows is None, tuple(each)
+        found = self._recent.get(key)
+        if found is None:
+            found = self._recent[key] = Selection(weights, rows)
+            for oldest in [*self._recent][:-RECENT]:
+                self._recent.pop(oldest, None)
+        return found
+
     @contextlib.contextmanager
     def choosing(self, selection: Selection) -> Iterator[None]:
         """Within this context, in this thread or task, forward uses a selection."""
         function, again = checkpointed_function()
         if function is not None and not again:
-            self._functions.setdefault(function, self._here.get(self.default))
-        selection.chosen_in = function
+            here = self._here.get()
+            self._functions.setdefault(function, here[0] if here else self.default)
         self._chose_with_gradients |= torch.is_grad_enabled()
-        token = self._here.set(selection)
+        token = self._here.set((selection, function))
         try:
             yield
         finally:
@@ -83,17 +101,23 @@ class Choice:
 
     def read(self) -> Selection:
         """The selection that holds here."""
-        here = self._here.get(self.default)
+        here = self._here.get()
+        selection, chosen_in = here or (self.default, None)
         function, again = checkpointed_function()
         if function is None:
-            if self._chose_with_gradients and here is self.default and is_in_backward():
+            if self._chose_with_gradients and here is None and is_in_backward():
                 raise AdapterError(UNKNOWN_FORWARD)
-            return here
-        if again and here.chosen_in is not function:
-            return self._functions.get(function, here)
+            return selection
+        if again and chosen_in is not function:
+            return self._functions.get(function, selection)
         if not again:
-            self._functions.setdefault(function, here)
-        return here
+            self._functions.setdefault(function, selection)
+        return selection
+
+    def forget(self) -> None:
+        """Forget what was made of factors, those of an adapter that is gone among them."""
+        self.kept.clear()
+        self._recent.clear()
 
     now: Any = property(Anew(read).__getitem__)  # the same, for what a compiler reads
 

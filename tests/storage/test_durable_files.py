@@ -16,7 +16,7 @@ import lorafx
 from tests.support.adapter_files import Model, injected
 from tests.support.processes import child, seconds
 
-KILLS = 200
+KILLS = 100
 
 
 def constant(value: float) -> torch.nn.Module:
