@@ -21,7 +21,8 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     threads too. A model that was compiled may compile again.
 
     Raises:
-        AdapterError: the model has no adapter `old`, or has one `new`.
+        AdapterError: the model has no adapter `old`, or has one `new`; or `old` is used within
+            `lorafx.using` or `lorafx.rows`.
         ConfigError: `new` cannot name an adapter.
         UnsupportedModelError: FSDP1 wraps the model, or accelerate offloads blocks of it whole,
             both of which keep the names that parameters had.
@@ -38,6 +39,7 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     check_can_be_renamed(model)
     check_new_name(model, new)
     record = injection(model)
+    record.choice.check_not_entered(old)
     having = [holder for holder in holders(model) if old in holder._modules]
     for holder in having:  # under both names, until forward goes by the new one
         both: dict[str, nn.Module | None] = {}

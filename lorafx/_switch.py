@@ -210,6 +210,7 @@ def remove(model: nn.Module, adapter: str) -> None:
     """
     check_adapter(model, adapter)
     record = injection(model)
+    record.choice.check_not_entered(adapter)
     del record.configs[adapter], record.trained[adapter]
     record.active = {name: w for name, w in record.active.items() if name != adapter}
     for holder in holders(model):

@@ -59,6 +59,7 @@ class Choice:
         # the selection, and the call of a checkpointed function that chose it, if any
         self._here: contextvars.ContextVar[tuple[Selection, Any] | None] = contextvars.ContextVar(
             "lorafx", default=None)
+        self._entered: list[Selection] = []  # in all threads and tasks
         self._recent: dict[Any, Selection] = {}
         # {branch: {(form, adapters): what was made of their factors}}
         self.kept: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -93,11 +94,19 @@ class Choice:
             here = self._here.get()
             self._functions.setdefault(function, here[0] if here else self.default)
         self._chose_with_gradients |= torch.is_grad_enabled()
+        self._entered.append(selection)
         token = self._here.set((selection, function))
         try:
             yield
         finally:
             self._here.reset(token)
+            self._entered.remove(selection)
+
+    def check_not_entered(self, adapter: str) -> None:
+        """Raise if a context uses this adapter, which would find it no more."""
+        if any([adapter in selection.weights for selection in self._entered]):
+            raise AdapterError(f"Adapter {adapter!r} is used within lorafx.using or lorafx.rows, "
+                               "here or in another thread or task: leave that first.")
 
     def read(self) -> Selection:
         """The selection that holds here."""

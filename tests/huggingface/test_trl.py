@@ -31,7 +31,7 @@ class WithoutAdapters(nn.Module):
         self.config, self.model = model.config, [model]  # in a list: it is no child
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with lorafx.disabled(self.model[0]):
+        with lorafx.using(self.model[0], None):
             return self.model[0](*args, **kwargs)
 
 
@@ -39,7 +39,7 @@ class LoRADPOTrainer(trl.DPOTrainer):
     """Computes the reference's log-probabilities before training, by the model it is to train."""
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        with lorafx.disabled(self.model):
+        with lorafx.using(self.model, None):
             return super().compute_ref_log_probs(model, inputs)
 
 

@@ -51,6 +51,15 @@ def test_an_error_ends_it(model):
     assert torch.equal(model(X), of(model, "a"))
 
 
+@pytest.mark.parametrize("go", [lorafx.remove, lambda model, name: lorafx.rename(model, name, "d")])
+def test_what_is_used_stays(model, go):
+    with lorafx.using(model, {"b": 2.0}), pytest.raises(lorafx.AdapterError, match="'b' is used"):
+        go(model, "b")
+    with lorafx.rows(model, ["a", "b"]), pytest.raises(lorafx.AdapterError, match="'b' is used"):
+        go(model, "b")
+    go(model, "b")
+
+
 def test_disabled_and_using_nest(model):
     base, other = of(model, None), of(model, "c")
     with lorafx.using(model, "b"), lorafx.disabled(model):
