@@ -76,8 +76,9 @@ def stack_of(branch: Any, selection: Selection, compiled: bool) -> Stack | None:
     Compiled programs take it, whatever its ranks: it has two at least, the least that a compiler
     takes for any number, and requires grad if anything at the branch does.
     """
-    gradients = torch.is_grad_enabled()
-    needs = branch.needs() if compiled and gradients else (False, False)
+    # a compiler traces parts without gradients, whose inputs are read with them at each call
+    gradients = compiled or torch.is_grad_enabled()
+    needs = branch.needs() if compiled else (False, False)
     form = _Form(compiled, selection.rows is not None, gradients, needs)
     made = selection.made.get(branch)
     if made is None or not made.holds(form, branch._modules):
