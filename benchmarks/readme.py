@@ -4,8 +4,8 @@
 
 Each section is written whose JSON files are there: finetune.py's results.json, coverage.json
 (coverage.py --out), claims.json (claims.py --json), sharded.json, step.json and merge.json,
-decode.json, stream.json, qlora.json, facts.json. The picture finetune.png is copied. Other sections
-stay as they are.
+decode.json, serve.json, stream.json, qlora.json, facts.json. The picture finetune.png is
+copied. Other sections stay as they are.
 """
 
 import argparse
@@ -24,6 +24,7 @@ SECTIONS = (
     ("sharded", "sharded", ("sharded.json",)),
     ("performance", "step_parts.report", ("step.json", "merge.json")),
     ("decode", "decode", ("decode.json",)),
+    ("serve", "serve", ("serve.json",)),
     ("stream", "stream", ("stream.json",)),
     ("qlora", "qlora", ("qlora.json",)),
     ("coverage", "coverage_parts.report", ("coverage.json",)),
