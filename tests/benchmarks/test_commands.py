@@ -80,6 +80,8 @@ def test_finetune_goes_on_after_a_kill(tmp_path, capsys):
     for results in (whole, resumed):
         for run in (run for runs in results["runs"].values() for run in runs.values()):
             assert run.pop("seconds") > 0
+            # an input is kept where it is not computed again bit for bit, as processes may differ
+            assert run["memory"].pop("saved for backward") > 0
     assert resumed["runs"] == whole["runs"] and resumed["checks"] == whole["checks"]
     for path in (tmp_path / "whole" / "lora").glob("*.safetensors"):
         one, other = load_file(path), load_file(out / "lora" / path.name)
