@@ -62,7 +62,7 @@ class _Made(NamedTuple):
             tensors = factors._parameters
             if tensors.get("A") is not A or tensors.get("B") is not B:
                 return False
-            if dropout != factors.dropout and factors.training:
+            if factors.dropping != dropout:
                 return False
         for name in self.absent:
             if name in modules:

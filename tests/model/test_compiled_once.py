@@ -84,6 +84,18 @@ def test_rows_change():
     assert counter.frame_count == 1
 
 
+def test_dropout_is_of_training():
+    model = randomise(lorafx.inject(nn.Linear(64, 64), rank=2, dropout=0.5))
+    call = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(3, 64)
+    for _ in range(2):
+        assert not torch.equal(call(x), call(x))
+        model.eval()
+        torch.testing.assert_close(call(x), eager(model, x))
+        assert torch.equal(call(x), call(x))
+        model.train()
+
+
 def test_training_goes_on():
     model = made()
     twin = copy.deepcopy(model)
