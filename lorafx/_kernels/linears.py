@@ -42,7 +42,7 @@ def linears(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
     """
     if not any([call.addends for call in calls]):
         return [F.linear(x, call.weight, call.bias) for call in calls]
-    if any_gates(addends_of(calls)) or not _is_plain(x, calls):
+    if not _is_plain(x, calls):
         return by_operators(x, calls)
     if any_autocast() and not x.is_meta and x.dtype != torch.float64:
         if torch.is_autocast_enabled(x.device.type):
@@ -82,14 +82,12 @@ def add_beside(x: Tensor, y: Tensor, addends: Sequence[Addend]) -> Tensor:
 
 def _fits_beside(x: Tensor, y: Tensor, addends: Sequence[Addend]) -> bool:
     """True if y is the plain result of rows x, to which a plain product can be added."""
-    if any_gates(addends):
-        return False
     plain = _is_plain(x, [AdaptedCall(x.detach(), None, addends)]) and type(y) in PLAIN
     return plain and y.is_floating_point() and y.shape[:-1] == x.shape[:-1] and x.numel() > 0
 
 
 def _is_plain(x: Tensor, calls: Sequence[AdaptedCall]) -> bool:
-    """True for plain tensors on one device, a frozen base, no transform and no tracer."""
+    """True for plain tensors on one device, a frozen base, no gates, transform or tracer."""
     if torch.compiler.is_compiling() or type(x) not in PLAIN:
         return False
     if is_transforming() or is_tracing() or is_caching():
@@ -104,8 +102,8 @@ def _is_plain(x: Tensor, calls: Sequence[AdaptedCall]) -> bool:
             return False
         if bias is not None and (bias.requires_grad or type(bias) not in PLAIN):
             return False
-        for left, right, *_ in addends:
-            if type(left) not in PLAIN or type(right) not in PLAIN:
+        for left, right, *_, gates in addends:
+            if gates is not None or type(left) not in PLAIN or type(right) not in PLAIN:
                 return False
             if left.device != device or right.device != device:
                 return False
@@ -136,11 +134,6 @@ def _fastest(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
     if instead is not None:
         instead.stand_in(outputs[0].grad_fn, "tensors")
     return outputs
-
-
-def any_gates(addends: Sequence[Addend]) -> bool:
-    """True if rows of a batch use adapters of their own."""
-    return any([addend.gates is not None for addend in addends])
 
 
 def _any_requires_grad(addends: Sequence[Addend]) -> bool:

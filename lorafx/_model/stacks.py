@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._kernels.compiling import mark_dynamic
+from .._kernels.gates import gates_of
 from .._kernels.mixed import Gates, stacked_factors
 from .choice import Selection
 
@@ -127,8 +128,7 @@ def _state(pairs: Sequence[tuple[Tensor, Tensor]], form: _Form) -> list[Any]:
 
     What is frozen, and yet to require grad, is such a one for autograd.
     """
-    copies = len(pairs) > 1 or form.rows or form.compiled
-    if copies and not form.gradients:
+    if not form.gradients:  # it is of rows, and so a copy
         return [(t._version, t.data_ptr()) for pair in pairs for t in pair]
     state: list[Any] = []
     for A, B in pairs:
@@ -192,11 +192,7 @@ def _gate(parts: Sequence[_Part], form: _Form, selection: Selection) -> Tensor |
     for known, gate in () if form.compiled else selection.gates:
         if known == key:
             return gate  # type: ignore[no-any-return]
-    columns = []
-    wide = torch.promote_types(like.dtype, torch.float32)
-    for A, _, shares in parts:
-        columns.append(torch.tensor(shares, dtype=wide).unsqueeze(-1).expand(-1, A.shape[-2]))
-    dense = torch.cat(columns, dim=-1).to(like.device)
+    dense = torch.cat([gates_of(part.shares, part.A) for part in parts], dim=-1)
     made: Tensor | Gates
     if form.rows:
         made = Gates.of(F.pad(dense, (1, 0)))
@@ -219,12 +215,9 @@ def _alias(tensor: Tensor, needs: bool) -> Tensor:
         return tensor.detach()
     if tensor.requires_grad:
         return tensor.view_as(tensor)
-    alias: Tensor = _Frozen.apply(tensor, _needing_grad())  # type: ignore[no-untyped-call]
+    needing = torch.zeros((), requires_grad=True)
+    alias: Tensor = _Frozen.apply(tensor, needing)  # type: ignore[no-untyped-call]
     return alias
-
-
-def _needing_grad() -> Tensor:
-    return torch.zeros((), requires_grad=True)
 
 
 class _Frozen(torch.autograd.Function):
