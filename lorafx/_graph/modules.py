@@ -91,9 +91,15 @@ def _walk(
 ) -> list[tuple[str, nn.Module]]:
     found: list[tuple[str, nn.Module]] = []
     seen: set[nn.Module] = set()
+    classes = tuple([cls for cls, _ in wrappers])
+    no_wrappers: set[type] = set()  # to ask about a class takes as long as all else here
 
     def walk(path: str, module: nn.Module) -> None:
-        module = _behind(module, wrappers)
+        if type(module) not in no_wrappers:
+            if isinstance(module, classes):
+                module = _behind(module, wrappers)
+            else:
+                no_wrappers.add(type(module))
         if module in seen and not every_name:
             return
         seen.add(module)
