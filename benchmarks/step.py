@@ -11,7 +11,7 @@ interleaved rounds; shown are medians of ratios to the frozen base's time in the
     python benchmarks/step.py --readme out/step.json out/merge.json
     python benchmarks/step.py --rule
 
-The default takes less than five minutes on two idle CPU cores. `--full`, every model by tokens,
+The default takes about eight minutes on two idle CPU cores. `--full`, every model by tokens,
 ranks and targets, takes many hours there: choose cells with `--only`. On a GPU all is in bfloat16,
 and compiled means with CUDA graphs.
 """

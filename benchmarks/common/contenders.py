@@ -19,6 +19,7 @@ import lorafx
 BASE, NOISE = "frozen base", "frozen base again"
 PEFT, PEFT_WIDE = "PEFT", "PEFT, float32 adapters"
 PATCHED, SINGLE, LORAFX = "patched forward", "lorafx, group=False", "lorafx"
+KEPT = "lorafx, recompute=False"
 LORAFX_NARROW = "lorafx, dtype of the base"
 
 
@@ -135,6 +136,11 @@ def injected_single(base: nn.Module, adapters: Adapters) -> tuple[nn.Module, Pai
     return injected(base, adapters, group=False)
 
 
+def injected_kept(base: nn.Module, adapters: Adapters) -> tuple[nn.Module, Pairs]:
+    """lorafx, keeping the inputs of linear calls, as all others do."""
+    return injected(base, adapters, recompute=False)
+
+
 def injected_narrow(base: nn.Module, adapters: Adapters) -> tuple[nn.Module, Pairs]:
     """lorafx, with A and B in the base's dtype."""
     return injected(base, adapters, dtype=next(base.parameters()).dtype)
@@ -148,11 +154,12 @@ CONTENDERS: dict[str, Method] = {
     PEFT_WIDE: peft_wide,
     PATCHED: patched,
     SINGLE: injected_single,
+    KEPT: injected_kept,
     LORAFX: injected,
     LORAFX_NARROW: injected_narrow,
 }
 # Who is compared with whom: each by its defaults, then, under a narrow base, A and B of one dtype.
-PAIRS = ((LORAFX, PEFT), (LORAFX, PEFT_WIDE), (LORAFX_NARROW, PEFT))
+PAIRS = ((LORAFX, PEFT), (KEPT, PEFT), (LORAFX, PEFT_WIDE), (LORAFX_NARROW, PEFT))
 
 
 def names_for(dtype: torch.dtype) -> list[str]:
@@ -181,7 +188,7 @@ def compiled(contender: Contender, device: torch.device, backend: str) -> Conten
     Each contender's recompilations are its own: all but lorafx share the code of their forwards.
     """
     options: dict[str, Any] = {"triton.cudagraphs": True} if device.type == "cuda" else {}
-    if contender.name in (LORAFX, LORAFX_NARROW):
+    if contender.name in (LORAFX, LORAFX_NARROW, KEPT):
         options |= lorafx.compile_options()
     model: Any = torch.compile(contender.model, backend=backend, isolate_recompiles=True,
                                options=options if backend == "inductor" else None)

@@ -47,7 +47,7 @@ MINIMIND = "MiniMind 26M"
 # The first is the one that the headline is about. Widths are whole; some have fewer layers, and few
 # tokens, for time.
 DEFAULT = (
-    Cell(MINIMIND, rounds=7, forward_rounds=3),
+    Cell(MINIMIND, rounds=11, forward_rounds=3),
     Cell(MINIMIND, 1, 128, 4, "square", layers=2, sample=0.05),
     Cell("encoder, BERT-base", 2, 128, layers=1, sample=0.05),
     Cell("Llama layer, 1024", 1, 256, 64, sample=0.05),

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from common.contenders import (
-    BASE, LORAFX, LORAFX_NARROW, NOISE, PATCHED, PEFT, PEFT_WIDE, SINGLE)
+    BASE, KEPT, LORAFX, LORAFX_NARROW, NOISE, PATCHED, PEFT, PEFT_WIDE, SINGLE)
 
 COLORS = {NOISE: "0.8", PEFT: "tab:orange", PEFT_WIDE: "tab:red", PATCHED: "tab:green",
-          SINGLE: "lightskyblue", LORAFX: "tab:blue", LORAFX_NARROW: "navy"}
+          SINGLE: "lightskyblue", KEPT: "steelblue", LORAFX: "tab:blue", LORAFX_NARROW: "navy"}
 
 
 def draw(path: Path, cells: Sequence[Mapping[str, Any]]) -> None:

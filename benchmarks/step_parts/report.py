@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from common.contenders import BASE, LORAFX, NOISE, PATCHED, PEFT, PEFT_WIDE, SINGLE
+from common.contenders import BASE, KEPT, LORAFX, NOISE, PATCHED, PEFT, PEFT_WIDE, SINGLE
 from common.machine import in_words
 from common.tables import aligned, interval, size
 from merge_parts import report as merge_report
@@ -78,7 +78,7 @@ allocation. error: |found - true| / |true| against float64; of dA, dB the worst 
 
 def overview(cells: Sequence[Mapping[str, Any]]) -> str:
     """What each contender adds to each frozen base's step, and lorafx's share of what PEFT adds."""
-    names = [NOISE, PEFT, PATCHED, SINGLE, LORAFX]
+    names = [NOISE, PEFT, PATCHED, SINGLE, KEPT, LORAFX]
     body = []
     for cell in cells:
         rows = cell["rows"]
@@ -90,8 +90,8 @@ def overview(cells: Sequence[Mapping[str, Any]]) -> str:
         for (ours, theirs), found in shares.items():
             shown = {PEFT: percent(rows[theirs]), LORAFX: percent(rows[ours])}
             body.append([f"  {ours} / {theirs}", *(shown.get(name, "") for name in names), found])
-    header = ["step over the frozen base's", "again", PEFT, "patched", "group=False", LORAFX,
-              "of PEFT's"]
+    header = ["step over the frozen base's", "again", PEFT, "patched", "group=False",
+              "recompute=False", LORAFX, "of PEFT's"]
     return aligned(header, body)
 
 

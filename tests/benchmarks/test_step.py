@@ -214,7 +214,7 @@ def test_step(tmp_path, capsys):
     assert [cell["label"] for cell in written["cells"]] == [cell.label for cell in step_cells.TINY]
     for cell, made in zip(step_cells.TINY, written["cells"]):
         assert list(made["rows"]) == names_for(cell.dtype)
-        assert len(made["shares"]) == (3 if cell.dtype == torch.bfloat16 else 1)
+        assert len(made["shares"]) == (4 if cell.dtype == torch.bfloat16 else 2)
         counted = COUNTED | (
             {"compile_seconds", "graphs", "breaks"} if cell.compiled else {"operators", "forward"}
         )
