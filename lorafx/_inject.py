@@ -22,7 +22,7 @@ from ._model.guard import check_model
 from ._model.program import Program, read_program
 from ._model.record import check_adapter, find_injection, injection
 from ._model.reset import reset
-from ._model.roles import with_roles
+from ._model.roles import Resolved, with_roles
 from ._switch import activate
 
 
@@ -86,18 +86,19 @@ def inject(
     check_model(model)
     twin = share(model)
     program = read_program(twin)
-    made = new_adapter(program, adapter, _without_roles(program, config, example_inputs))
+    resolved = with_roles(program, targets, exclude, example_inputs)
+    made = new_adapter(program, adapter, _chosen(config, resolved))
     _warn_of_left_alone(program, config)
     begin_injection(program, group, recompute)
     attach(program, made)
+    resolved.note(injection(twin))
     activate(twin, adapter)
     return twin
 
 
-def _without_roles(program: Program, config: LoRAConfig, example_inputs: Any) -> LoRAConfig:
+def _chosen(config: LoRAConfig, resolved: Resolved) -> LoRAConfig:
     """The config with the sites that have a role in the place of its word."""
-    targets, exclude = with_roles(program, config.targets, config.exclude, example_inputs)
-    return dataclasses.replace(config, targets=targets, exclude=exclude)
+    return dataclasses.replace(config, targets=resolved.targets, exclude=resolved.exclude)
 
 
 def _warn_of_left_alone(program: Program, config: LoRAConfig) -> None:
@@ -151,8 +152,10 @@ def sites(
     if find_injection(model) is None:
         check_model(model)
     program = read_program(model)
-    targets, _ = with_roles(program, targets, (), example_inputs)
-    return select(program.sites, targets, (), program.left_alone)
+    resolved = with_roles(program, targets, (), example_inputs)
+    roles = {} if resolved.roles is None else resolved.roles.named()
+    found = select(program.sites, resolved.targets, (), program.left_alone)
+    return [dataclasses.replace(site, role=roles.get(site.name)) for site in found]
 
 
 @explain_unknown_arguments([field.name for field in dataclasses.fields(LoRAConfig)])
@@ -189,8 +192,9 @@ def add(
     config["trainable"] = tuple(as_list(config.get("trainable")))
     settings = LoRAConfig(rank, targets=is_adapted if targets is None else targets, **config)
     program = read_program(model)
-    settings = _without_roles(program, settings, example_inputs)
-    attach(program, new_adapter(program, adapter, settings))
+    resolved = with_roles(program, settings.targets, settings.exclude, example_inputs)
+    attach(program, new_adapter(program, adapter, _chosen(settings, resolved)))
+    resolved.note(injection(model))
 
 
 @torch.inference_mode(False)

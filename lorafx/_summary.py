@@ -26,6 +26,7 @@ class SiteRow:
     the region whose graph computes it, or the graph break whose Python does, as `region MLP`;
     `joined` are the sites that are computed together with it. `relative_norm` is what the active
     adapters add over W, |sum w s B A| / |W| in Frobenius norms; None where that is not known.
+    `role` is None if it has none, or where roles were not looked for.
     """
 
     name: str
@@ -39,6 +40,7 @@ class SiteRow:
     place: str
     joined: tuple[str, ...]
     relative_norm: float | None
+    role: str | None
 
     @property
     def size(self) -> str:
@@ -49,6 +51,12 @@ class SiteRow:
 
 def _joined_with(site: SiteRow) -> str:
     return ", ".join(relative_name(name, site.name) for name in site.joined)
+
+
+def _role(site: SiteRow) -> str:
+    """The role in short: `attention.query+key+value` of a fused projection."""
+    first, *others = (site.role or "").split("+")
+    return "+".join([first, *(role.rpartition(".")[2] for role in others)])
 
 
 def _relative_norm(site: SiteRow) -> str:
@@ -65,6 +73,7 @@ class _Column(NamedTuple):
 
 _COLUMNS = (
     _Column("site", lambda site: site.name or "(the model)"),
+    _Column("role", _role),
     _Column("out x in", lambda site: site.size),
     _Column("rank", lambda site: ", ".join(f"{name} {rank}" for name, rank in site.ranks.items())),
     _Column("scale", lambda site: ", ".join(f"{scale:g}" for scale in site.scales.values())),
@@ -84,10 +93,12 @@ class Summary:
             number of `calls` in graphs, by adapter its `ranks` and `scales`, its `parameters`,
             the `place` where it is computed, such as `region MLP` or `break Attention`, the
             names of those `joined` with it, computed together, and `relative_norm`,
-            |sum w s B A| / |W| of the active adapters, in Frobenius norms.
+            |sum w s B A| / |W| of the active adapters, in Frobenius norms; and its `role`, where
+            inject or add were given `example_inputs` or a role.
         active: {adapter: weight} of what forward adds, as given to `lorafx.activate`.
         trainable, total: numbers of parameters, those of all adapters among the total.
-        skipped: {name: why} of each matrix that is not adapted.
+        skipped: {name: why} of each matrix that is not adapted: it cannot be, or roles were named,
+            and it has none.
         breaks: {module: why} of each module that stays Python; its layers are adapted all the same.
         code: the generated forward of each distinct region, once.
 
@@ -115,7 +126,7 @@ class Summary:
         return [tuple(column.cell(site) for column in self._columns()) for site in self.sites]
 
     def columns(self) -> tuple[str, ...]:
-        """Return the table's header: site, out x in, rank, scale, parameters, in, ..."""
+        """Return the table's header: site, role, out x in, rank, scale, parameters, in, ..."""
         return tuple(column.header for column in self._columns())
 
     def _columns(self) -> list[_Column]:
@@ -219,7 +230,11 @@ def _summary(model: nn.Module, norms: bool) -> Summary:
     for parameter in model.parameters():
         total += parameter.numel()
         trainable += parameter.numel() if parameter.requires_grad else 0
-    return Summary(rows, dict(record.active), trainable, total, record.skipped, record.breaks,
+    adapted, skipped = {row.name for row in rows}, dict(record.skipped)
+    for name, why in record.without_role.items():
+        if name not in adapted:
+            skipped[name] = why
+    return Summary(rows, dict(record.active), trainable, total, skipped, record.breaks,
                    "\n".join(code.values()))
 
 
@@ -248,4 +263,5 @@ def _row(
         experts=stack[0] if stack else None,
         parameters=sum(A.numel() + B.numel() for A, B in shapes),
         place=f"{'break' if is_break else 'region'} {kind}", joined=joined,
-        relative_norm=relative_norm(branch, place, record.active) if norms else None)
+        relative_norm=relative_norm(branch, place, record.active) if norms else None,
+        role=record.roles.get(name))

@@ -40,15 +40,13 @@ def summed(
     if dtype == matrix.dtype:
         source = source.to(dtype)  # as when an adapter is loaded
     total = scratch.empty("sum", matrix.shape, dtype)
-    if change.addends:
-        folded(source, change.addends, scratch, total)
+    if change.losses is not None:
+        folded(source, change.addends, scratch, total, change.losses.note)
     else:
         total.copy_(source)
     if dtype == torch.float16 and not all_finite(total) and all_finite(source):
         raise ConfigError(
             f"'{name}' exceeds float16's 65504: write another --dtype, such as bfloat16.")
-    if change.losses is not None:
-        change.losses.add(source, total)
     return total
 
 

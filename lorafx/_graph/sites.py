@@ -62,6 +62,8 @@ class Site:
             None for one matrix.
         rows: (first, number) of the rows of W that the site is; None for all.
         blocks: {block: (first, number)} of rows that may be a site by themselves, `name[block]`.
+        role: as for `lorafx.sites`, joined by "+" if it has several; None if it has none, or where
+            roles were not looked for.
 
     Example:
         >>> import torch, lorafx
@@ -81,6 +83,7 @@ class Site:
     experts: int | None = None
     rows: tuple[int, int] | None = None
     blocks: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    role: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

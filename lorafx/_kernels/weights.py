@@ -1,7 +1,8 @@
 """W + sum s L R, on tensors only: the sum as a whole, by rows, and folded in place."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -49,8 +50,13 @@ def rows_at_a_time(shape: Sequence[int], device: str = "cpu") -> int:
     return max(block // max(math.prod(shape) // max(shape[-2], 1), 1), 1)
 
 
+# Is given some rows of W, of the wide sum, or None if that is the result itself, and of the result.
+Note: TypeAlias = Callable[[Tensor, Tensor | None, Tensor], None]
+
+
 def folded(
-    matrix: Tensor, addends: Sequence[Addend], scratch: Scratch, total: Tensor | None = None
+    matrix: Tensor, addends: Sequence[Addend], scratch: Scratch, total: Tensor | None = None,
+    note: Note | None = None,
 ) -> Tensor:
     """Return W + sum s L R, (..., m, n), rounded once to W's dtype, or to that of `total`, in it.
 
@@ -76,6 +82,8 @@ def folded(
             addend.add_into(rows)
         if buffer is not None:
             target.copy_(rows)
+        if note is not None:
+            note(source, None if buffer is None else rows, target)
     return total
 
 

@@ -107,7 +107,7 @@ def losses(
             addends = [addend for part in whole.values() for addend in part]
             W, stored = unpacking.foretold(aliases[0], place, addends, dtype)
             found = Losses(whole, len(W))
-            found.add(W, stored)
+            found.note_all(W, stored)
         else:
             W = gathered(_value_at(place))
             found = _losses_of(W if dtype is None else W.to(dtype), whole, scratch)
@@ -132,6 +132,5 @@ def _losses_of(W: Tensor, by_site: Mapping[str, Sequence[Addend]], scratch: Scra
     for start in range(0, W.shape[-2], length):
         rows = W[..., start:start + length, :]
         stored = scratch.empty("stored", rows.shape, rows.dtype, rows.device)
-        folded(rows, rows_of(addends, start, rows.shape[-2]), scratch, stored)
-        found.add(rows, stored)
+        folded(rows, rows_of(addends, start, rows.shape[-2]), scratch, stored, found.note)
     return found

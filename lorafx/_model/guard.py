@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -105,6 +106,22 @@ def check_graphs_not_dispatched(model: nn.Module) -> None:
                 "accelerate.hooks.remove_hook_from_submodules(model) first.")
 
 
+def check_functions_can_be_copied(model: nn.Module) -> None:
+    """Raise if a function set on a module, as its forward, reaches parts of the model by itself.
+
+    A copy has such a function as it is.
+    """
+    members = {*model.modules(), *model.parameters()}
+    for path, module in all_modules(model):
+        for name, part in _closures(module):
+            if part in members:
+                label = f"'{path}' ({type(module).__name__})" if path else type(module).__name__
+                raise UnsupportedModelError(
+                    f"{label} was given a function, {name}, that closes over a part of this model, "
+                    "adapters and all, which the new model would still run: take it off first (of "
+                    "a forward: del module.forward), and set it on the new model.")
+
+
 def _check_call(module: nn.Module, label: str) -> None:
     """Raise if calling a module runs something else than its class's forward."""
     if is_patched(module) and any(True for _ in module.parameters()):
@@ -146,8 +163,17 @@ def _closures(module: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter
               if name not in MODULE_STATE and not is_accelerates(value)}
     values |= {f"hook {number}": hook for number, hook in enumerate(hooks(module))}
     for name, value in values.items():
-        for function in values_in(value):
+        for held in values_in(value):
+            function = _bound_to(held)[0]
             if isinstance(function, types.FunctionType):
                 for part in values_in(function):
+                    part = _bound_to(part)[1]
                     if isinstance(part, (nn.Module, nn.Parameter)):
                         yield name, part
+
+
+def _bound_to(value: Any) -> tuple[Any, Any]:
+    """The function and the object of a bound method; of anything else twice itself."""
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__
+    return value, value

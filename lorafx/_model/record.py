@@ -35,6 +35,8 @@ class Injection:
     # {adapter: names of the base's tensors in whose places it has its own}
     trained: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     active: dict[str, float] = dataclasses.field(default_factory=dict)
+    roles: dict[str, str] = dataclasses.field(default_factory=dict)  # of sites, where looked for
+    without_role: dict[str, str] = dataclasses.field(default_factory=dict)  # sites, and why
     disabled: int = 0
     choice: Choice = dataclasses.field(default_factory=Choice)
 

@@ -1,6 +1,8 @@
 """Which linear calls of a flow serve attention, make feed-forward blocks, or give the logits."""
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from .flow import Attention, Flow, LinearCall
 
@@ -17,13 +19,18 @@ class RoleCalls:
         self.flow = flow
         self._inputs_of: dict[int, set[int]] = {}  # what was found, by attention
         self._calls, self._attentions = sum(flow.calls), sum(flow.attentions)
-        self.outputs, self.mlp, downs = self._outputs(), 0, 0
+        self._choosing = flow.weighing | flow.selecting
+        self.outputs, self.mlp, ends = self._outputs(), 0, 0
+        others: list[_Block] = []
         for bit, call in flow.calls.items():
-            ups = self._ups(bit, call)
-            if ups:
-                self.mlp |= ups & ~(flow.weighing | flow.selecting) | bit
-                downs |= bit
-        self._stream = self.outputs | downs  # what is added to the residual stream
+            blocks = self._blocks(bit, call)
+            found = [block for block in blocks if self._adds_to(block, block.source)]
+            for block in found[:1]:
+                self.mlp |= block.calls & ~self._choosing | bit
+                ends |= bit
+            if not found:
+                others += blocks
+        self._stream = self.outputs | ends  # what is added to the residual stream
         self.query = self.key = self.value = self.unsure = 0
         for attention in flow.attentions.values():
             value = self._projections(attention.value)
@@ -33,6 +40,7 @@ class RoleCalls:
             self.unsure |= self._projections(attention.unsure)
         for attention in flow.attentions.values():
             self._add_latents(attention)
+        self.open = self._open(others)
 
     def roles_of(self, bit: int) -> set[str]:
         """The roles of one call."""
@@ -42,6 +50,16 @@ class RoleCalls:
         if not own and bit & self.flow.logits and not bit & self._read:
             own = {HEAD}
         return own
+
+    def why_none(self, bit: int) -> str:
+        """Why a call without a role is decided to have none."""
+        if bit & self._choosing:
+            return "its result chooses among others, as a router's does"
+        reads = self.flow.calls[bit].reads
+        if not reads & (self._calls | self._attentions):
+            return "it reads constants or what the model is given, and no attention or block of it"
+        return "it is in no attention, in no block whose result is added to what it began with, " \
+               "and no head"
 
     @functools.cached_property
     def _read(self) -> int:
@@ -73,23 +91,70 @@ class RoleCalls:
                     found |= bit
         return found
 
-    def _ups(self, bit: int, down: LinearCall) -> int:
-        """The calls whose results, row by row, make what a call reads that adds to a residual.
+    def _blocks(self, bit: int, end: LinearCall) -> list["_Block"]:
+        """What may be a feed-forward block, or one in a narrow width with the calls around it."""
+        found, ups = [], self._ups(bit, end)
+        if ups:
+            found.append(_Block(ups | bit, bit, *self._inputs(ups)))
+        downs = end.reads & ~self._choosing
+        if not downs or downs & ~self._calls or (downs | bit) & self.outputs:
+            return found
+        inner = 0
+        for down in bits(downs):
+            ups = self._ups(down, self.flow.calls[down])
+            if not ups:
+                return found
+            inner |= ups
+        inputs = self._inputs(inner)
+        if len(inputs) == 1:
+            [source] = inputs
+            calls, first = inner | downs | bit, self.flow.calls.get(source)
+            if first is not None and not source & self.outputs:
+                calls, source = calls | source, first.reads
+            found.append(_Block(calls, bit, source))
+        return found
 
-        They all read one value, and the residual comes from where that came from.
-        """
+    def _ups(self, bit: int, down: LinearCall) -> int:
+        """The calls whose results, row by row, are all that a call reads; they read one value."""
         ups = down.reads
         if not ups or ups & ~self._calls or not down.is_row_wise or (ups | bit) & self.outputs:
             return 0
-        inputs = self._inputs(ups)
-        if len(inputs) != 1:
-            return 0
-        [source] = inputs
-        for one, other in self.flow.sums[down.sums_before:]:
+        return ups if len(self._inputs(ups)) == 1 else 0
+
+    def _adds_to(self, block: "_Block", wanted: int) -> bool:
+        """True if the result of a block is added to what comes from one of these sources."""
+        within = block.calls & ~block.end
+        for one, other in self.flow.sums[self.flow.calls[block.end].sums_before:]:
             for term, rest in ((one, other), (other, one)):
-                if term & bit and not term & ups and not rest & bit and rest & source & ~term:
-                    return ups
-        return 0
+                if term & block.end and not term & within and not rest & block.end:
+                    if rest & wanted & ~term:
+                        return True
+        return False
+
+    def _open(self, blocks: Sequence["_Block"]) -> int:
+        """The calls of blocks of no role whose result is added to what they were computed from.
+
+        That is not what they began with, as where attention is before a block in one layer.
+        """
+        known = self.outputs | self.mlp | self.query | self.key | self.value | self._choosing
+        found = 0
+        for block in blocks:
+            if not block.calls & known and self._adds_to(block, self._before(block.source)):
+                found |= block.calls
+        return found
+
+    def _before(self, sources: int) -> int:
+        """These sources and all from which they were computed."""
+        found, new = 0, sources
+        while new:
+            found |= new
+            read = 0
+            for bit in bits(new & self._calls):
+                read |= self.flow.calls[bit].reads
+            for bit in bits(new & self._attentions):
+                read |= _operands(self.flow.attentions[bit])
+            new = read & ~found
+        return found
 
     def _projections(self, sources: int) -> int:
         """The linear calls that give an attention these sources, none if it reads the stream.
@@ -132,6 +197,14 @@ class RoleCalls:
                 return False
         return all(other is attention or not _operands(other) & latent
                    for other in self.flow.attentions.values())
+
+
+class _Block(NamedTuple):
+    """Calls that may be a feed-forward block, its last, and the sources of what it began with."""
+
+    calls: int
+    end: int
+    source: int
 
 
 def bits(mask: int) -> list[int]:

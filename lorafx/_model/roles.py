@@ -24,8 +24,9 @@ from .graph_inputs import inputs_in_graph, run_graph
 from .places import places_of
 from .program import Program
 from .quantised import is_packed
+from .record import Injection
 from .recording import Recorder, recording
-from .role_calls import KEY, QUERY, ROLES, VALUE, RoleCalls
+from .role_calls import KEY, MLP, QUERY, ROLES, VALUE, RoleCalls
 
 
 # What `targets` takes; "attention" is all of its four.
@@ -42,16 +43,22 @@ class Undecided:
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """The roles of sites that have some, by name, and those left open."""
+    """The roles of sites that have some, by name, those left open, and why others have none."""
 
     of: Mapping[str, frozenset[str]]
     undecided: Mapping[str, Undecided]
+    none: Mapping[str, str]
+
+    def named(self) -> dict[str, str]:
+        """{site: its role}: of a fused one "attention.query+attention.key+attention.value"."""
+        named = {}
+        for site, own in self.of.items():
+            named[site] = "+".join(role for role in ROLES if role in own)
+        return named
 
 
 def roles(program: Program, example_inputs: Any) -> dict[str, str | None]:
     """Return {site: its role, or None if it has none or that is undecided}.
-
-    A fused projection has several: "attention.query+attention.key+attention.value".
 
     Args:
         program: what `read_program` found in a model.
@@ -61,12 +68,8 @@ def roles(program: Program, example_inputs: Any) -> dict[str, str | None]:
     Raises:
         ConfigError: the model cannot be run on them.
     """
-    found = find_roles(program, example_inputs)
-    named: dict[str, str | None] = {}
-    for site in program.sites:
-        own = found.of.get(site.name, ())
-        named[site.name] = "+".join(role for role in ROLES if role in own) or None
-    return named
+    named = find_roles(program, example_inputs).named()
+    return {site.name: named.get(site.name) for site in program.sites}
 
 
 def find_roles(program: Program, example_inputs: Any) -> Roles:
@@ -75,17 +78,20 @@ def find_roles(program: Program, example_inputs: Any) -> Roles:
     reading = RoleCalls(flow)
     by_site: dict[str, set[str]] = {site.name: set() for site in program.sites}
     unsure: set[str] = set()
-    reached: set[str] = set()
+    open_: set[str] = set()
+    reasons: dict[str, str] = {}  # of sites that the run reached
     for bit, call in flow.calls.items():
-        reached |= call.sites
         for name in call.sites:
             by_site[name] |= reading.roles_of(bit)
+            reasons[name] = reading.why_none(bit)
             if bit & reading.unsure:
                 unsure.add(name)
+            if bit & reading.open:
+                open_.add(name)
     found: dict[str, frozenset[str]] = {}
     undecided: dict[str, Undecided] = {}
     for name, own in by_site.items():
-        if name not in reached:
+        if name not in reasons:
             undecided[name] = Undecided(
                 frozenset(ROLES), "the model does not call it on these inputs")
         elif name in unsure and not own & {QUERY, KEY}:
@@ -96,7 +102,13 @@ def find_roles(program: Program, example_inputs: Any) -> Roles:
                 frozenset(own), f"its calls differ: {' and '.join(sorted(own))}")
         elif own:
             found[name] = frozenset(own)
-    return Roles(found, undecided)
+        elif name in open_:
+            undecided[name] = Undecided(frozenset({MLP}), (
+                "its block's result is added to what it was computed from, but not to what the "
+                "block began with"))
+    none = {name: why for name, why in reasons.items()
+            if name not in found and name not in undecided}
+    return Roles(found, undecided, none)
 
 
 def _record(program: Program, example_inputs: Any) -> Flow:
@@ -168,9 +180,30 @@ def _make_known(recorder: Recorder, place: Place, site: Site) -> None:
         recorder.weight(getattr(module, attribute), site.name, site.rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """Targets without words for roles, and the roles that were found, if they were looked for.
+
+    `by_role` says whether a word was among the targets.
+    """
+
+    targets: Targets
+    exclude: Targets
+    roles: Roles | None
+    by_role: bool
+
+    def note(self, record: Injection) -> None:
+        """Let an injected model remember the roles, and which sites the words left out, and why."""
+        if self.roles is not None:
+            record.roles |= self.roles.named()
+        if self.roles is not None and self.by_role:
+            for name, why in self.roles.none.items():
+                record.without_role[name] = f"it has no role: {why}"
+
+
 def with_roles(
     program: Program, targets: Targets, exclude: Targets, example_inputs: Any
-) -> tuple[Targets, Targets]:
+) -> Resolved:
     """These targets with each word for a role as the sites that have it.
 
     A word that names sites means these, unless there are example inputs: then it means the role,
@@ -180,14 +213,16 @@ def with_roles(
     words = [word for word in patterns if isinstance(word, str) and word in WORDS]
     if example_inputs is None:
         words = [word for word in words if not _named(program.sites, word)]
-    if not words:
-        return targets, exclude
-    if example_inputs is None and inputs_in_graph(program.model) is None:
-        raise NoSiteError(
-            f"{words[0]!r} is a role, found by running the model once, and no site's name: pass "
-            "example_inputs=, a tuple of the arguments of its forward or a dict of its keyword "
-            "arguments.")
+        if not words:
+            return Resolved(targets, exclude, None, False)
+        if inputs_in_graph(program.model) is None:
+            raise NoSiteError(
+                f"{words[0]!r} is a role, found by running the model once, and no site's name: "
+                "pass example_inputs=, a tuple of the arguments of its forward or a dict of its "
+                "keyword arguments.")
     found = find_roles(program, example_inputs)
+    if not words:
+        return Resolved(targets, exclude, found, False)
     plain = [pattern for pattern in as_list(exclude) if pattern not in words]
     excluded = select(program.sites, plain, (), program.left_alone) if plain else []
     names = {site.name for site in excluded}
@@ -197,7 +232,8 @@ def with_roles(
         return [chosen.get(pattern, pattern) if isinstance(pattern, str) else pattern
                 for pattern in as_list(patterns)]
 
-    return replaced(targets), replaced(exclude)
+    by_role = any(word in words for word in as_list(targets))
+    return Resolved(replaced(targets), replaced(exclude), found, by_role)
 
 
 class _SitesOfRole:

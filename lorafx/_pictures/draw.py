@@ -14,8 +14,9 @@ from .._model.program import read_program
 from .._model.record import injection
 from .._storage.durable import write_whole
 from .._summary import summary
-from .block import Modules, box_of
-from .svg import LETTER, STYLE, rectangle, text
+from .block import box_of
+from .elements import LETTER, STYLE, rectangle, text
+from .modules import Modules
 from .tree import page_of
 
 _MARGIN = 20.0

@@ -1,7 +1,7 @@
-"""What a picture is made of, as SVG: labels, sites, boxes around others, and lines between them.
+"""What a picture is made of: labels, sites, boxes around others, and lines between them.
 
 Every item has a width and a height, the ports at which lines come from above and leave below, and
-`draw`, which gives its elements for a place. Text is monospaced, so that its width is known.
+`draw`, which gives its elements for a place.
 """
 
 import html
@@ -9,41 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from .elements import LETTER, LINE, PAD, head, path, rectangle, route, text, text_lines
 from .layered import Edge, Placed, Point, place
 
-LETTER, LINE, PAD = 7.3, 16.0, 10.0  # the width of a letter, the height of a line, around text
 _GAP = 16.0  # between what stands side by side or one below the other in a box
-
-# Grey and blue, orange for groups: told apart with any kind of colour-blindness, and in grey.
-STYLE = """
-.lorafx { font: 12px ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace;
-  --paper: #ffffff; --ink: #1f2328; --soft: #57606a; --line: #6e7781; --frozen: #e4e6e9;
-  --frozen-edge: #868e96; --branch: #cfe6fb; --branch-edge: #0072b2; --joined: #c25400;
-  --region: #f7f8f9; }
-@media (prefers-color-scheme: dark) { .lorafx { --paper: #15191e; --ink: #e6e9ed; --soft: #a3adb8;
-  --line: #8b949e; --frozen: #363c44; --frozen-edge: #7d8590; --branch: #0d3a5c;
-  --branch-edge: #56b4e9; --joined: #f0a050; --region: #1d2229; } }
-.lorafx .paper { fill: var(--paper); }
-.lorafx text { fill: var(--ink); }
-.lorafx .soft { fill: var(--soft); }
-.lorafx .title { font-size: 15px; font-weight: 600; }
-.lorafx .name { font-weight: 600; }
-.lorafx .frozen { fill: var(--frozen); stroke: var(--frozen-edge); }
-.lorafx .operator { fill: var(--paper); stroke: var(--frozen-edge); }
-.lorafx .input, .lorafx .output { fill: var(--paper); stroke: var(--line); }
-.lorafx .more { fill: none; stroke: none; }
-.lorafx .branch { fill: var(--branch); stroke: var(--branch-edge); stroke-width: 1.6; }
-.lorafx .region { fill: var(--region); stroke: var(--frozen-edge); }
-.lorafx .module { fill: none; stroke: var(--frozen-edge); stroke-opacity: .5; }
-.lorafx .break { fill: none; stroke: var(--soft); stroke-width: 1.6; stroke-dasharray: 7 5; }
-.lorafx .joined { fill: none; stroke: var(--joined); stroke-width: 2; }
-.lorafx text.of-joined { fill: var(--joined); font-weight: 600; }
-.lorafx .line { fill: none; stroke: var(--line); stroke-width: 1.3; }
-.lorafx .added { stroke: var(--branch-edge); stroke-width: 1.6; }
-.lorafx .head { fill: var(--line); }
-.lorafx .added-head { fill: var(--branch-edge); }
-.lorafx .plus { fill: var(--paper); stroke: var(--branch-edge); stroke-width: 1.6; }
-"""
 
 
 class Item(Protocol):
@@ -100,7 +69,7 @@ class Label(_Block):
         """The rectangle and its text; the first line of what is frozen is its name."""
         round_ = self.height / 2 if self.kind in ("input", "output") else 4
         return [rectangle(self.kind, x, y, self.width, self.height, round_),
-                *_lines(self.lines, x + self.width / 2, y + PAD / 2, self.kind == "frozen")]
+                *text_lines(self.lines, x + self.width / 2, y + PAD / 2, self.kind == "frozen")]
 
 
 class SiteGlyph(_Block):
@@ -133,14 +102,14 @@ class SiteGlyph(_Block):
         plus = bottom + 15
         return [
             f'<g class="site" data-site="{html.escape(self.name)}">',
-            _path("line", f"M{middle:.1f} {y:.1f}V{top:.1f}"),
-            _path("line added", f"M{middle:.1f} {y + 5:.1f}H{aside:.1f}V{top:.1f}"),
-            _head(middle, top), _head(aside, top, "added-head"),
+            path("line", f"M{middle:.1f} {y:.1f}V{top:.1f}"),
+            path("line added", f"M{middle:.1f} {y + 5:.1f}H{aside:.1f}V{top:.1f}"),
+            head(middle, top), head(aside, top, "added-head"),
             *self.left.draw(x, top), *self.right.draw(beside, top),
-            _path("line", f"M{middle:.1f} {bottom:.1f}V{y + self.height:.1f}"),
-            _path("line added", f"M{aside:.1f} {bottom:.1f}V{plus:.1f}H{middle:.1f}"),
+            path("line", f"M{middle:.1f} {bottom:.1f}V{y + self.height:.1f}"),
+            path("line added", f"M{aside:.1f} {bottom:.1f}V{plus:.1f}H{middle:.1f}"),
             f'<circle class="plus" cx="{middle:.1f}" cy="{plus:.1f}" r="7"/>',
-            _path("line added", f"M{middle - 4:.1f} {plus:.1f}h8m-4 -4v8"), "</g>"]
+            path("line added", f"M{middle - 4:.1f} {plus:.1f}h8m-4 -4v8"), "</g>"]
 
 
 @dataclass
@@ -194,13 +163,13 @@ class JoinedBox(_Block):
         ports = [x + PAD + corner[0] + item.entry
                  for corner, item in zip(self.row.corners, self.row.items)]
         middle = x + self.entry
-        found.append(_path("line", f"M{middle:.1f} {y:.1f}V{fan:.1f}"))
+        found.append(path("line", f"M{middle:.1f} {y:.1f}V{fan:.1f}"))
         for port in ports:
-            found.append(_path("line", f"M{middle:.1f} {fan:.1f}H{port:.1f}v6"))
+            found.append(path("line", f"M{middle:.1f} {fan:.1f}H{port:.1f}v6"))
         found += self.row.draw(x + PAD, y + self._ABOVE)
         for port in self.exits:
             end = y + self.height
-            found.append(_path("line", f"M{x + port:.1f} {end - PAD:.1f}V{end:.1f}"))
+            found.append(path("line", f"M{x + port:.1f} {end - PAD:.1f}V{end:.1f}"))
         return [*found, text("computed together", x + PAD, y + 17, "of-joined")]
 
 
@@ -219,10 +188,10 @@ class Diagram(_Block):
     def draw(self, x: float, y: float) -> list[str]:
         """The lines, and the items upon them."""
         found = []
-        for route, target in zip(self.placed.routes, self.targets):
-            found.append(_route(route, x, y))
+        for points, target in zip(self.placed.routes, self.targets):
+            found.append(route(points, x, y))
             if not self.items[target].goes_on:
-                found.append(_head(x + route[-1][0], y + route[-1][1]))
+                found.append(head(x + points[-1][0], y + points[-1][1]))
         for (left, top), item in zip(self.placed.corners, self.items):
             found += item.draw(x + left, y + top)
         return found
@@ -254,48 +223,3 @@ class Box(_Block):
             found += item.draw(x + (self.width - item.width) / 2, top)
             top += item.height + _GAP
         return [*found, "</g>"]
-
-
-def rectangle(kind: str, x: float, y: float, width: float, height: float, corner: float) -> str:
-    """A rectangle of a kind."""
-    return (f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
-            f'height="{height:.1f}" rx="{corner:.1f}"/>')
-
-
-def text(content: str, x: float, y: float, kind: str = "", anchor: str = "start") -> str:
-    """A line of text, its base line at y."""
-    return (f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
-            f"{html.escape(content)}</text>")
-
-
-def _lines(lines: Sequence[str], middle: float, top: float, named: bool) -> list[str]:
-    found = []
-    for number, line in enumerate(lines):
-        kind = "name" if named and number == 0 else ""
-        found.append(text(line, middle, top + number * LINE + 12, kind, "middle"))
-    return found
-
-
-def _path(kind: str, data: str) -> str:
-    return f'<path class="{kind}" d="{data}"/>'
-
-
-def _route(route: Sequence[Point], x: float, y: float) -> str:
-    """A line through these points that is upright in each."""
-    (first_x, first_y), *rest = route
-    data = f"M{x + first_x:.1f} {y + first_y:.1f}"
-    before = route[0]
-    for to_x, to_y in rest:
-        if abs(to_x - before[0]) < 0.05:
-            data += f"V{y + to_y:.1f}"
-        else:
-            middle = y + (before[1] + to_y) / 2
-            data += (f"C{x + before[0]:.1f} {middle:.1f} {x + to_x:.1f} {middle:.1f} "
-                     f"{x + to_x:.1f} {y + to_y:.1f}")
-        before = (to_x, to_y)
-    return _path("line", data)
-
-
-def _head(x: float, y: float, kind: str = "head") -> str:
-    """The head of a line that ends here."""
-    return _path(kind, f"M{x:.1f} {y:.1f}l-3.5 -7h7z")

@@ -8,7 +8,7 @@ from torch import fx
 from .._adapter.names import split_block
 from .._model.overview import relative_name
 from .._summary import SiteRow
-from .block import Modules
+from .modules import Modules
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --soft: #57606a;

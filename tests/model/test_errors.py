@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import lorafx
@@ -381,3 +382,42 @@ def test_settings_out_of_range() -> None:
     ]:
         with pytest.raises(lorafx.ConfigError, match=message):
             lorafx.inject(Model(), **settings)
+
+
+def _around(model: nn.Module) -> None:
+    """What TRL does: a forward on the instance, whose closure has the one before."""
+    inner = model.forward
+
+    def forward(self, x):
+        return inner(x) + 1
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _beside(model: nn.Module) -> None:
+    model.q_proj.forward = lambda x: F.linear(x, model.v_proj.weight)
+
+
+@pytest.mark.parametrize("set_on, says", [
+    (_around, "^Net was given a function, 'forward', that closes over a part of this model, .* "
+              "del module.forward"),
+    (_beside, r"^'q_proj' \(Linear\) was given a function, 'forward'"),
+])
+def test_a_forward_that_a_copy_would_share_is_refused_when_one_is_made(set_on, says, tmp_path):
+    model = lorafx.inject(Net())
+    x = torch.ones(1, 4)
+    set_on(model)
+    before = fingerprint(model)
+    for verb in (lorafx.merge, lorafx.eject, lorafx.merge_error,
+                 lambda model: lorafx.export(model, tmp_path / "net.pt2", (x,))):
+        with pytest.raises(UnsupportedModelError, match=says):
+            verb(model)
+    assert fingerprint(model) == before and not list(tmp_path.iterdir())
+
+
+def test_a_forward_bound_to_its_module_is_bound_to_the_new_one_in_a_merged_model():
+    model = lorafx.inject(Net())
+    patched(model)
+    merged = lorafx.merge(model)
+    assert merged.q_proj.forward.__self__ is merged.q_proj
+    assert torch.equal(merged(torch.ones(1, 4)), model(torch.ones(1, 4)))

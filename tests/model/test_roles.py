@@ -37,6 +37,8 @@ TRUTH = {
     "rwkv": {"attention.*": NONE, "feed_forward.receptance": NONE, "key|value": MLP, "head": HEAD},
     "siglip": {**SEPARATE, r"fc\d": MLP, "text_model.head": NONE,
                r"in_proj_weight\[q\]": Q, r"in_proj_weight\[k\]": K, r"in_proj_weight\[v\]": V},
+    "nemotron_h": {"mixer.(in|out)_proj|gate": NONE, **SEPARATE, "up_proj|down_proj": MLP,
+                   r"fc\d_latent_proj": MLP, **LM},
     "afmoe": {"self_attn.gate_proj|gate": NONE, **SEPARATE, **GATED, "gate_up_proj": MLP, **LM},
 }
 BUILT = {row.name: row for row in ROWS}
@@ -203,6 +205,64 @@ def test_what_the_run_does_not_reach_is_undecided_unless_excluded():
     assert [row.name for row in lorafx.summary(adapted).sites] == ["up", "down"]
     with pytest.raises(lorafx.NoSiteError, match="No linear call .* 'attention.query'.* are 'mlp'"):
         lorafx.inject(model, targets="attention.query", exclude="other", example_inputs=(x,))
+
+
+class Outer(nn.Module):
+    """A feed-forward block after attention, with one residual connection around both."""
+
+    def __init__(self, residual):
+        super().__init__()
+        self.a, self.c, self.out = (nn.Linear(8, 8) for _ in range(3))
+        self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+        self.residual = residual
+
+    def forward(self, x):
+        y = self.out(F.scaled_dot_product_attention(self.a(x), x, self.c(x)))
+        y = self.down(self.up(y).relu())
+        return self.head(x + y) if self.residual else self.head(y)
+
+
+def test_what_is_like_a_block_but_has_another_residual_connection_is_undecided():
+    given = (torch.ones(2, 3, 8),)
+    with pytest.raises(lorafx.NoSiteError, match="'up' and 1 more is 'mlp' .*: its block's result"):
+        lorafx.sites(Outer(True), "mlp", example_inputs=given)
+    with pytest.raises(lorafx.NoSiteError, match="No linear call of this model is 'mlp'"):
+        lorafx.sites(Outer(False), "mlp", example_inputs=given)  # a sequence of layers, no block
+    found = {site.name: site.role for site in lorafx.sites(Outer(True), example_inputs=given)}
+    assert found == {"a": Q, "c": V, "out": OUT, "up": None, "down": None, "head": HEAD}
+    assert all(site.role is None for site in lorafx.sites(Outer(True)))
+
+
+class Latent(nn.Module):
+    """Experts in a narrow width, which a router chooses, and a pooler."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.into, self.out = nn.Linear(8, 2), nn.Linear(8, 4), nn.Linear(4, 8)
+        self.up, self.down = (nn.ModuleList(nn.Linear(4, 4) for _ in range(2)) for _ in range(2))
+        self.pooler = nn.Linear(8, 8)
+
+    def forward(self, x):
+        weights, h = self.router(x).softmax(-1), self.into(x)
+        experts = [down(up(h).relu()) for up, down in zip(self.up, self.down)]
+        y = sum(weights[..., i, None] * y for i, y in enumerate(experts))
+        return self.pooler((x + self.out(y))[:, 0]).tanh()
+
+
+def test_a_summary_tells_roles_and_why_a_word_left_out_the_others():
+    x = torch.ones(2, 3, 8)
+    model = lorafx.inject(Latent(), targets="mlp", example_inputs=(x,))
+    found = lorafx.summary(model)
+    assert {row.name for row in found.sites} == {"into", "out", "up.0", "up.1", "down.0", "down.1"}
+    assert found.columns()[:2] == ("site", "role") and {row[1] for row in found.rows()} == {"mlp"}
+    assert found.skipped["router"].startswith("it has no role: its result chooses among others")
+    assert found.skipped["pooler"].startswith("it has no role: it is in no attention, in no block")
+    lorafx.add(model, "other", targets=["router", "up.*"], example_inputs=(x,))
+    found = lorafx.summary(model)
+    assert list(found.skipped) == ["pooler"] and found.sites[0].role is None
+    assert "role" not in lorafx.summary(lorafx.inject(Latent(), targets="up.*")).columns()
+    fused = lorafx.inject(Cached(), targets="b", example_inputs=(x, Past(torch.ones(2, 3, 8))))
+    assert lorafx.summary(fused).rows()[0][:2] == ("b", "attention.key+value")
 
 
 class Both(nn.Module):
