@@ -52,7 +52,7 @@ def check_replaced(model: nn.Module, adapter: str) -> None:
         check_not_reduced(model, adapter)
 
 
-class _Whole(NamedTuple):
+class Whole(NamedTuple):
     """All that a model has of one adapter."""
 
     modules: Mapping[nn.Module, nn.Module]  # by their holders
@@ -73,14 +73,14 @@ def replace(program: Program, adapter: Adapter) -> None:
     if active:
         _check_trains_alone(program, adapter)
     attach(program, dataclasses.replace(adapter, name=_WAITING))
-    new = _taken(model, _WAITING)
+    new = taken(model, _WAITING)
     for module in new.modules.values():
         module.requires_grad_(active)
-    old = _put(model, name, new)
+    old = put(model, name, new)
     try:
         set_trainable(model)
     except AdapterError:
-        _put(model, name, old)
+        put(model, name, old)
         set_trainable(model)
         raise
     finally:
@@ -102,7 +102,7 @@ def _check_trains_alone(program: Program, adapter: Adapter) -> None:
                         f"'{name}', and one tensor cannot be both: activate one of them.")
 
 
-def _taken(model: nn.Module, adapter: str) -> _Whole:
+def taken(model: nn.Module, adapter: str) -> Whole:
     """What a model has of an adapter that nobody uses, taken out of it."""
     record = injection(model)
     modules: dict[nn.Module, nn.Module] = {}
@@ -112,10 +112,10 @@ def _taken(model: nn.Module, adapter: str) -> _Whole:
         if module is not None:
             modules[holder] = module
             holder._modules = others
-    return _Whole(modules, record.configs.pop(adapter), record.trained.pop(adapter))
+    return Whole(modules, record.configs.pop(adapter), record.trained.pop(adapter))
 
 
-def _put(model: nn.Module, adapter: str, new: _Whole) -> _Whole:
+def put(model: nn.Module, adapter: str, new: Whole) -> Whole:
     """Let a model have this of an adapter, and return what it had."""
     record = injection(model)
     with retiring(model, adapter) as held:
@@ -126,6 +126,6 @@ def _put(model: nn.Module, adapter: str, new: _Whole) -> _Whole:
             else:
                 del modules[adapter]
             holder._modules = modules
-        old = _Whole(held, record.configs[adapter], record.trained[adapter])
+        old = Whole(held, record.configs[adapter], record.trained[adapter])
         record.configs[adapter], record.trained[adapter] = new.config, new.trained
     return old
