@@ -8,7 +8,8 @@ from torch import nn
 from ._model.attach import check_new_name
 from ._model.flat import check_can_be_renamed
 from ._model.guard import check_each_in_its_place
-from ._model.record import check_adapter, holders, injection, refresh
+from ._model.record import check_adapter, injection
+from ._model.replacing import retiring
 
 Value = TypeVar("Value")
 
@@ -40,18 +41,12 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     check_new_name(model, new)
     record = injection(model)
     record.choice.check_not_entered(old)
-    having = [holder for holder in holders(model) if old in holder._modules]
-    for holder in having:  # under both names, until forward goes by the new one
-        both: dict[str, nn.Module | None] = {}
-        for name, held in holder._modules.items():
-            both |= {name: held, new: held} if name == old else {name: held}
-        holder._modules = both
-    record.configs = _renamed(record.configs, old, new)
-    record.trained = _renamed(record.trained, old, new)
-    record.active = _renamed(record.active, old, new)
-    refresh(model)
-    for holder in having:
-        del holder._modules[old]
+    with retiring(model, old) as held:
+        for holder in held:
+            holder._modules = _renamed(holder._modules, old, new)
+        record.configs = _renamed(record.configs, old, new)
+        record.trained = _renamed(record.trained, old, new)
+        record.active = _renamed(record.active, old, new)
 
 
 def _renamed(values: Mapping[str, Value], old: str, new: str) -> dict[str, Value]:

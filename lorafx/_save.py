@@ -17,6 +17,7 @@ from ._model.guard import check_model
 from ._model.older_names import adapter_of_today
 from ._model.program import read_program
 from ._model.record import find_injection, injection
+from ._model.replacing import check_replaced, replace as put_in_place
 from ._model.together import first_of_all
 from ._model.training import capture
 from ._model.untie import untie as untie_in
@@ -36,11 +37,13 @@ def load(
     untie: bool = False,
     alpha: float | None = None,
     allow_nonfinite: bool = False,
+    replace: bool = False,
 ) -> M:
     """Return the model with the adapter in a file or folder, of whatever known format.
 
     A base is left as it is and a new, injected model is returned, with the adapter active. An
-    injected model gets it added, inactive until `activate`. Nothing changes on failure.
+    injected model gets it added, inactive until `activate`, or put in the place of another; other
+    threads may use the model meanwhile. Nothing changes on failure.
 
     Args:
         model: a base model, or an injected one.
@@ -55,11 +58,17 @@ def load(
         alpha: of a file that does not keep it (torchtune's, litgpt's, loralib's), nor the
             adapter_config.json or hyperparameters.yaml beside it: s is alpha / rank.
         allow_nonfinite: let A, B and trained weights hold NaN and infinity, otherwise an error.
+        replace: put it in the place of the model's adapter of that name, if there is one, which may
+            have had other ranks, sites and settings: active if that was, and used by each forward
+            and context that begins from then on; what began before uses the old one to its end.
+            Its tensors are new ones, which an optimizer has to be given.
 
     Raises:
         FormatError: the file is missing or damaged.
         MismatchError: it was made for another model.
-        AdapterError: the model holds an adapter of that name.
+        AdapterError: the model holds an adapter of that name, and `replace` is false; or what it
+            trains whole another active one trains too.
+        UnsupportedModelError: DistributedDataParallel reduces gradients of what it would replace.
 
     Example:
         >>> import tempfile, torch, lorafx
@@ -72,8 +81,12 @@ def load(
     found, made_for = read_adapter(path, adapter, model, allow_nonfinite, part, alpha)
     found = dataclasses.replace(found, name=found.name if adapter is None else adapter)
     check_name(found.name)
-    if fresh := find_injection(model) is None:
+    fresh = find_injection(model) is None
+    replaces = replace and not fresh and found.name in injection(model).configs
+    if fresh:
         check_model(model)
+    elif replaces:
+        check_replaced(model, found.name)
     else:
         check_new_name(model, found.name)
     found = adapter_of_today(found, model)
@@ -84,7 +97,7 @@ def load(
     if fresh:
         begin_injection(program)
         injection(twin).untied = untied
-    attach(program, fitted)
+    (put_in_place if replaces else attach)(program, fitted)
     if fresh:
         activate(twin, found.name)
     return twin

@@ -9,14 +9,13 @@ from ._adapter.names import dotted
 from ._errors import AdapterError
 from ._graph.dispatched import offloaded_parameters
 from ._graph.modules import all_modules, named_modules
-from ._model.choice import Selection
 from ._model.factors import OFFLOADED
 from ._model.fsdp import settle
 from ._model.record import (
-    HOLDERS, check_adapter, check_ties_are_here, holders, injection, refresh, set_trainable,
-    trained_modules, weights_of
+    HOLDERS, check_adapter, check_ties_are_here, injection, refresh, set_trainable, weights_of
 )
 from ._model.reduced import check_reduced
+from ._model.replacing import drop_empty, retiring
 
 
 def adapters(model: nn.Module) -> list[str]:
@@ -78,7 +77,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     record.disabled += 1
     refresh(model)
     try:
-        with record.choice.choosing(Selection({})):
+        with record.choice.choosing(record.choice.selection({})):
             yield
     finally:
         record.disabled -= 1
@@ -211,15 +210,12 @@ def remove(model: nn.Module, adapter: str) -> None:
     check_adapter(model, adapter)
     record = injection(model)
     record.choice.check_not_entered(adapter)
-    del record.configs[adapter], record.trained[adapter]
-    record.active = {name: w for name, w in record.active.items() if name != adapter}
-    for holder in holders(model):
-        holder._modules.pop(adapter, None)
-    record.choice.forget()
-    refresh(model)
-    for _, owner, held in list(trained_modules(model)):
-        if not held._modules:
-            del owner._modules["trained"]
+    with retiring(model, adapter) as held:
+        del record.configs[adapter], record.trained[adapter]
+        record.active = {name: w for name, w in record.active.items() if name != adapter}
+        for holder in held:
+            holder._modules = {name: m for name, m in holder._modules.items() if name != adapter}
+    drop_empty(model)
 
 
 def only_active(model: nn.Module, adapter: str | None, doing: str) -> str:

@@ -15,6 +15,23 @@ def package(function: Any) -> str:
     return (function.__module__ or "").partition(".")[0]
 
 
+def why_not_defined(cls: type, names: frozenset[str]) -> str | None:
+    """Why a class cannot be derived from if nobody but nn.Module may define these methods, or None.
+
+    A parametrized class has copying methods of torch's that do no more than ours.
+    """
+    for name in sorted(names):
+        for definer in cls.__mro__:
+            value = vars(definer).get(name)
+            function = value if isinstance(value, types.FunctionType) else definer
+            if value is not None and package(function) not in _STANDARD:
+                return f"{definer.__name__} defines '{name}' itself"
+    return None
+
+
+_STANDARD = ("torch", "typing", "builtins", "lorafx")
+
+
 def closure_values(function: types.FunctionType) -> Iterator[Any]:
     """Yield what a function closes over, but for cells that are empty yet."""
     for cell in function.__closure__ or ():

@@ -1,12 +1,16 @@
 """What compilers read of lorafx's Python: they trace it, or take tensors of any size from it."""
 
+import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .private import untraced
+from .private import compiler_frames as frames, untraced
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Anew(dict[Any, Any]):
@@ -29,6 +33,17 @@ class Anew(dict[Any, Any]):
 def is_compiling() -> bool:
     """True if a compiler, and not an exporter, reads the Python that calls this."""
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
+def not_compiled_by_itself(function: Function) -> Function:
+    """Let no compiler start at a function, but at those that it calls; within others it is inlined.
+
+    Where torch has no such names, it is compiled with the others.
+    """
+    with contextlib.suppress(AttributeError):
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        frames.set_code_exec_strategy(function.__code__, skip)
+    return function
 
 
 def mark_dynamic(tensor: Tensor, axis: int) -> Tensor:

@@ -14,7 +14,6 @@ from .._errors import AdapterError, UnsupportedModelError
 from .._kernels.private import is_namedtuple
 from .attach import attach, begin_injection
 from .branches import branches, factors_at
-from .choice import Selection
 from .factors import Factors
 from .places import places_of, tensor_at
 from .program import read_program
@@ -74,7 +73,7 @@ def with_adapter_inputs(model: nn.Module, base: nn.Module) -> WithAdapterInputs:
             pairs[site.name] = Pair(A, B, 1.0)
     begin_injection(program, group=False, recompute=False)
     attach(program, Adapter(ADAPTER, LoRAConfig(RANK, targets=[*pairs]), pairs))
-    injection(base).choice.default = Selection({ADAPTER: 1.0})
+    injection(base).choice.choose({ADAPTER: 1.0})
     base.eval().requires_grad_(False)
 
     def forward(self: WithAdapterInputs, adapter: Any, *args: Any, **kwargs: Any) -> Any:

@@ -34,7 +34,8 @@ from .quantised import is_packed
 from .reading import FROZEN_PREFIX, adapted_names
 from .record import RECORD, Injection, injection, is_cut, set_trainable
 from .regions import (
-    Region, adapt_attribute, is_plain_graph, make_region, why_not_adapted, why_not_region
+    Region, adapt_attribute, is_plain_graph, make_region, pin_calls, why_not_adapted,
+    why_not_region
 )
 from .shards import is_sharded, only_mesh, spread_like
 from .trainable import trained_tensors
@@ -52,6 +53,8 @@ def begin_injection(
         flags, program.skipped, program.breaks, group, program.fingerprint, recompute)
     if is_plain_graph(model):
         keep_attributes(model)
+    elif why_not_adapted(model) is None:
+        pin_calls(model)
 
 
 def check_new_name(model: nn.Module, adapter: str) -> None:
@@ -131,7 +134,7 @@ def attach(program: Program, adapter: Adapter) -> None:
         branch = _branch(program.places, site, guesses, record.choice)
         factors = Factors(*adapter.pairs[site.name], adapter.config).train(branch.training)
         factors.came_first = program.weight(site).is_meta and not factors.on_meta
-        branch._modules[adapter.name] = factors
+        branch._modules = {**branch._modules, adapter.name: factors}  # others may read the old
         if owner in managed:
             factors.spread_apart(program.weight(site).device_mesh)  # type: ignore[attr-defined]
         else:

@@ -63,7 +63,7 @@ class Branch(LorafxModule):
     def _addends(
         self, beside: Tensor | None, weights: Mapping[str, float] | None
     ) -> list[Addend]:
-        rows = None
+        rows = selection = None
         if weights is None:
             compiling = is_compiling()
             stack = self.stack if compiling else None
@@ -78,7 +78,8 @@ class Branch(LorafxModule):
                                gate)]
         found = []
         for name, weight in (weights or {}).items():
-            factors: Any = self._modules.get(name)
+            factors: Any = (self._modules.get(name) if selection is None
+                            else selection.held(self, name))
             if factors is None:
                 continue
             A, B = factors.tensors()
@@ -100,12 +101,16 @@ class Branch(LorafxModule):
 
     def any_factors(self) -> Factors | None:
         """Those of any adapter, which tell what others are like."""
-        return next((f for f in self._modules.values() if isinstance(f, Factors)), None)
+        return next(iter(self._all_factors()), None)
+
+    def _all_factors(self) -> list[Factors]:
+        held = tuple(self._modules.values())  # to which another thread may add
+        return [factors for factors in held if isinstance(factors, Factors)]
 
     def needs(self) -> tuple[bool, bool]:
         """If a gradient may be asked of what stands here for A, and for B."""
-        held = [factors for factors in self._modules.values() if isinstance(factors, Factors)]
-        if not any(name in self.choice.default.weights for name in self._modules):
+        held, used = self._all_factors(), self.choice.default.weights
+        if used.keys().isdisjoint(tuple(self._modules)):
             return self.choice.trains, self.choice.trains
         return (any([factors.A.requires_grad for factors in held]),
                 any([factors.B.requires_grad for factors in held]))

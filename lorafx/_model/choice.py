@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,57 +22,80 @@ RECENT = 16  # selections that are kept
 class Selection:
     """What forward adds: {adapter: weight}, or one of these for each row of a batch.
 
-    `weights` has all adapters that are used.
+    `weights` has all adapters that are used. Who made a selection goes on with what there was then:
+    what has gone since is `retired`, {adapter: {holder: what it held}}.
     """
 
     def __init__(
         self, weights: Mapping[str, float], rows: Sequence[Mapping[str, float]] | None = None
     ) -> None:
         self.weights, self.rows = dict(weights), rows
-        self.forget()
-
-    def forget(self) -> None:
-        """Forget what was made of factors."""
+        self.retired: dict[str, Mapping[nn.Module, Any]] = {}
+        # what was made of factors, and of several adapters', by all selections of a time
         self.made: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+        self.kept: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self.gates: list[tuple[Any, Any]] = []  # with the ranks and scales that they are for
+
+    def held(self, holder: nn.Module, adapter: str) -> Any:
+        """What a branch or the like has of an adapter, or had before that went; None for nothing.
+        """
+        found = holder._modules.get(adapter)  # first: what goes is retired before it goes
+        return found if adapter not in self.retired else self.retired[adapter].get(holder)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"weights": self.weights, "rows": self.rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.forget()
+        self.__init__(**state)  # type: ignore[misc]
 
 
 class Choice:
     """What all branches of a model ask which adapters to use.
 
-    `default` is the model's own. What `choosing` sets holds in its thread or task; and where a
-    checkpointed function runs again, what held when it first ran.
+    `default` is the model's own. What `choosing` or `pin` sets holds in its thread or task; and
+    where a checkpointed function runs again, what held when it first ran.
     """
 
     def __init__(self) -> None:
-        self.default = Selection({})
         self.trains = False  # True once something was active, which trains
-        self._start()
+        self._start({})
 
-    def _start(self) -> None:
+    def _start(self, weights: Mapping[str, float]) -> None:
+        self.lock = threading.RLock()  # held while adapters go, and where selections are made
+        self._alive: weakref.WeakSet[Selection] = weakref.WeakSet()
         # the selection, and the call of a checkpointed function that chose it, if any
         self._here: contextvars.ContextVar[tuple[Selection, Any] | None] = contextvars.ContextVar(
             "lorafx", default=None)
         self._entered: list[Selection] = []  # in all threads and tasks
-        self._recent: dict[Any, Selection] = {}
-        # {branch: {(form, adapters): what was made of their factors}}
-        self.kept: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self._functions: weakref.WeakKeyDictionary[Any, Selection] = weakref.WeakKeyDictionary()
         self._chose_with_gradients = False
+        self._forget()
+        self.choose(weights)
+
+    def _forget(self) -> None:
+        self._recent: dict[Any, Selection] = {}
+        # {branch: {(form, adapters): what was made of their factors}}
+        self._kept: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"default": self.default, "trains": self.trains}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
+        self.trains = state["trains"]
+        self._start(state["default"].weights)
+
+    def _new(
+        self, weights: Mapping[str, float], rows: Sequence[Mapping[str, float]] | None = None
+    ) -> Selection:
+        made = Selection(weights, rows)
+        made.kept = self._kept
+        self._alive.add(made)
+        return made
+
+    def choose(self, weights: Mapping[str, float]) -> None:
+        """Let this be the model's own choice from now on."""
+        with self.lock:
+            self.default = self._new(weights)
 
     def selection(
         self, weights: Mapping[str, float], rows: Sequence[Mapping[str, float]] | None = None
@@ -79,12 +103,42 @@ class Choice:
         """The same again for what was chosen a short while ago, with what was made for it."""
         each = [tuple(row.items()) for row in rows or ()]
         key = tuple(weights.items()), rows is None, tuple(each)
-        found = self._recent.get(key)
-        if found is None:
-            found = self._recent[key] = Selection(weights, rows)
-            for oldest in [*self._recent][:-RECENT]:
-                self._recent.pop(oldest, None)
+        with self.lock:
+            found = self._recent.get(key)
+            if found is None:
+                found = self._recent[key] = self._new(weights, rows)
+                for oldest in [*self._recent][:-RECENT]:
+                    self._recent.pop(oldest, None)
         return found
+
+    def retire(self, adapter: str, held: Mapping[nn.Module, Any]) -> None:
+        """Let who has a selection go on with what holders have of an adapter now.
+
+        `lock` is held until all is in place that new selections, among them `choose`, shall find.
+        """
+        for selection in list(self._alive):
+            if adapter in selection.weights:
+                selection.retired.setdefault(adapter, held)
+        self._forget()
+
+    @property
+    def any_retired(self) -> bool:
+        """True if somebody goes on with what an adapter was before."""
+        with self.lock:
+            return any([selection.retired for selection in list(self._alive)])
+
+    def pin(self) -> Any:
+        """Let what holds here do so until `unpin` is given what this returns, which may be None.
+
+        None is returned where a context says what holds.
+        """
+        if self._here.get() is not None:
+            return None
+        return self._here.set((self.read(), checkpointed_function()[0]))
+
+    def unpin(self, pinned: Any) -> None:
+        """End what `pin` began."""
+        self._here.reset(pinned)
 
     @contextlib.contextmanager
     def choosing(self, selection: Selection) -> Iterator[None]:
@@ -122,11 +176,6 @@ class Choice:
         if not again:
             self._functions.setdefault(function, selection)
         return selection
-
-    def forget(self) -> None:
-        """Forget what was made of factors, those of an adapter that is gone among them."""
-        self.kept.clear()
-        self._recent.clear()
 
     now: Any = property(Anew(read).__getitem__)  # the same, for what a compiler reads
 

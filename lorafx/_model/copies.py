@@ -16,6 +16,7 @@ from .fsdp import FSDPCopy, own_class, state_without_fsdp
 from .places import base_parameters
 from .quantised import twins_of_records
 from .regions import EJECTING, is_plain_graph, users_class, users_state
+from .root import GraphCall
 from .shards import local_part
 
 
@@ -23,11 +24,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def keep_attributes(module: fx.GraphModule) -> None:
-    """Let copies and pickles of a caller's GraphModule keep what its graph does not read.
+    """Let copies and pickles of an injected GraphModule keep what its graph does not read.
 
-    Its class is its own, made by fx for this one instance.
+    Its class is its own, made by fx for this one instance, and pins what calls of it use.
     """
     cls: Any = type(module)
+    cls._wrapped_call = GraphCall(cls._wrapped_call)
     cls.__deepcopy__ = _deepcopy_graph_module
     cls.__reduce__ = _reduce_graph_module
 

@@ -40,7 +40,7 @@ def terms_of(
         if selection.rows is not None:
             return None
         for name, share in selection.weights.items():
-            factors: Any = branch._modules.get(name)
+            factors: Any = selection.held(branch, name)
             if factors is None:
                 continue
             if factors.missing or factors.dropout and factors.training or not is_untouched(factors):

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from .._graph.modules import is_bare
 from .._kernels.linears import add_beside
 from .._kernels.through import through
-from .fsdp import change_class, own_class
+from .fsdp import change_class
 from .packings import Packing, ReadsW, packing_of
 from .quantised import PackedLayer
 from .reading import branches_beside
-from .regions import EJECTING, Adapted, make_class
+from .regions import EJECTING, Adapted, make_class, users_class
 
 
 def call_layer(
@@ -58,7 +58,7 @@ class Called(Adapted, PackedLayer):
 def adapt_layer(module: nn.Module) -> None:
     """Let a layer that computes x W^T + b by itself add what the branches beside W do."""
     if not isinstance(module, Called):
-        change_class(module, _derived(own_class(type(module))))
+        change_class(module, _derived(users_class(module)))
 
 
 def _blank(user_class: type[nn.Module]) -> nn.Module:

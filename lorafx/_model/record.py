@@ -12,7 +12,7 @@ from .._adapter.names import dotted, have_rows_in_common
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.modules import LorafxModule, named_modules, unwrapped, users_modules
 from .branches import Branch
-from .choice import Choice, Selection
+from .choice import Choice
 from .fsdp import notice_what_trains, settle
 from .trained import Trained
 
@@ -119,7 +119,7 @@ def refresh(model: nn.Module) -> None:
     """Make every branch and every trained module follow the record."""
     record = injection(model)
     record.choice.trains |= bool(record.active)
-    record.choice.default = Selection(record.live)
+    record.choice.choose(record.live)
 
 
 def set_trainable(model: nn.Module) -> None:

@@ -37,6 +37,17 @@ def check_reduced(model: nn.Module, adapters: Iterable[str]) -> None:
                     "model.module, and wrap that again.")
 
 
+def check_not_reduced(model: nn.Module, adapter: str) -> None:
+    """Raise if DDP wraps a model: it would not reduce gradients of what replaces an active adapter.
+    """
+    ddp = loaded("torch.nn.parallel.distributed", "DistributedDataParallel")
+    if ddp is not None and any(isinstance(wrapper, ddp) for wrapper in wrappers_of(model)):
+        raise UnsupportedModelError(
+            f"DistributedDataParallel reduces the gradients of adapter {adapter!r}, which is "
+            "active, and would not reduce those of what takes its place: load that into "
+            "model.module, and wrap it again.")
+
+
 def _has_held_node(parameter: nn.Parameter) -> bool:
     """True if something holds the node that accumulates a parameter's gradient.
 

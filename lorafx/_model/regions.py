@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 from torch import fx, nn
 
 from .._graph.dispatched import rebind
-from .._graph.functions import package
+from .._graph.functions import why_not_defined
 from .._graph.modules import LorafxModule
 from .branches import spread
 from .fsdp import change_class, own_class, state_without_fsdp
@@ -22,6 +22,8 @@ from .lower import LinearForward, forward_of, lower
 from .readers import Answer, answer, can_spread
 from .reading import FROZEN_PREFIX, adapted_names, branches_beside, followers
 from .rebinding import watch_registered
+from .record import RECORD
+from .root import Root
 from .shards import check_meshes
 from .trained import Trained
 
@@ -102,7 +104,8 @@ class Adapted(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if not EJECTING.get():
-            return _blank, (self._user_class, self._adapted), self.__dict__
+            state = nn.Module.__getstate__(self)  # type: ignore[no-untyped-call]
+            return _blank, (self._user_class, self._adapted), state
         return object.__new__, (self._user_class,), users_state(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -110,6 +113,8 @@ class Adapted(nn.Module):
         watch_registered(self)
         if "_graph" in state:
             make_region(self, state["_graph"], state["_joining"])
+        elif RECORD in state:
+            pin_calls(self)
 
 
 class Region(Adapted, fx.GraphModule):  # type: ignore[misc]  # copies are made in another way
@@ -164,28 +169,34 @@ def make_region(module: nn.Module, graph: fx.Graph, join: bool) -> None:
         module.__dict__.setdefault(name, make())
     module.__dict__.update(_graph=graph, _joining=join)
     graph.owning_module = module  # type: ignore[assignment]
-    cls: Any = own_class(type(module))
     lowered = lower(module, graph, join)
     code = lowered.python_code(root_module="self")
     if lowered is not graph:
         code._lineno_map = {}  # from lines to nodes of `graph`, for a compiler's messages
-    user_class = getattr(cls, "_user_class", cls)
-    made = _derived(user_class, adapted_names(module), code, forward_of(lowered))
-    change_class(module, made)
-    rebind(module, cls)
-    watch_registered(module)
+    _derive(module, adapted_names(module), code, forward_of(lowered))
 
 
 def adapt_attribute(module: nn.Module, attribute: str) -> None:
     """Let Python read this tensor of a module as adapted, and as it is under its frozen name."""
+    if attribute not in adapted_names(module):
+        _derive(module, (*adapted_names(module), attribute))
+
+
+def pin_calls(model: nn.Module) -> None:
+    """Let each call of an injected model use to its end what was active when it began."""
+    _derive(model, adapted_names(model))
+
+
+def _derive(
+    module: nn.Module, names: tuple[str, ...], code: fx.graph.PythonCode | None = None,
+    forward: LinearForward | None = None,
+) -> None:
+    """Give a module the class for these adapted names and, if this is new, a generated forward."""
     cls: Any = own_class(type(module))
-    if attribute in adapted_names(module):
-        return
-    names, user_class = (*adapted_names(module), attribute), getattr(cls, "_user_class", cls)
-    if issubclass(cls, Region):
-        change_class(module, _derived(user_class, names, cls._python_code, cls._linear))
-    else:
-        change_class(module, _derived(user_class, names))
+    if code is None and issubclass(cls, Region):
+        code, forward = cls._python_code, cls._linear
+    made = _derived(users_class(module), names, code, forward, RECORD in vars(module))
+    change_class(module, made)
     rebind(module, cls)
     watch_registered(module)
 
@@ -196,24 +207,7 @@ def why_not_region(module: nn.Module) -> str | None:
     taken = sorted(_RESERVED & attributes)
     if taken:
         return f"its attribute '{taken[0]}' is one that a graph module needs"
-    return _why_not_defined(users_class(module), _RESERVED) or why_not_adapted(module)
-
-
-def _why_not_defined(cls: type, names: frozenset[str]) -> str | None:
-    """Why a class cannot be derived from if nobody but nn.Module may define these methods, or None.
-
-    A parametrized class has copying methods of torch's that do no more than ours.
-    """
-    for name in sorted(names):
-        for definer in cls.__mro__:
-            value = vars(definer).get(name)
-            function = value if isinstance(value, types.FunctionType) else definer
-            if value is not None and package(function) not in _STANDARD:
-                return f"{definer.__name__} defines '{name}' itself"
-    return None
-
-
-_STANDARD = ("torch", "typing", "builtins", "lorafx")
+    return why_not_defined(users_class(module), _RESERVED) or why_not_adapted(module)
 
 
 def why_not_adapted(module: nn.Module) -> str | None:
@@ -227,7 +221,7 @@ def _why_not_derived(user_class: type) -> str | None:
         return None
     if type(user_class) not in (type, abc.ABCMeta):
         return f"its class has a metaclass of its own, {type(user_class).__name__}"
-    defined = _why_not_defined(user_class, _COPYING)
+    defined = why_not_defined(user_class, _COPYING)
     if defined is not None:
         return defined
     try:
@@ -245,7 +239,9 @@ class _Unannounced:
         pass
 
 
-def make_class(user_class: type, base: type[Adapted], namespace: dict[str, Any]) -> type[Adapted]:
+def make_class(
+    user_class: type, base: type[Adapted], namespace: dict[str, Any], is_root: bool = False
+) -> type[Adapted]:
     """A class of the same name that derives from the user's and, in second place, from a base."""
     contents = {name: value for name, value in vars(Adapted).items() if name in _COPYING}
     # compilers fix the shapes of all that they reach through classes of torch's own layers
@@ -254,7 +250,9 @@ def make_class(user_class: type, base: type[Adapted], namespace: dict[str, Any])
                  "__qualname__": user_class.__qualname__, "__doc__": user_class.__doc__,
                  "_user_class": user_class, **namespace}
     plain = issubclass(base, user_class)  # as of a plain nn.Module
-    bases = (base,) if plain else (_Unannounced, user_class, base)
+    bases: tuple[type, ...] = (base,) if plain else (_Unannounced, user_class, base)
+    if is_root:
+        bases = (Root, *bases)
     made: type[Adapted] = types.new_class(
         user_class.__name__, bases, exec_body=lambda own: own.update(contents))
     return made
@@ -265,14 +263,14 @@ _CLASSES: weakref.WeakValueDictionary[Any, type[Adapted]] = weakref.WeakValueDic
 
 def _derived(
     user_class: type[nn.Module], names: tuple[str, ...], code: fx.graph.PythonCode | None = None,
-    forward: LinearForward | None = None,
+    forward: LinearForward | None = None, is_root: bool = False,
 ) -> type[Adapted]:
     """The class, one for each user class, set of adapted names and generated forward."""
     source: Any = None
     if code is not None:
         identities = sorted((name, id(value)) for name, value in code.globals.items())
         source = code.src, tuple(identities)
-    key = user_class, names, source
+    key = user_class, names, source, is_root
     if key not in _CLASSES:
         namespace: dict[str, Any] = {"_adapted": names}
         for name in names:
@@ -283,7 +281,8 @@ def _derived(
             namespace["reset_parameters"] = resetting_base(reset)
         if code is not None:
             namespace |= compiled(user_class, code) | {"_linear": forward}
-        made = make_class(user_class, Adapted if code is None else Region, namespace)
+        base = Adapted if code is None else Region
+        made = make_class(user_class, base, namespace, is_root)
         if code is not None:
             filename = namespace["forward"].__code__.co_filename
             weakref.finalize(made, linecache.cache.pop, filename, None)

@@ -53,12 +53,12 @@ class _Made(NamedTuple):
     state: Sequence[Any]
     stack: Stack
 
-    def holds(self, form: _Form, modules: Any) -> bool:
+    def holds(self, form: _Form, branch: Any, selection: Selection) -> bool:
         """True if it would be made in the same way now. It is asked at each call of a branch."""
         if form != self.form:
             return False
         for name, factors, A, B, scale, dropout in self.held:
-            if modules.get(name) is not factors or factors.scale != scale:
+            if selection.held(branch, name) is not factors or factors.scale != scale:
                 return False
             tensors = factors._parameters
             if tensors.get("A") is not A or tensors.get("B") is not B:
@@ -66,7 +66,7 @@ class _Made(NamedTuple):
             if factors.dropping != dropout:
                 return False
         for name in self.absent:
-            if name in modules:
+            if selection.held(branch, name) is not None:
                 return False
         return self.state == _state([(held[2], held[3]) for held in self.held], form)
 
@@ -82,7 +82,7 @@ def stack_of(branch: Any, selection: Selection, compiled: bool) -> Stack | None:
     needs = branch.needs() if compiled else (False, False)
     form = _Form(compiled, selection.rows is not None, gradients, needs)
     made = selection.made.get(branch)
-    if made is None or not made.holds(form, branch._modules):
+    if made is None or not made.holds(form, branch, selection):
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             made = _make(branch, selection, form)
         if made is None:
@@ -96,7 +96,7 @@ def _make(branch: Any, selection: Selection, form: _Form) -> _Made | None:
     rows = [selection.weights] if selection.rows is None else selection.rows
     held, absent, parts = [], [], []
     for name in selection.weights:
-        factors = branch._modules.get(name)
+        factors = selection.held(branch, name)
         if factors is None:
             absent.append(name)
             continue
@@ -113,7 +113,7 @@ def _make(branch: Any, selection: Selection, form: _Form) -> _Made | None:
         if nothing is None:
             return None
         parts.append(_Part(nothing[0], nothing[1], (0.0,) * len(rows)))
-    kept = branch.choice.kept.setdefault(branch, {})
+    kept = selection.kept.setdefault(branch, {})
     A, B = _kept(kept, tuple([found[0] for found in held]), parts, form)
     state = _state([(found[2], found[3]) for found in held], form)
     stack = Stack(A, B, _gate(parts, form, selection))

@@ -87,12 +87,6 @@ class Trained(LorafxModule):
         super().__init__()
         self.choice = choice
 
-    @property
-    def used(self) -> tuple[str, ...]:
-        """The adapters whose tensors stand in the place of the base's own."""
-        choice = self.choice
-        return self.having((choice.now if is_compiling() else choice.read()).weights)
-
     def sets(self) -> dict[str, Copies]:
         """{adapter: its copies}."""
         return {name: copies for name, copies in self._modules.items()
@@ -102,10 +96,11 @@ class Trained(LorafxModule):
         """Who holds what stands now in the place of a tensor of the base, or of some of its rows.
         """
         found: list[tuple[Copies, str]] = []
-        for adapter in self.used:
-            copies = self._modules[adapter]
-            assert isinstance(copies, Copies)
-            found += copies.holders_for(name)
+        selection = self.choice.now if is_compiling() else self.choice.read()
+        for adapter in selection.weights:
+            copies = selection.held(self, adapter)
+            if copies is not None:
+                found += copies.holders_for(name)
         return found
 
     def spread(self, name: str, weight: Tensor | None) -> None:

@@ -8,6 +8,7 @@ import torch._dynamo
 from torch import nn
 
 import lorafx
+from lorafx._model import replacing
 from tests.support.models import TOKENS, Block
 from tests.support.oracle import frozen, randomise
 
@@ -93,15 +94,15 @@ def test_forward_finds_the_adapter_at_every_moment(monkeypatch):
     model, seen = adapted(), []
     lorafx.activate(model, ["a", "b"])
     expected = model(TOKENS)
-    for step in ("refresh", "check_new_name"):
-        own = getattr(lorafx._rename, step)
+    for place, step in ((replacing, "refresh"), (lorafx._rename, "check_new_name")):
+        own = getattr(place, step)
 
         def looking(*args, own=own):
             seen.append(model(TOKENS))
             own(*args)
             seen.append(model(TOKENS))
 
-        monkeypatch.setattr(lorafx._rename, step, looking)
+        monkeypatch.setattr(place, step, looking)
     lorafx.rename(model, "b", "d")
     assert len(seen) == 4 and all(torch.equal(found, expected) for found in seen)
 
