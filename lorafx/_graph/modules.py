@@ -130,11 +130,6 @@ def is_bare(module: nn.Module) -> bool:
     return not _hooked(module) and runs_class_forward(module) and not has_compiled_call(module)
 
 
-def is_untouched(module: LorafxModule) -> bool:
-    """True if nothing is hooked to one module and no forward is set on it, not even its class's."""
-    return not (_hooked(module) or "forward" in module.__dict__ or has_compiled_call(module))
-
-
 def _hooked(module: nn.Module) -> Any:
     return (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
             or module._backward_pre_hooks)

@@ -100,7 +100,9 @@ def is_caching() -> bool:
 
 def runs_as_called() -> bool:
     """True if no transform, tracer or selective checkpoint asks for operators of a kind."""
-    if is_transforming() or _jit_state() is not None:
+    if _functorch_transform() is not None or _jit_state() is not None or _forward_level is None:
+        return False
+    if forward_ad._current_level >= 0:
         return False
     return _mode_count() == 0 or not (is_tracing() or is_caching())
 

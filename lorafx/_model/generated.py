@@ -8,20 +8,28 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .reading import RESETTING, adapted, base_or_trained
+from .direct import LinearForward, direct_first
+from .reading import FROZEN_PREFIX, RESETTING, adapted, base_or_trained
 
 
 _SERIAL = itertools.count()
 
 
-def compiled(user_class: type[nn.Module], code: fx.graph.PythonCode) -> dict[str, Any]:
-    """Return what a class has of a generated forward."""
+def compiled(
+    user_class: type[nn.Module], code: fx.graph.PythonCode, linear: LinearForward | None
+) -> dict[str, Any]:
+    """Return what a class has of a generated forward, and of the linear call that this is if any.
+    """
     filename = f"<lorafx {user_class.__qualname__} {next(_SERIAL)}>"
     source = code.src.strip() + "\n"
     linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
     names = dict(code.globals)
     exec(compile(source, filename, "exec"), names)
-    return {"forward": names["forward"], "_code": source, "_python_code": code,
+    forward = names["forward"]
+    if linear is not None and linear.weight.startswith(FROZEN_PREFIX):
+        weight = linear.weight.removeprefix(FROZEN_PREFIX)
+        forward = direct_first(forward, linear._replace(weight=weight))
+    return {"forward": forward, "_code": source, "_python_code": code,
             "_lineno_map": code._lineno_map, "_prologue_start": code._prologue_start}
 
 

@@ -7,7 +7,7 @@ and several of these on one x, or calls of modules that do nothing else, run as 
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,30 +17,20 @@ from .._graph.groups import groups, items_of, pure
 from .._graph.modules import is_bare, submodule
 from .._graph.rules import linear_call
 from .._kernels.calls import AdaptedCall
-from .._kernels.direct import direct, is_direct
 from .._kernels.linears import linears
 from .._kernels.private import is_transforming
 from .._kernels.tensors import PLAIN
 from .branches import Branch, branches_after
-from .direct import terms_of
+from .direct import LinearForward, directly, directly_together
 from .shards import check_spread
-
-
-class LinearForward(NamedTuple):
-    """The attributes of a module whose forward is one adapted linear call of its input."""
-
-    weight: str
-    bias: str | None
-    branches: tuple[str, ...]
 
 
 @pure
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Branch) -> Tensor:
     """Return x W^T + b and what the branches add."""
-    if is_direct(x):
-        terms = terms_of(x, weight, bias, branches)
-        if terms is not None:
-            return direct(x, weight, bias, terms)
+    found = directly(x, weight, bias, branches)
+    if found is not None:
+        return found
     if isinstance(x, Tensor) and all(map(is_bare, branches)):
         return linears(x, (_linear(weight, bias, branches),))[0]
     y = F.linear(x, weight, bias)
@@ -57,10 +47,9 @@ def joined(x: Tensor, *members: Any) -> list[Tensor]:
     called in their turn.
     """
     operands = [_operands(member) for member in members]
-    if is_direct(x):
-        results = _directly(x, operands)
-        if results is not None:
-            return results
+    results = directly_together(x, operands)
+    if results is not None:
+        return results
     calls = [_call(found) for found in operands]
     together = [call for call in calls if call is not None]
     touched = any(call is None and linear_forward(member) for member, call in zip(members, calls))
@@ -96,17 +85,6 @@ def _operands(member: Any) -> tuple[Tensor, Tensor | None, Sequence[Branch]] | N
     bias = None if forward.bias is None else getattr(member, forward.bias)
     branches = [getattr(member, name) for name in forward.branches]
     return getattr(member, forward.weight), bias, branches
-
-
-def _directly(x: Tensor, operands: Sequence[Any]) -> list[Tensor] | None:
-    """The results of linear calls, or None if not all are direct."""
-    calls = []
-    for found in operands:
-        terms = None if found is None else terms_of(x, *found)
-        if terms is None:
-            return None
-        calls.append((*found[:2], terms))
-    return [direct(x, *call) for call in calls]
 
 
 def _call(operands: Any) -> AdaptedCall | None:

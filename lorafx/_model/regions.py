@@ -4,6 +4,7 @@ import abc
 import contextvars
 import copy
 import functools
+import inspect
 import linecache
 import types
 import weakref
@@ -18,7 +19,8 @@ from .._graph.modules import LorafxModule
 from .branches import spread
 from .fsdp import change_class, own_class, state_without_fsdp
 from .generated import adapted_property, compiled, frozen_property, resetting_base
-from .lower import LinearForward, forward_of, lower
+from .direct import LinearForward
+from .lower import forward_of, lower
 from .readers import Answer, answer, can_spread
 from .reading import FROZEN_PREFIX, adapted_names, branches_beside, followers
 from .rebinding import watch_registered
@@ -280,11 +282,11 @@ def _derived(
         if isinstance(reset, types.FunctionType):
             namespace["reset_parameters"] = resetting_base(reset)
         if code is not None:
-            namespace |= compiled(user_class, code) | {"_linear": forward}
+            namespace |= compiled(user_class, code, forward) | {"_linear": forward}
         base = Adapted if code is None else Region
         made = make_class(user_class, base, namespace, is_root)
         if code is not None:
-            filename = namespace["forward"].__code__.co_filename
+            filename = inspect.unwrap(namespace["forward"]).__code__.co_filename
             weakref.finalize(made, linecache.cache.pop, filename, None)
         _CLASSES[key] = made
         return made

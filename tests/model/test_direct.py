@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 import lorafx
 from lorafx._kernels import direct as kernel
 from lorafx._model import direct as direct_calls
-from lorafx._model import lower
 
 WIDTHS = (13, 7)
 
@@ -80,7 +79,7 @@ class Calls:
             self.count += 1
             return kernel.direct(*operands)
 
-        monkeypatch.setattr(lower, "direct", counted)
+        monkeypatch.setattr(direct_calls, "direct", counted)
 
     def since(self, compute):
         before = self.count
