@@ -9,7 +9,6 @@ from ._adapter.names import dotted
 from ._errors import AdapterError
 from ._graph.dispatched import offloaded_parameters
 from ._graph.modules import all_modules, named_modules
-from ._model.choice import Selection
 from ._model.factors import OFFLOADED
 from ._model.fsdp import settle
 from ._model.record import (
@@ -78,7 +77,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     record.disabled += 1
     refresh(model)
     try:
-        with record.choice.choosing(Selection({})):
+        with record.choice.choosing(record.choice.selection({})):
             yield
     finally:
         record.disabled -= 1
