@@ -24,7 +24,7 @@ SECTIONS = (
     ("sharded", "sharded", ("sharded.json",)),
     ("performance", "step_parts.report", ("step.json", "merge.json")),
     ("decode", "decode", ("decode.json",)),
-    ("serve", "serve", ("serve.json",)),
+    ("serve", "serve_parts.report", ("serve.json",)),
     ("stream", "stream", ("stream.json",)),
     ("qlora", "qlora", ("qlora.json",)),
     ("coverage", "coverage_parts.report", ("coverage.json",)),

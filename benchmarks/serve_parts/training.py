@@ -99,5 +99,5 @@ def measure(case: Training, rounds: int) -> dict[str, Any]:
                          for name, call in calls.items()}, rounds)
     rows = {name: {"least": min(found), "median": median(found), "times": found}
             for name, found in times.items()}
-    return {"label": case.label, **dataclasses.asdict(case), "rows": rows, "void": void,
+    return {"label": case.label, **dataclasses.asdict(case), "results": rows, "void": void,
             "over_one": ratio(times[LORAFX], times[ONE])}

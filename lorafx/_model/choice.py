@@ -95,7 +95,7 @@ class Choice:
     def choose(self, weights: Mapping[str, float]) -> None:
         """Let this be the model's own choice from now on."""
         with self.lock:
-            self.default = self._new(weights)
+            self.default = self.selection(weights)
 
     def selection(
         self, weights: Mapping[str, float], rows: Sequence[Mapping[str, float]] | None = None
