@@ -8,8 +8,10 @@ from torch import nn
 from ._adapter.names import dotted
 from ._errors import AdapterError
 from ._graph.dispatched import offloaded_parameters
+from ._graph.loaded import is_exported
 from ._graph.modules import all_modules, named_modules
 from ._model.choice import Selection
+from ._model.exported_program import named_factors, takes_exported
 from ._model.factors import OFFLOADED
 from ._model.fsdp import settle
 from ._model.record import (
@@ -19,6 +21,7 @@ from ._model.record import (
 from ._model.reduced import check_reduced
 
 
+@takes_exported
 def adapters(model: nn.Module) -> list[str]:
     """Return the names of the adapters that an injected model holds, in the order they came.
 
@@ -165,6 +168,9 @@ def named_parameters(
         >>> [name for name, _ in lorafx.named_parameters(lorafx.inject(torch.nn.Linear(4, 4)))]
         ['lora.default.A', 'lora.default.B']
     """
+    if is_exported(model):
+        yield from named_factors(model, adapter)
+        return
     if adapter is not None:
         check_adapter(model, adapter)
     wanted = list(injection(model).active) if adapter is None else [adapter]
