@@ -18,6 +18,7 @@ from ._merge import merge
 from ._model.attach import attach, begin_injection, check_new_name, new_adapter
 from ._model.branches import branches
 from ._model.copies import share
+from ._model.exported_program import takes_exported
 from ._model.guard import check_model
 from ._model.program import Program, read_program
 from ._model.record import check_adapter, find_injection, injection
@@ -30,6 +31,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @explain_unknown_arguments()
+@takes_exported
 @torch.inference_mode(False)
 def inject(
     model: M, rank: int = 8, *, alpha: float | None = None, targets: Targets = "square",
@@ -47,7 +49,8 @@ def inject(
     weights share storage with it, buffers are copied.
 
     Args:
-        model: any nn.Module. A `torch.fx.GraphModule` gets the branches as nodes of its own graph.
+        model: any nn.Module. A `torch.fx.GraphModule` gets the branches as nodes of its own graph,
+            a program of torch.export (which is returned then) as operators, A and B as parameters.
         rank: r, at least 1.
         alpha, rslora: s = alpha / rank, or 1; with rslora alpha / sqrt(rank) (arXiv:2312.03732).
         targets: "square" (in == out), "linear" (all; a layer of that name is "*linear"; it warns if
@@ -113,9 +116,10 @@ def _warn_of_left_alone(program: Program, config: LoRAConfig) -> None:
     warnings.warn(
         f"{len(left)} of the {len(left) + len(program.sites)} linear layers of this "
         f"{type(program.model).__name__} are left alone: '{name}', since {reason}. "
-        "lorafx.summary(model).skipped has them all.", UserWarning, stacklevel=5)
+        "lorafx.summary(model).skipped has them all.", UserWarning, stacklevel=6)
 
 
+@takes_exported
 def sites(
     model: nn.Module, targets: Targets = "linear", *, example_inputs: Any = None
 ) -> list[Site]:

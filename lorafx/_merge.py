@@ -21,6 +21,7 @@ from ._model.guard import (
     check_each_in_its_place, check_functions_can_be_copied, check_graphs_not_dispatched
 )
 from ._model.copies import same_kind, share
+from ._model.exported_program import takes_exported
 from ._model.flat import check_can_be_copied
 from ._model.folding import ToFold, fold, losses, tensors
 from ._model.places import base_parameters, places_of
@@ -34,6 +35,7 @@ from ._model.unpack import Unpacking, declare_plain, is_quantised
 M = TypeVar("M", bound=nn.Module)
 
 
+@takes_exported
 @torch.inference_mode(False)
 def eject(model: M) -> M:
     """Return the original model, as a new model on the same weights.
@@ -87,6 +89,7 @@ def _erase_branches(module: Any, injected: fx.GraphModule) -> None:
     module.recompile()
 
 
+@takes_exported
 @torch.inference_mode(False)
 def merge(
     model: M,
@@ -133,6 +136,7 @@ def merge(
     return merged
 
 
+@takes_exported
 @torch.inference_mode(False)
 def merge_error(
     model: nn.Module,

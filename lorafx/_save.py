@@ -11,6 +11,7 @@ from ._adapter.names import check_name
 from ._formats.table import read_adapter, write_adapter
 from ._model.attach import attach, begin_injection, check_new_name
 from ._model.copies import share
+from ._model.exported_program import takes_exported
 from ._model.extract import extract
 from ._model.fit import fit
 from ._model.guard import check_model
@@ -27,6 +28,7 @@ from ._switch import activate, only_active
 M = TypeVar("M", bound=nn.Module)
 
 
+@takes_exported
 @torch.inference_mode(False)
 def load(
     model: M,
@@ -103,6 +105,7 @@ def load(
     return twin
 
 
+@takes_exported
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],

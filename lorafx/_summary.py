@@ -11,6 +11,7 @@ from torch import nn
 from ._adapter.names import split_block
 from ._graph.modules import submodule
 from ._model.branches import Branch, branches, factors_at
+from ._model.exported_program import takes_exported
 from ._model.flat import in_shape
 from ._model.overview import joined_sites, relative_name, relative_norm, surroundings
 from ._model.program import Program, read_program
@@ -182,6 +183,7 @@ def _html_table(
     return f'<table style="text-align: left">{head}{body}</table>'
 
 
+@takes_exported
 def summary(model: nn.Module, *, norms: bool = True) -> Summary:
     """Return what an injected model is: its sites, its parameters, what was left alone and why.
 

@@ -8,7 +8,9 @@ from torch import nn
 from ._adapter.names import dotted
 from ._errors import AdapterError
 from ._graph.dispatched import offloaded_parameters
+from ._graph.loaded import is_exported
 from ._graph.modules import all_modules, named_modules
+from ._model.exported_program import named_factors, takes_exported
 from ._model.factors import OFFLOADED
 from ._model.fsdp import settle
 from ._model.record import (
@@ -18,6 +20,7 @@ from ._model.reduced import check_reduced
 from ._model.replacing import drop_empty, retiring
 
 
+@takes_exported
 def adapters(model: nn.Module) -> list[str]:
     """Return the names of the adapters that an injected model holds, in the order they came.
 
@@ -164,6 +167,9 @@ def named_parameters(
         >>> [name for name, _ in lorafx.named_parameters(lorafx.inject(torch.nn.Linear(4, 4)))]
         ['lora.default.A', 'lora.default.B']
     """
+    if is_exported(model):
+        yield from named_factors(model, adapter)
+        return
     if adapter is not None:
         check_adapter(model, adapter)
     wanted = list(injection(model).active) if adapter is None else [adapter]

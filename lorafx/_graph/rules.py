@@ -55,6 +55,7 @@ RULES: dict[Any, Rule] = {rule.target: rule for rule in (
     Rule("aten.addmm", torch.ops.aten.addmm.default, ("bias", "input", "weight"), transposed=True),
     Rule("aten.matmul", torch.ops.aten.matmul.default, _PRODUCT, transposed=True),
     Rule("aten.mm", torch.ops.aten.mm.default, _PRODUCT, transposed=True),
+    Rule("aten.bmm", torch.ops.aten.bmm.default, _PRODUCT, transposed=True),
 )}
 
 
@@ -134,8 +135,8 @@ def linear_call(node: fx.Node) -> LinearCall | None:
 def untransposed(node: fx.Node) -> tuple[fx.Node, bool]:
     """The node of the matrix that this one is a transpose of, if it is, and True if it is."""
     swapped = False
-    while is_transpose(node):
-        node, swapped = node.all_input_nodes[0], not swapped
+    while is_transpose(node) or _is_repeated(node):
+        node, swapped = node.all_input_nodes[0], swapped != is_transpose(node)
     return node, swapped
 
 
@@ -144,12 +145,29 @@ def is_transpose(node: fx.Node) -> bool:
     return node.args[1:] in TRANSPOSES.get(node.target, ())
 
 
+def _is_repeated(node: fx.Node) -> bool:
+    """True if a node is a matrix for each of a batch, as decomposed products with x (N, ., in) take it.
+
+    Only a graph that knows the shapes tells.
+    """
+    if node.target not in _SHAPING:
+        return False
+    made, given = (each.meta.get("val") for each in (node, node.all_input_nodes[0]))
+    if made is None or given is None or made.ndim > 3 or given.ndim < 2:
+        return False
+    return bool(made.shape[-2:] == given.shape[-2:])
+
+
+_SHAPING = (torch.ops.aten.expand.default, torch.ops.aten.view.default,
+            torch.ops.aten.reshape.default)
+
+
 def matrix_users(
     node: fx.Node, transposes: tuple[fx.Node, ...] = ()
 ) -> Iterator[tuple[tuple[fx.Node, ...], fx.Node]]:
     """(transposes on the way, user) of all that uses a matrix, as it is or transposed."""
     for user in node.users:
-        if is_transpose(user):
+        if is_transpose(user) or _is_repeated(user):
             yield from matrix_users(user, (*transposes, user))
         else:
             yield transposes, user

@@ -1,7 +1,7 @@
 """Writes branches into the graph of a region: y becomes branch(x, y) for all that used y."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import fx, nn
@@ -66,9 +66,11 @@ def _read_frozen(region: nn.Module, graph: fx.Graph) -> None:
                 with graph.inserting_before(user):
                     twin = graph.get_attr(target)
                     for transpose in transposes:
-                        twin = graph.node_copy(transpose, functools.partial(_instead, twin))
+                        given = transpose.all_input_nodes[0]
+                        twin = graph.node_copy(
+                            transpose, functools.partial(_instead, {given: twin}))
                 user.replace_input_with(transposes[-1] if transposes else node, twin)
 
 
-def _instead(twin: fx.Node, _: fx.Node) -> fx.Node:
-    return twin
+def _instead(twins: Mapping[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
+    return twins.get(node, node)

@@ -10,6 +10,7 @@ from torch import nn
 from .._adapter.config import LoRAConfig, is_number
 from .._adapter.names import dotted, have_rows_in_common
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
+from .._graph.loaded import is_exported
 from .._graph.modules import named_modules, outermost, unwrapped, users_modules
 from .branches import Branch
 from .choice import Choice
@@ -74,10 +75,17 @@ def injection(model: nn.Module) -> Injection:
 
 def find_injection(model: nn.Module) -> Injection | None:
     """The record of an injected model, or None for any other."""
+    if is_exported(model):
+        raise UnsupportedModelError(_EXPORTED)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"A model is an nn.Module, not a {type(model).__name__}.")
     found = vars(model).get(RECORD) or vars(unwrapped(model)).get(RECORD)
     return found if isinstance(found, Injection) else None
+
+
+_EXPORTED = (
+    "An ExportedProgram is taken by lorafx.inject, load, save, parameters, adapters, sites, summary, "
+    "merge and eject; for anything else start from its module, lorafx.inject(program.module()).")
 
 
 def is_cut(model: nn.Module) -> bool:
