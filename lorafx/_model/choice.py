@@ -127,14 +127,14 @@ class Choice:
         with self.lock:
             return any([selection.retired for selection in list(self._alive)])
 
-    def pin(self) -> Any:
-        """Let what holds here do so until `unpin` is given what this returns, which may be None.
+    def pin(self, selection: Selection | None = None) -> Any:
+        """Let what holds here, or this, do so until `unpin` is given what this returns.
 
-        None is returned where a context says what holds.
+        That is None where a context says what holds.
         """
         if self._here.get() is not None:
             return None
-        return self._here.set((self.read(), None))
+        return self._here.set((selection or self.read(), None))
 
     def unpin(self, pinned: Any) -> None:
         """End what `pin` began."""
