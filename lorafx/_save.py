@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from ._adapter.adapter import Adapter
 from ._adapter.names import check_name
 from ._formats.table import read_adapter, write_adapter
 from ._model.attach import attach, begin_injection, check_new_name
@@ -16,7 +18,7 @@ from ._model.extract import extract
 from ._model.fit import fit
 from ._model.guard import check_model
 from ._model.older_names import adapter_of_today
-from ._model.program import read_program
+from ._model.program import Program, read_program
 from ._model.record import find_injection, injection
 from ._model.replacing import check_replaced, replace as put_in_place
 from ._model.together import first_of_all
@@ -31,21 +33,15 @@ M = TypeVar("M", bound=nn.Module)
 @takes_exported
 @torch.inference_mode(False)
 def load(
-    model: M,
-    path: str | os.PathLike[str],
-    adapter: str | None = None,
-    *,
-    part: str | None = None,
-    untie: bool = False,
-    alpha: float | None = None,
-    allow_nonfinite: bool = False,
+    model: M, path: str | os.PathLike[str], adapter: str | None = None, *, part: str | None = None,
+    untie: bool = False, alpha: float | None = None, allow_nonfinite: bool = False,
     replace: bool = False,
 ) -> M:
     """Return the model with the adapter in a file or folder, of whatever known format.
 
     A base is left as it is and a new, injected model is returned, with the adapter active. An
-    injected model gets it added, inactive until `activate`, or put in the place of another; other
-    threads may use the model meanwhile. Nothing changes on failure.
+    injected model gets it added, inactive until `activate`, or with `replace` in the place of
+    another, while other threads may use the model. Nothing changes on failure.
 
     Args:
         model: a base model, or an injected one.
@@ -60,10 +56,9 @@ def load(
         alpha: of a file that does not keep it (torchtune's, litgpt's, loralib's), nor the
             adapter_config.json or hyperparameters.yaml beside it: s is alpha / rank.
         allow_nonfinite: let A, B and trained weights hold NaN and infinity, otherwise an error.
-        replace: put it in the place of the model's adapter of that name, if there is one, which may
-            have had other ranks, sites and settings: active if that was, and used by each forward
-            and context that begins from then on; what began before uses the old one to its end.
-            Its tensors are new ones, which an optimizer has to be given.
+        replace: put it in the place of an adapter of that name, of whatever rank and sites, active
+            if that is: calls of the model and contexts that began before use the old one to their
+            end. Its tensors are new ones, which an optimizer has to be given.
 
     Raises:
         FormatError: the file is missing or damaged.
@@ -82,15 +77,7 @@ def load(
     """
     found, made_for = read_adapter(path, adapter, model, allow_nonfinite, part, alpha)
     found = dataclasses.replace(found, name=found.name if adapter is None else adapter)
-    check_name(found.name)
-    fresh = find_injection(model) is None
-    replaces = replace and not fresh and found.name in injection(model).configs
-    if fresh:
-        check_model(model)
-    elif replaces:
-        check_replaced(model, found.name)
-    else:
-        check_new_name(model, found.name)
+    fresh, put = find_injection(model) is None, _way_in(model, found.name, replace)
     found = adapter_of_today(found, model)
     twin, source = share(model) if fresh else model, f"'{os.fspath(path)}'"
     untied = untie_in(twin, found, source) if untie else False
@@ -99,10 +86,23 @@ def load(
     if fresh:
         begin_injection(program)
         injection(twin).untied = untied
-    (put_in_place if replaces else attach)(program, fitted)
+    put(program, fitted)
     if fresh:
         activate(twin, found.name)
     return twin
+
+
+def _way_in(model: nn.Module, name: str, replace: bool) -> Callable[[Program, Adapter], None]:
+    """What puts an adapter of this name into a model; raises where nothing can."""
+    check_name(name)
+    if find_injection(model) is None:
+        check_model(model)
+    elif replace and name in injection(model).configs:
+        check_replaced(model, name)
+        return put_in_place
+    else:
+        check_new_name(model, name)
+    return attach
 
 
 @takes_exported

@@ -127,14 +127,14 @@ class Choice:
         with self.lock:
             return any([selection.retired for selection in list(self._alive)])
 
-    def pin(self) -> Any:
-        """Let what holds here do so until `unpin` is given what this returns, which may be None.
+    def pin(self, selection: Selection | None = None) -> Any:
+        """Let what holds here, or this, do so until `unpin` is given what this returns.
 
-        None is returned where a context says what holds.
+        That is None where a context says what holds.
         """
         if self._here.get() is not None:
             return None
-        return self._here.set((self.read(), checkpointed_function()[0]))
+        return self._here.set((selection or self.read(), None))
 
     def unpin(self, pinned: Any) -> None:
         """End what `pin` began."""
@@ -171,11 +171,11 @@ class Choice:
             if self._chose_with_gradients and here is None and is_in_backward():
                 raise AdapterError(UNKNOWN_FORWARD)
             return selection
-        if again and chosen_in is not function:
+        if chosen_in is function:
+            return selection
+        if again:
             return self._functions.get(function, selection)
-        if not again:
-            self._functions.setdefault(function, selection)
-        return selection
+        return self._functions.setdefault(function, selection)  # to its end, as it runs again
 
     now: Any = property(Anew(read).__getitem__)  # the same, for what a compiler reads
 

@@ -4,8 +4,13 @@ from typing import Any
 
 import torch
 
+from .._errors import AdapterError
 from .._kernels.compiling import not_compiled_by_itself
+from .choice import Selection
 from .record import RECORD
+
+
+_CHOSEN = "_lorafx_chosen"  # the attribute of a replica that holds what it uses
 
 
 class Root:
@@ -19,13 +24,27 @@ class Root:
         if torch.compiler.is_dynamo_compiling():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         choice = self.__dict__[RECORD].choice
-        pinned = choice.pin()
+        pinned = choice.pin(self.__dict__.get(_CHOSEN))
         if pinned is None:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         try:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         finally:
             choice.unpin(pinned)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """A replica of DataParallel's, whose thread is told nothing of the caller's context.
+
+        It uses what holds for the caller, in the modules of its own.
+        """
+        selection = self.__dict__[RECORD].choice.read()
+        if selection.retired:
+            raise AdapterError(
+                f"Adapter {[*selection.retired][0]!r} has been replaced since lorafx.using or "
+                "lorafx.rows was entered, and DataParallel copies what is there now: leave that.")
+        twin = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        twin.__dict__[_CHOSEN] = Selection(selection.weights, selection.rows)
+        return twin
 
 
 class GraphCall:

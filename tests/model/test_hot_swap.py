@@ -198,6 +198,37 @@ def test_gradients_are_of_what_was_used(files):
         assert all(parameter.grad is None for parameter in lorafx.parameters(model))
 
 
+def test_a_checkpointed_function_uses_to_its_end_what_it_began_with(files):
+    model = using(files[0])
+
+    def twice(x):
+        y = model(x)
+        load(model, files[1])
+        return y + model(x)
+
+    old = [*lorafx.parameters(model)]
+    wanted = torch.autograd.grad(2 * model(X).sum(), old)
+    y = checkpoint(twice, X.clone().requires_grad_(), use_reentrant=False)
+    assert torch.equal(y, 2 * of(files[0])) and torch.equal(model(X), of(files[1]))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), old), wanted)
+
+
+def test_a_replica_of_data_parallel_uses_what_the_caller_does(file_of):
+    """It runs in a thread of its own, of another context."""
+    model = randomise(using(file_of["as it was"]))
+    lorafx.activate(model, "b")
+    expected = model(X)
+    lorafx.activate(model, "a")
+    with lorafx.using(model, "b"):
+        twin = model._replicate_for_data_parallel()
+        assert torch.equal(elsewhere(lambda: twin(X)), expected)
+        assert not torch.allclose(elsewhere(lambda: model(X)), expected)
+    with lorafx.using(model, "a"):
+        load(model, file_of["more"])
+        with pytest.raises(lorafx.AdapterError, match="'a' has been replaced since"):
+            model._replicate_for_data_parallel()
+
+
 @pytest.fixture
 def quick():
     """Threads take turns often."""

@@ -1,0 +1,93 @@
+"""The class of an injected model: that of the user's, whose calls pin what they use."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import lorafx
+from lorafx._model.choice import Choice
+from tests.support.models import TOKENS, Block
+from tests.support.oracle import randomise
+
+
+class Twice(nn.Module):
+    """A model of which another is a part."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, *args):
+        return 2 * self.part(*args)
+
+
+@pytest.fixture
+def model():
+    return randomise(lorafx.inject(Block().eval(), targets="linear"))
+
+
+@pytest.fixture
+def pins(monkeypatch):
+    """One for each call that pinned something."""
+    found, own = [], Choice.pin
+
+    def pin(self, *args):
+        pinned = own(self, *args)
+        found.append(pinned is not None)
+        return pinned
+
+    monkeypatch.setattr(Choice, "pin", pin)
+    return found
+
+
+@pytest.mark.parametrize("go", [
+    lambda model: model,
+    copy.deepcopy,
+    copy.copy,
+    lambda model: pickle.loads(pickle.dumps(model)),
+    Twice,
+    lambda model: torch.compile(model, backend="eager"),
+    lambda model: model.compile(backend="eager") or model,
+    lambda model: model.compile(backend="eager") or copy.deepcopy(model),
+], ids="itself deepcopy copy pickle part compiled compile copied".split())
+def test_each_call_pins_what_it_uses(model, pins, go):
+    other, factor = go(model), 2 if go is Twice else 1
+    torch.testing.assert_close(other(TOKENS), factor * model(TOKENS))
+    assert pins == [True, True] and isinstance(model, Block)
+    with lorafx.using(model, "default"):
+        model(TOKENS)
+    assert pins == [True, True, False]
+
+
+def test_a_graph_module_pins_what_it_uses(pins):
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    model, x = lorafx.inject(graph), torch.ones(2, 4)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin(x)
+        twin.recompile()
+        torch.compile(twin, backend="eager", fullgraph=True)(x)
+    assert pins == [True] * 6
+    lorafx.eject(model)(x)
+    assert len(pins) == 6
+
+
+def test_as_a_part_of_what_is_compiled_it_is_traced(model, pins):
+    counter = CompileCounter()
+    call = torch.compile(Twice(model), backend=counter, fullgraph=True)
+    torch.testing.assert_close(call(TOKENS), Twice(model)(TOKENS))
+    assert counter.frame_count == 1 and pins == [True]
+
+
+def test_exported(model):
+    program = torch.export.export(model, (TOKENS,)).module()
+    torch.testing.assert_close(program(TOKENS), model(TOKENS))
+
+
+def test_undone_it_is_of_the_users_class(model, pins):
+    assert type(lorafx.eject(model)) is type(lorafx.merge(model, untie=True)) is Block
+    lorafx.eject(model)(TOKENS)
+    assert pins == []
