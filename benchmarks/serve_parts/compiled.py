@@ -31,7 +31,7 @@ class Compiled(Case):
 
 CASES = (Compiled("decoding", 256, 2, 1, 32, 8, 16, 20, 1),
          Compiled("prefill", 256, 2, 64, 0, 8, 16, 10, 1))
-TINY = (Compiled("decoding", 64, 1, 1, 4, 2, 4, 3, 1, backend="eager"),)
+TINY = (Compiled("layer", 64, 0, 1, 0, 2, 4, 3, 1, backend="eager"),)
 
 
 def models(case: Case, assignment: Assignment) -> dict[str, nn.Module]:

@@ -86,15 +86,15 @@ class Addend(NamedTuple):
 
     # A linear call, y = x M^T with M (out, in) and x (..., in).
 
-    def add_to_output(self, y: Tensor, x: Tensor) -> Tensor:
-        """y + s (x R^T) L^T, in y's dtype.
+    def add_to_output(self, y: Tensor, x: Tensor, fresh: bool = False) -> Tensor:
+        """y + s (x R^T) L^T, in y's dtype; a y that is `fresh`, nobody else's, may be written into.
 
         The factors are cast to x's dtype, never x to theirs: they are the narrow side, so that no
         copy of an activation is saved for the backward pass.
         """
         if isinstance(self.gates, Gates) and self.axis == -2 and self.size == y.size(-1):
             gates = rows_of_batch(self.gates, x)
-            return mixed(x, y, self.right, self.left.t(), gates, proven=self.proven)
+            return mixed(x, y, self.right, self.left.t(), gates, fresh, self.proven)
         if self.axis == -1 and self.size != x.size(-1):
             x = x.narrow(-1, self.start, self.size)
         x, right = dropped(x, self.dropout), self.right.to(x.dtype)

@@ -84,8 +84,8 @@ def mixed(
     x is (N, ..., in), A (R, in) and B (R, out), of which rank 0 is zeros, and the gates are those
     of N rows: who calls views a batch that was flattened as (N, tokens, in), and repeats gates for
     rows that were repeated, since shapes do not tell it. A and B may be wider than x and y, and are
-    cast to y's dtype. A y that is `fresh`, nobody else's, may be written into. ValueError for
-    another number of rows.
+    cast to y's dtype. A y that is `fresh`, nobody else's, may be written into, unless autograd
+    takes it for a view, which costs more than a new one. ValueError for another number of rows.
 
     >>> A, B = stacked_factors([torch.ones(1, 2), torch.ones(1, 2)], [torch.ones(1, 1)] * 2)
     >>> gates = Gates.of(torch.tensor([[0., 1, 0], [0, 0, 10], [0, 0, 0]]))
@@ -99,15 +99,16 @@ def mixed(
             "were repeated or flattened, the gates must be repeated, or the input viewed, alike.")
     as_called = not torch.compiler.is_compiling() and runs_as_called()
     as_called = as_called and type(x) in PLAIN and type(y) in PLAIN
+    into = as_called and fresh and not (torch.is_grad_enabled() and y._is_view())
     with no_autocast() if as_called and any_autocast() else contextlib.nullcontext():
         shape, x = y.shape, _three(x.to(y.dtype))  # (N, tokens, in)
         y = _three(y)
         trains = torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)
         if trains or gathers(x, gates):
             proven = proven if trains and as_called else None
-            y = _gathered(x, y, A, B, gates, as_called and fresh, proven)
+            y = _gathered(x, y, A, B, gates, into, proven)
         else:
-            y = _stacked(x, y, A, B, gates.dense, as_called and fresh)
+            y = _stacked(x, y, A, B, gates.dense, into)
     return y.reshape(shape)
 
 

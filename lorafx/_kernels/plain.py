@@ -27,7 +27,7 @@ def by_operators(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
         y = F.linear(x, weight, bias)
         for addend in addends:
             if len(joined) < 2 or not _may_join(addend):
-                y = addend.add_to_output(y, x)
+                y = addend.add_to_output(y, x, fresh=True)
             else:
                 y = addend.add_half(y, halves.pop(0))
         outputs.append(y)

@@ -158,11 +158,13 @@ def weights_of(
 
     Each must be known and finite, and no tensor trained by two.
     """
-    if not isinstance(spec, (str, Iterable)):
+    if isinstance(spec, str):
+        check_adapter(model, spec)
+        return {spec: 1.0}
+    if not isinstance(spec, Iterable):
         raise AdapterError("Adapters are given as a name, several names, or {name: weight}, not as "
                            f"{spec!r}.")
-    names = [spec] if isinstance(spec, str) else spec
-    weights = dict(names) if isinstance(names, Mapping) else {name: 1.0 for name in names}
+    weights = dict(spec) if isinstance(spec, Mapping) else {name: 1.0 for name in spec}
     for adapter, weight in weights.items():
         check_adapter(model, adapter)
         if not is_number(weight):
@@ -185,7 +187,7 @@ def weights_of(
 
 def check_adapter(model: nn.Module, adapter: str) -> None:
     """Raise unless the model holds this adapter."""
-    names = list(injection(model).configs)
-    if adapter not in names:
+    configs = injection(model).configs
+    if adapter not in configs:
         raise AdapterError(f"This model has no adapter {adapter!r}; it has "
-                           f"{', '.join(map(repr, names)) or 'none'}.")
+                           f"{', '.join(map(repr, configs)) or 'none'}.")

@@ -1,11 +1,10 @@
-"""The benchmark of batches whose rows use adapters of their own runs, and measures what is right.
-"""
+"""The benchmark of serving adapters runs, and measures what is right."""
 
 import json
 
 import pytest
 import serve
-from serve_parts import rule
+from serve_parts import report, rule
 from serve_parts.contenders import LORAFX
 
 
@@ -14,14 +13,21 @@ def test_serve(tmp_path, capsys):
     found = serve.main(["--tiny", "--json", str(tmp_path / "serve.json")])
     assert [case["name"] for case in found["serving"]] == ["layer", "decoding", "prefill"]
     for case in found["serving"]:
-        assert not any(row["void"] for row in case["rows"].values())
-        assert all(len(row["times"]) == 3 for row in case["rows"].values())
-    [step] = found["training"]
-    assert not step["void"] and len(step["rows"][LORAFX]["times"]) == 3
+        assert not any(row["void"] for row in case["results"].values())
+        assert all(len(row["times"]) == 3 for row in case["results"].values())
+    [switching], [compiled], [step] = (
+        found[kind] for kind in ("switching", "compiled", "training"))
+    assert not step["void"] and len(step["results"][LORAFX]["times"]) == 3
+    assert not any(compiled["void"].values()) and len(compiled["results"]) == 6
+    assert {len(row["times"]) for row in switching["results"].values()} == {3}
+    assert switching["bytes"] == 4 * 8 * (2 * 64 * 4 + 3 * (64 + 176))  # q k v o, gate up down
     assert json.loads((tmp_path / "serve.json").read_text()) == json.loads(json.dumps(found))
     printed = capsys.readouterr().out
-    assert serve.serving_table(found["serving"]) in printed
-    assert serve.training_table(found["training"]) in printed
+    for kind, (table, legend) in report.TABLES.items():
+        assert table(found[kind]) in printed and legend in printed
+    section = report.readme(found)
+    assert report.serving_table(found["serving"]) in section
+    assert f"{found['seconds']:.0f} s" in section[0]
 
 
 def test_the_rule_tells_what_lorafx_chooses():

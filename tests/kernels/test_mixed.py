@@ -5,11 +5,15 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from common.counting import Operators
 from torch import nn
 
 from lorafx._kernels import mixed as kernels
+from lorafx._kernels.addend import Addend
 from lorafx._kernels.again import Proven
+from lorafx._kernels.calls import AdaptedCall
 from lorafx._kernels.mixed import Gates, gathers, mixed, stacked_factors
+from lorafx._kernels.plain import by_operators
 from tests.support.linear_calls import normal
 
 RANKS, SCALES = (3, 1, 5, 2), (0.5, 2.0, 1.0, -1.5)
@@ -275,3 +279,21 @@ def test_transforms(form):
     _, tangent = torch.func.jvp(lambda A: mixed(x[0], y[0], A, B, gates), (A,), (A,))
     expected = mixed(x[0], torch.zeros_like(y[0]), A, B, gates)
     torch.testing.assert_close(tangent, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_calls_own_result_is_written_into(trains, bias):
+    """But for one that autograd takes for a view, as it does the result of x W^T + b."""
+    As, Bs = adapters(7, 11)
+    A, B = stacked_factors(As, Bs)
+    gates = Gates.of(dense_gates(ROWS))
+    x, weight = normal(5, 3, 7).detach(), normal(11, 7).detach()
+    call = AdaptedCall(weight, normal(11).detach() if bias else None,
+                       [Addend(B.t(), A, 1.0, gates=gates)])
+    with torch.set_grad_enabled(trains), Operators() as operators:
+        [found] = by_operators(x, [call])
+    into = not operators.counts.keys().isdisjoint({"addmm_", "baddbmm_"})
+    assert into == (not (trains and bias))
+    wanted = alone(x, F.linear(x, weight, call.bias), As, Bs, ROWS)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
