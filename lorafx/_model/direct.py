@@ -27,9 +27,7 @@ class LinearForward(NamedTuple):
     branches: tuple[str, ...]
 
 
-def directly(
-    x: Any, weight: Tensor, bias: Tensor | None, branches: Iterable[Branch]
-) -> Tensor | None:
+def directly(x: Any, weight: Tensor, bias: Tensor | None, *branches: Branch) -> Tensor | None:
     """Return x W^T + b and what the branches add, or None if it is not that and no more."""
     if is_direct(x):
         terms = terms_of(x, weight, bias, branches)
@@ -38,36 +36,60 @@ def directly(
     return None
 
 
-def directly_together(x: Any, operands: Sequence[Any]) -> list[Tensor] | None:
-    """The results of linear calls, each (W, b, branches), or None if not all are direct."""
-    if not is_direct(x):
-        return None
-    calls = []
-    for found in operands:
-        terms = None if found is None else terms_of(x, *found)
-        if terms is None:
-            return None
-        calls.append((found, terms))
-    return [direct(x, weight, bias, terms) for (weight, bias, _), terms in calls]
-
-
 def direct_first(forward: Callable[..., Any], linear: LinearForward) -> Callable[..., Any]:
     """A module's forward, this linear call of a Parameter: directly, else as it is computed."""
-    weight, bias, branches = linear
-
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() and len(args) == 1 and not kwargs:
-            held, modules = self._parameters, self._modules
-            if weight in held and (bias is None or bias in held) and "trained" not in modules:
-                added: Any = map(modules.get, branches)
-                b = None if bias is None else held[bias]
-                y = directly(args[0], held[weight], b, added)  # type: ignore[arg-type]
+            operands = _operands(self.__dict__, linear)
+            if operands is not None:
+                y = directly(args[0], *operands)
                 if y is not None:
                     return y
         return forward(self, *args, **kwargs)
 
+    run._direct = linear  # type: ignore[attr-defined]
     return run
+
+
+def directly_together(x: Any, members: Sequence[Any]) -> list[Tensor] | None:
+    """What members of `joined` give for x, or None if not all are direct."""
+    if not is_direct(x):
+        return None
+    calls = []
+    for member in members:
+        found = _called(member) if isinstance(member, nn.Module) else member
+        if found is None:
+            return None
+        weight, bias, *branches = found
+        terms = terms_of(x, weight, bias, branches)
+        if terms is None:
+            return None
+        calls.append((weight, bias, terms))
+    return [direct(x, *call) for call in calls]
+
+
+def _called(module: nn.Module) -> Sequence[Any] | None:
+    """W, b and the branches of a module, if calling it does no more than its linear call."""
+    cls, state = type(module), module.__dict__
+    linear = getattr(cls.forward, "_direct", None)
+    if linear is None or cls.__call__ is not nn.Module.__call__:
+        return None
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+        return None
+    if state.get("_compiled_call_impl") is not None:
+        return None
+    return _operands(state, linear)
+
+
+def _operands(state: dict[str, Any], linear: LinearForward) -> Sequence[Any] | None:
+    """W, b and the branches, if W and b are a module's own Parameters."""
+    held, modules = state["_parameters"], state["_modules"]
+    weight, bias, branches = linear
+    if "trained" in modules or weight not in held or bias is not None and bias not in held:
+        return None
+    b = None if bias is None else held[bias]
+    return held[weight], b, *map(modules.get, branches)
 
 
 def terms_of(
