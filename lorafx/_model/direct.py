@@ -5,7 +5,7 @@ little is asked of them, and in a row.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,51 +27,27 @@ class LinearForward(NamedTuple):
     branches: tuple[str, ...]
 
 
-def directly(x: Any, weight: Tensor, bias: Tensor | None, *branches: Branch) -> Tensor | None:
-    """Return x W^T + b and what the branches add, or None if it is not that and no more."""
-    if is_direct(x):
-        terms = terms_of(x, weight, bias, branches)
-        if terms is not None:
-            return direct(x, weight, bias, terms)
-    return None
-
-
 def direct_first(forward: Callable[..., Any], linear: LinearForward) -> Callable[..., Any]:
     """A module's forward, this linear call of a Parameter: directly, else as it is computed."""
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() and len(args) == 1 and not kwargs:
-            operands = _operands(self.__dict__, linear)
-            if operands is not None:
-                y = directly(args[0], *operands)
-                if y is not None:
-                    return y
+            y = called_directly(args[0], self.__dict__, linear)
+            if y is not None:
+                return y
         return forward(self, *args, **kwargs)
 
     run._direct = linear  # type: ignore[attr-defined]
     return run
 
 
-def directly_together(x: Any, members: Sequence[Any]) -> list[Tensor] | None:
-    """What members of `joined` give for x, or None if not all are direct."""
-    if not is_direct(x):
+def member_directly(x: Any, member: Any) -> Tensor | None:
+    """What a member of `joined` gives for x, or None if it is not direct."""
+    if torch.is_grad_enabled():
         return None
-    calls = []
-    for member in members:
-        found = _called(member) if isinstance(member, nn.Module) else member
-        if found is None:
-            return None
-        weight, bias, *branches = found
-        terms = terms_of(x, weight, bias, branches)
-        if terms is None:
-            return None
-        calls.append((weight, bias, terms))
-    return [direct(x, *call) for call in calls]
-
-
-def _called(module: nn.Module) -> Sequence[Any] | None:
-    """W, b and the branches of a module, if calling it does no more than its linear call."""
-    cls, state = type(module), module.__dict__
+    if not isinstance(member, nn.Module):
+        return directly(x, *member)
+    cls, state = type(member), member.__dict__
     linear = getattr(cls.forward, "_direct", None)
     if linear is None or cls.__call__ is not nn.Module.__call__:
         return None
@@ -79,27 +55,27 @@ def _called(module: nn.Module) -> Sequence[Any] | None:
         return None
     if state.get("_compiled_call_impl") is not None:
         return None
-    return _operands(state, linear)
+    return called_directly(x, state, linear)
 
 
-def _operands(state: dict[str, Any], linear: LinearForward) -> Sequence[Any] | None:
-    """W, b and the branches, if W and b are a module's own Parameters."""
+def called_directly(x: Any, state: dict[str, Any], linear: LinearForward) -> Tensor | None:
+    """The result of a module in this state, if W and b are its own Parameters."""
     held, modules = state["_parameters"], state["_modules"]
     weight, bias, branches = linear
     if "trained" in modules or weight not in held or bias is not None and bias not in held:
         return None
-    b = None if bias is None else held[bias]
-    return held[weight], b, *map(modules.get, branches)
+    return directly(
+        x, held[weight], None if bias is None else held[bias], *map(modules.get, branches))
 
 
-def terms_of(
-    x: Tensor, weight: Tensor, bias: Tensor | None, branches: Iterable[Branch]
-) -> list[Term] | None:
-    """Return what `direct` adds to x W^T + b, or None if that is not all that happens there.
+def directly(x: Any, weight: Any, bias: Any, *branches: Any) -> Tensor | None:
+    """Return x W^T + b and what the branches add, or None if there is more to do than that.
 
-    It is not where something is hooked to a branch or patches it, drops out, has no values yet, is
+    There is where something is hooked to a branch or patches it, drops out, has no values yet, is
     spread over processes, adds to some rows of W only, or where W + s B A takes less time.
     """
+    if not is_direct(x):
+        return None
     dtype, one = x.dtype, x.numel() == x.size(-1)
     if type(weight) not in PLAIN or weight.dtype is not dtype or any_global_hook():
         return None
@@ -107,7 +83,7 @@ def terms_of(
         return None
     if not one and many_rows(x, weight.numel(), sum(weight.shape)):
         return None
-    found: list[Term] = []
+    terms: list[Term] = []
     for branch in branches:
         if type(branch) is not Branch:  # something stands around it
             return None
@@ -139,5 +115,5 @@ def terms_of(
                 return None
             if A.dtype is not dtype and not (one and wider(A, x)) or B.dtype is not A.dtype:
                 return None
-            found.append((A, B, share * state["scale"]))
-    return found
+            terms.append((A, B, share * state["scale"]))
+    return direct(x, weight, bias, terms)
