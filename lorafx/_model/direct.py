@@ -5,15 +5,15 @@ little is asked of them, and in a row.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._kernels.direct import Term, direct, is_direct, wider
+from .._kernels.direct import Term, direct, wider
 from .._kernels.linears import many_rows
-from .._kernels.private import any_global_hook
+from .._kernels.private import any_autocast, any_global_hook, runs_as_called
 from .._kernels.tensors import PLAIN
 from .branches import Branch
 from .factors import Factors
@@ -32,7 +32,7 @@ def direct_first(forward: Callable[..., Any], linear: LinearForward) -> Callable
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() and len(args) == 1 and not kwargs:
-            y = called_directly(args[0], self.__dict__, linear)
+            y = directly(args[0], linear, self.__dict__)
             if y is not None:
                 return y
         return forward(self, *args, **kwargs)
@@ -46,7 +46,7 @@ def member_directly(x: Any, member: Any) -> Tensor | None:
     if torch.is_grad_enabled():
         return None
     if not isinstance(member, nn.Module):
-        return directly(x, *member)
+        return directly(x, member)
     cls, state = type(member), member.__dict__
     linear = getattr(cls.forward, "_direct", None)
     if linear is None or cls.__call__ is not nn.Module.__call__:
@@ -55,27 +55,32 @@ def member_directly(x: Any, member: Any) -> Tensor | None:
         return None
     if state.get("_compiled_call_impl") is not None:
         return None
-    return called_directly(x, state, linear)
+    return directly(x, linear, state)
 
 
-def called_directly(x: Any, state: dict[str, Any], linear: LinearForward) -> Tensor | None:
-    """The result of a module in this state, if W and b are its own Parameters."""
-    held, modules = state["_parameters"], state["_modules"]
-    weight, bias, branches = linear
-    if "trained" in modules or weight not in held or bias is not None and bias not in held:
-        return None
-    return directly(
-        x, held[weight], None if bias is None else held[bias], *map(modules.get, branches))
-
-
-def directly(x: Any, weight: Any, bias: Any, *branches: Any) -> Tensor | None:
+def directly(x: Any, linear: Sequence[Any], owner: dict[str, Any] | None = None) -> Tensor | None:
     """Return x W^T + b and what the branches add, or None if there is more to do than that.
 
-    There is where something is hooked to a branch or patches it, drops out, has no values yet, is
-    spread over processes, adds to some rows of W only, or where W + s B A takes less time.
+    The linear call is given as (W, b, *branches), or as it stands in the state of its owner. More
+    is to do where a tensor is no Parameter there, or where something is hooked to a branch or
+    patches it, drops out, has no values yet, is spread over processes, adds to some rows of W only,
+    or where W + s B A takes less time.
     """
-    if not is_direct(x):
+    if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+        return None  # an exporter that is no compiler has a mode, of which `runs_as_called` tells
+    if any_autocast() or not runs_as_called() or type(x) not in PLAIN:
         return None
+    if x.layout is not torch.strided or x.is_nested or not x.numel():
+        return None
+    if owner is None:
+        weight, bias, *branches = linear
+    else:
+        held, modules = owner["_parameters"], owner["_modules"]
+        first, second, names = linear
+        if "trained" in modules or first not in held or second is not None and second not in held:
+            return None
+        weight, bias = held[first], None if second is None else held[second]
+        branches = map(modules.get, names)
     dtype, one = x.dtype, x.numel() == x.size(-1)
     if type(weight) not in PLAIN or weight.dtype is not dtype or any_global_hook():
         return None

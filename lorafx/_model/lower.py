@@ -28,7 +28,7 @@ from .shards import check_spread
 @pure
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Branch) -> Tensor:
     """Return x W^T + b and what the branches add."""
-    found = directly(x, weight, bias, *branches)
+    found = directly(x, (weight, bias, *branches))
     if found is not None:
         return found
     if isinstance(x, Tensor) and all(map(is_bare, branches)):
