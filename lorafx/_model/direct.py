@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._kernels.direct import Term, direct, wider
@@ -41,21 +42,28 @@ def direct_first(forward: Callable[..., Any], linear: LinearForward) -> Callable
     return run
 
 
-def member_directly(x: Any, member: Any) -> Tensor | None:
-    """What a member of `joined` gives for x, or None if it is not direct."""
+def leading_directly(x: Any, members: Sequence[Any]) -> list[Tensor]:
+    """What members of `joined` give for x, up to the first that is not direct."""
+    results: list[Tensor] = []
     if torch.is_grad_enabled():
-        return None
-    if not isinstance(member, nn.Module):
-        return directly(x, member)
-    cls, state = type(member), member.__dict__
-    linear = getattr(cls.forward, "_direct", None)
-    if linear is None or cls.__call__ is not nn.Module.__call__:
-        return None
-    if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
-        return None
-    if state.get("_compiled_call_impl") is not None:
-        return None
-    return directly(x, linear, state)
+        return results
+    for member in members:
+        if isinstance(member, nn.Module):
+            cls, state = type(member), member.__dict__
+            linear = getattr(cls.forward, "_direct", None)
+            if linear is None or cls.__call__ is not nn.Module.__call__:
+                break
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+                break
+            if state.get("_compiled_call_impl") is not None:
+                break
+            y = directly(x, linear, state)
+        else:
+            y = directly(x, member)
+        if y is None:
+            break
+        results.append(y)
+    return results
 
 
 def directly(x: Any, linear: Sequence[Any], owner: dict[str, Any] | None = None) -> Tensor | None:
@@ -80,7 +88,7 @@ def directly(x: Any, linear: Sequence[Any], owner: dict[str, Any] | None = None)
         if "trained" in modules or first not in held or second is not None and second not in held:
             return None
         weight, bias = held[first], None if second is None else held[second]
-        branches = map(modules.get, names)
+        branches = [*map(modules.get, names)]
     dtype, one = x.dtype, x.numel() == x.size(-1)
     if type(weight) not in PLAIN or weight.dtype is not dtype or any_global_hook():
         return None
@@ -121,4 +129,10 @@ def directly(x: Any, linear: Sequence[Any], owner: dict[str, Any] | None = None)
             if A.dtype is not dtype and not (one and wider(A, x)) or B.dtype is not A.dtype:
                 return None
             terms.append((A, B, share * state["scale"]))
-    return direct(x, weight, bias, terms)
+    if not one or dtype.itemsize < 4:
+        return direct(x, weight, bias, terms)
+    y = F.linear(x, weight, bias)  # as `direct` does it
+    row, whole = x.reshape(-1), y.view(-1)  # (in), (out)
+    for A, B, scale in terms:
+        whole.addmv_(B, torch.mv(A, row), alpha=scale)
+    return y

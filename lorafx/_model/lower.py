@@ -21,7 +21,7 @@ from .._kernels.linears import linears
 from .._kernels.private import is_transforming
 from .._kernels.tensors import PLAIN
 from .branches import Branch, branches_after
-from .direct import LinearForward, directly, member_directly
+from .direct import LinearForward, directly, leading_directly
 from .shards import check_spread
 
 
@@ -46,9 +46,11 @@ def joined(x: Tensor, *members: Any) -> list[Tensor]:
     sharded, patched, compiled or replaced by itself. Other modules that stand between them are
     called in their turn.
     """
-    first = member_directly(x, members[0])
-    if first is not None:
-        return [first, *[_by_itself(x, member) for member in members[1:]]]
+    results = leading_directly(x, members)
+    if results:
+        for member in members[len(results):]:
+            results.append(_by_itself(x, member))
+        return results
     operands = [_operands(member) for member in members]
     calls = [_call(found) for found in operands]
     together = [call for call in calls if call is not None]
@@ -70,9 +72,6 @@ def joined(x: Tensor, *members: Any) -> list[Tensor]:
 
 
 def _by_itself(x: Tensor, member: Any) -> Any:
-    y = member_directly(x, member)
-    if y is not None:
-        return y
     return member(x) if isinstance(member, nn.Module) else adapted_linear(x, *member)
 
 
