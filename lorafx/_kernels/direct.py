@@ -12,28 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .private import any_autocast, runs_as_called
-from .tensors import PLAIN
 
 Term = tuple[Tensor, Tensor, float]  # A (rank, in), B (out, rank) and s, of the addend s B A
 
 # Of fewer ranks than this, h^T = A x^T takes half the time of h = x A^T on a CPU, and so does the
 # product of B with that, laid out by columns.
 FEW_RANKS = 16
-
-
-def is_direct(x: Tensor) -> bool:
-    """True if nothing but the result is asked of linear calls of x.
-
-    That is, no gradient, no other dtype, and no operators of a kind, as a compiler, a transform or
-    a tracer wants them.
-    """
-    # an exporter that is no compiler has a mode
-    if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
-        return False
-    if any_autocast() or not runs_as_called():
-        return False
-    return type(x) in PLAIN and x.layout is torch.strided and not x.is_nested and x.numel() > 0
 
 
 def direct(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:

@@ -5,15 +5,16 @@ little is asked of them, and in a row.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._kernels.direct import Term, direct, is_direct, wider
+from .._kernels.direct import Term, direct, wider
 from .._kernels.linears import many_rows
-from .._kernels.private import any_global_hook
+from .._kernels.private import any_autocast, any_global_hook, runs_as_called
 from .._kernels.tensors import PLAIN
 from .branches import Branch
 from .factors import Factors
@@ -27,57 +28,67 @@ class LinearForward(NamedTuple):
     branches: tuple[str, ...]
 
 
-def directly(
-    x: Any, weight: Tensor, bias: Tensor | None, branches: Iterable[Branch]
-) -> Tensor | None:
-    """Return x W^T + b and what the branches add, or None if it is not that and no more."""
-    if is_direct(x):
-        terms = terms_of(x, weight, bias, branches)
-        if terms is not None:
-            return direct(x, weight, bias, terms)
-    return None
-
-
-def directly_together(x: Any, operands: Sequence[Any]) -> list[Tensor] | None:
-    """The results of linear calls, each (W, b, branches), or None if not all are direct."""
-    if not is_direct(x):
-        return None
-    calls = []
-    for found in operands:
-        terms = None if found is None else terms_of(x, *found)
-        if terms is None:
-            return None
-        calls.append((found, terms))
-    return [direct(x, weight, bias, terms) for (weight, bias, _), terms in calls]
-
-
 def direct_first(forward: Callable[..., Any], linear: LinearForward) -> Callable[..., Any]:
     """A module's forward, this linear call of a Parameter: directly, else as it is computed."""
-    weight, bias, branches = linear
-
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() and len(args) == 1 and not kwargs:
-            held, modules = self._parameters, self._modules
-            if weight in held and (bias is None or bias in held) and "trained" not in modules:
-                added: Any = map(modules.get, branches)
-                b = None if bias is None else held[bias]
-                y = directly(args[0], held[weight], b, added)  # type: ignore[arg-type]
-                if y is not None:
-                    return y
+            y = directly(args[0], linear, self.__dict__)
+            if y is not None:
+                return y
         return forward(self, *args, **kwargs)
 
+    run._direct = linear  # type: ignore[attr-defined]
     return run
 
 
-def terms_of(
-    x: Tensor, weight: Tensor, bias: Tensor | None, branches: Iterable[Branch]
-) -> list[Term] | None:
-    """Return what `direct` adds to x W^T + b, or None if that is not all that happens there.
+def leading_directly(x: Any, members: Sequence[Any]) -> list[Tensor]:
+    """What members of `joined` give for x, up to the first that is not direct."""
+    results: list[Tensor] = []
+    if torch.is_grad_enabled():
+        return results
+    for member in members:
+        if isinstance(member, nn.Module):
+            cls, state = type(member), member.__dict__
+            linear = getattr(cls.forward, "_direct", None)
+            if linear is None or cls.__call__ is not nn.Module.__call__:
+                break
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+                break
+            if state.get("_compiled_call_impl") is not None:
+                break
+            y = directly(x, linear, state)
+        else:
+            y = directly(x, member)
+        if y is None:
+            break
+        results.append(y)
+    return results
 
-    It is not where something is hooked to a branch or patches it, drops out, has no values yet, is
-    spread over processes, adds to some rows of W only, or where W + s B A takes less time.
+
+def directly(x: Any, linear: Sequence[Any], owner: dict[str, Any] | None = None) -> Tensor | None:
+    """Return x W^T + b and what the branches add, or None if there is more to do than that.
+
+    The linear call is given as (W, b, *branches), or as it stands in the state of its owner. More
+    is to do where a tensor is no Parameter there, or where something is hooked to a branch or
+    patches it, drops out, has no values yet, is spread over processes, adds to some rows of W only,
+    or where W + s B A takes less time.
     """
+    if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+        return None  # an exporter that is no compiler has a mode, of which `runs_as_called` tells
+    if any_autocast() or not runs_as_called() or type(x) not in PLAIN:
+        return None
+    if x.layout is not torch.strided or x.is_nested or not x.numel():
+        return None
+    if owner is None:
+        weight, bias, *branches = linear
+    else:
+        held, modules = owner["_parameters"], owner["_modules"]
+        first, second, names = linear
+        if "trained" in modules or first not in held or second is not None and second not in held:
+            return None
+        weight, bias = held[first], None if second is None else held[second]
+        branches = [*map(modules.get, names)]
     dtype, one = x.dtype, x.numel() == x.size(-1)
     if type(weight) not in PLAIN or weight.dtype is not dtype or any_global_hook():
         return None
@@ -85,7 +96,7 @@ def terms_of(
         return None
     if not one and many_rows(x, weight.numel(), sum(weight.shape)):
         return None
-    found: list[Term] = []
+    terms: list[Term] = []
     for branch in branches:
         if type(branch) is not Branch:  # something stands around it
             return None
@@ -119,5 +130,11 @@ def terms_of(
                 return None
             if A.dtype is not dtype and not (one and wider(A, x)) or B.dtype is not A.dtype:
                 return None
-            found.append((A, B, share * state["scale"]))
-    return found
+            terms.append((A, B, share * state["scale"]))
+    if not one or dtype.itemsize < 4:
+        return direct(x, weight, bias, terms)
+    y = F.linear(x, weight, bias)  # as `direct` does it
+    row, whole = x.reshape(-1), y.view(-1)  # (in), (out)
+    for A, B, scale in terms:
+        whole.addmv_(B, torch.mv(A, row), alpha=scale)
+    return y

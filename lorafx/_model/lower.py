@@ -21,14 +21,14 @@ from .._kernels.linears import linears
 from .._kernels.private import is_transforming
 from .._kernels.tensors import PLAIN
 from .branches import Branch, branches_after
-from .direct import LinearForward, directly, directly_together
+from .direct import LinearForward, directly, leading_directly
 from .shards import check_spread
 
 
 @pure
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Branch) -> Tensor:
     """Return x W^T + b and what the branches add."""
-    found = directly(x, weight, bias, branches)
+    found = directly(x, (weight, bias, *branches))
     if found is not None:
         return found
     if isinstance(x, Tensor) and all(map(is_bare, branches)):
@@ -46,10 +46,12 @@ def joined(x: Tensor, *members: Any) -> list[Tensor]:
     sharded, patched, compiled or replaced by itself. Other modules that stand between them are
     called in their turn.
     """
-    operands = [_operands(member) for member in members]
-    results = directly_together(x, operands)
-    if results is not None:
+    results = leading_directly(x, members)
+    if results:
+        for member in members[len(results):]:
+            results.append(_by_itself(x, member))
         return results
+    operands = [_operands(member) for member in members]
     calls = [_call(found) for found in operands]
     together = [call for call in calls if call is not None]
     touched = any(call is None and linear_forward(member) for member, call in zip(members, calls))
