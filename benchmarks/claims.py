@@ -175,11 +175,11 @@ def readme(results: Mapping[str, Any]) -> list[str]:
     return ["`benchmarks/claims.py` computes the numbers that LoRA guides repeat, on meta tensors, "
             "without memory:", f"{table(found)}\n{verdict(found)}\n{verdict_on_40B(found)}",
             "It times a step (forward, backward and AdamW) of full fine-tuning and of LoRA at rank "
-            f"{RANK} on the MiniMind of 26M, in rounds that alternate, with 95 % intervals; memory "
-            "is what a step holds at its peak beyond the model, with AdamW's moments, counted. "
-            "LoRA makes two of full fine-tuning's three products with W; what it gains beyond 1.5 "
-            "times is AdamW of all weights, which few tokens do not hide. "
-            f"{in_words(results['machine'])} (load {results['machine']['load_before']}):",
+            f"{RANK} on the MiniMind of 26M, by one thread's processor time, in rounds that "
+            "alternate, with 95 % intervals; memory is what a step holds at its peak beyond the "
+            "model, with AdamW's moments, counted. LoRA makes two of full fine-tuning's three "
+            "products with W; what it gains beyond 1.5 times is AdamW of all weights, which few "
+            f"tokens do not hide. {in_words(results['machine'])}:",
             f"{speed_table(timed)}\n{verdict_on_speed(timed)}"]
 
 

@@ -3,12 +3,14 @@
 A step is a forward pass, a backward pass and AdamW of all that trains. Of the three products with W
 that full fine-tuning makes, x W^T, dY W and dY^T x, LoRA leaves out the third: where products take
 all the time, it is 1.5 times faster at the most. AdamW of every weight is what it saves beside
-that, and counts where a step has few tokens. Memory is what a step holds at its peak beyond the
-model, with AdamW's moments, counted exactly.
+that, and counts where a step has few tokens. The time is one thread's of the processor, so that
+other programs do not count. Memory is what a step holds at its peak beyond the model, with AdamW's
+moments, counted exactly.
 """
 
 import copy
 import dataclasses
+import time
 
 import torch
 import torch.nn.functional as F
@@ -70,13 +72,17 @@ class Training:
         return moments + held_bytes(self.step, torch.device("cpu")).most
 
     def seconds(self) -> float:
-        """Of a step."""
-        return timing.seconds(self.step, torch.device("cpu"), 1)
+        """Of a step, of this thread's processor time."""
+        began = time.thread_time()
+        self.step()
+        return time.thread_time() - began
 
 
 def steps(config: Config, counts: tuple[int, ...], rounds: int) -> list[Step]:
-    """All methods at each number of tokens."""
+    """All methods at each number of tokens, in one thread."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     base, found = MiniMind(config), []
     for count in counts:
         tokens = torch.randint(config.vocabulary, (max(count // 256, 1), min(count, 256)))
@@ -89,4 +95,5 @@ def steps(config: Config, counts: tuple[int, ...], rounds: int) -> list[Step]:
             seconds = timing.median(times[name])
             found.append(
                 Step(count, name, training.trains, training.memory(), seconds, faster))
+    torch.set_num_threads(threads)
     return found
