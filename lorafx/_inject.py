@@ -45,8 +45,7 @@ def inject(
 
     A (rank, in) is drawn from N(0, 0.02^2) with torch's default generator and B (out, rank) is 0,
     so the new model computes exactly what the old one does until it is trained (Hu et al. 2021,
-    arXiv:2106.09685, section 4.1). All but A and B is frozen. The given model is not touched; base
-    weights share storage with it, buffers are copied.
+    arXiv:2106.09685). All but A and B is frozen. The old one is not touched; weights are shared.
 
     Args:
         model: any nn.Module. A `torch.fx.GraphModule` gets the branches as nodes of its own graph,
@@ -89,19 +88,22 @@ def inject(
     check_model(model)
     twin = share(model)
     program = read_program(twin)
-    resolved = with_roles(program, targets, exclude, example_inputs)
-    made = new_adapter(program, adapter, _chosen(config, resolved))
+    config, roles = _without_roles(program, config, example_inputs)
+    made = new_adapter(program, adapter, config)
     _warn_of_left_alone(program, config)
-    begin_injection(program, group, recompute)
+    roles.note(begin_injection(program, group, recompute))
     attach(program, made)
-    resolved.note(injection(twin))
     activate(twin, adapter)
     return twin
 
 
-def _chosen(config: LoRAConfig, resolved: Resolved) -> LoRAConfig:
+def _without_roles(
+    program: Program, config: LoRAConfig, example_inputs: Any
+) -> tuple[LoRAConfig, Resolved]:
     """The config with the sites that have a role in the place of its word."""
-    return dataclasses.replace(config, targets=resolved.targets, exclude=resolved.exclude)
+    resolved = with_roles(program, config.targets, config.exclude, example_inputs)
+    config = dataclasses.replace(config, targets=resolved.targets, exclude=resolved.exclude)
+    return config, resolved
 
 
 def _warn_of_left_alone(program: Program, config: LoRAConfig) -> None:
@@ -131,7 +133,8 @@ def sites(
     "mlp" are the calls of feed-forward blocks, which end in a sum with what they began with (a
     router is none); "head" gives logits. A word that names sites, such as "head", means these, as
     any name does; but with `example_inputs` it means the role, and is an error if the sites of that
-    name are others. "role:head" is always the role, "*head" the name.
+    name are others. "role:head" is always the role, "*head" the name. With `example_inputs` each
+    site has its `role`; what has none that lorafx knows has None.
 
     Args:
         model: any nn.Module, injected or not.
@@ -196,9 +199,9 @@ def add(
     config["trainable"] = tuple(as_list(config.get("trainable")))
     settings = LoRAConfig(rank, targets=is_adapted if targets is None else targets, **config)
     program = read_program(model)
-    resolved = with_roles(program, settings.targets, settings.exclude, example_inputs)
-    attach(program, new_adapter(program, adapter, _chosen(settings, resolved)))
-    resolved.note(injection(model))
+    settings, roles = _without_roles(program, settings, example_inputs)
+    attach(program, new_adapter(program, adapter, settings))
+    roles.note(injection(model))
 
 
 @torch.inference_mode(False)

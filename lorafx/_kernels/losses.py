@@ -12,7 +12,7 @@ from .scratch import Scratch
 from .weights import folded, rows_at_a_time, rows_of
 
 
-_FAR_BELOW = 2.0 ** -12  # of W's entries: what is added is still above float32's steps of 2^-24
+_FAR_BELOW = 1 / 2 ** 12  # of W's entries: what is added is still above float32's steps of 2^-24
 
 
 class Losses:
@@ -66,8 +66,8 @@ class Losses:
         """
         if total.dtype.itemsize <= stored.dtype.itemsize or self._is_tiny:
             return False
-        some = total[..., ::16, :]
-        size = float(torch.linalg.vector_norm(some)) / max(some.numel(), 1) ** 0.5
+        some = total[..., ::64, :]
+        size = float(torch.linalg.vector_norm(some)) / math.sqrt(max(some.numel(), 1))
         return _FAR_BELOW * size <= self._smallest
 
     def _changed(self, W: Tensor, stored: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class Losses:
             *stack, height, _ = addends[0].left.shape
             count = torch.Size([*stack, height, addends[0].right.shape[-1]]).numel()
             if self._norms[site]:
-                sizes.append(self._norms[site] / count ** 0.5)
+                sizes.append(self._norms[site] / math.sqrt(count))
         return min(sizes, default=math.inf)
 
     @functools.cached_property

@@ -44,17 +44,18 @@ from .trained import Copies, Trained
 
 def begin_injection(
     program: Program, group: bool = True, recompute: bool = True
-) -> None:
-    """Freeze a copy of the user's model and give it a record; no adapter yet."""
+) -> Injection:
+    """Freeze a copy of the user's model and give it a record, which is returned; no adapter yet."""
     model = program.model
     flags = {name: parameter.requires_grad for name, parameter in base_parameters(model).items()}
     model.requires_grad_(False)
-    model.__dict__[RECORD] = Injection(
+    record = model.__dict__[RECORD] = Injection(
         flags, program.skipped, program.breaks, group, program.fingerprint, recompute)
     if is_plain_graph(model):
         keep_attributes(model)
     elif why_not_adapted(model) is None:
         pin_calls(model)
+    return record
 
 
 def check_new_name(model: nn.Module, adapter: str) -> None:

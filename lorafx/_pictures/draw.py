@@ -82,7 +82,7 @@ def _module(modules: Modules, wanted: str | None) -> str:
 def svg_of(modules: Modules, path: str) -> str:
     """Return the picture of a module as a document that stands by itself."""
     box = box_of(modules, path)
-    legend = _Legend()
+    legend = _Legend("".join(box.draw(0, 0)))
     title = path or "the model"
     kind = modules.class_name(path)
     alike = _alike(modules, path)
@@ -109,18 +109,20 @@ def _alike(modules: Modules, path: str) -> str:
 
 
 class _Legend:
-    """What the colours and frames mean, in a line."""
+    """What the colours and frames in some elements mean, in a line."""
 
     _ENTRIES = (("frozen", "frozen"), ("branch", "LoRA"), ("joined", "computed together"),
                 ("break", "graph break: stays Python, which orders the calls"))
     height = 22.0
 
-    def __init__(self) -> None:
-        self.width = sum(len(words) * LETTER + 54 for _, words in self._ENTRIES)
+    def __init__(self, drawn: str) -> None:
+        self.entries = [(kind, words) for kind, words in self._ENTRIES
+                        if f'<rect class="{kind}"' in drawn]
+        self.width = sum(len(words) * LETTER + 54 for _, words in self.entries)
 
     def draw(self, x: float, y: float) -> list[str]:
         found = ['<g class="legend">']
-        for kind, words in self._ENTRIES:
+        for kind, words in self.entries:
             found += [rectangle(kind, x, y, 22, 14, 3), text(words, x + 29, y + 11, "soft")]
             x += len(words) * LETTER + 54
         return [*found, "</g>"]

@@ -9,6 +9,7 @@ import time
 import claims
 import coverage
 import decode
+import draw
 import facts
 import finetune
 import pytest
@@ -136,7 +137,7 @@ def test_qlora(tmp_path, capsys):
 def test_claims(tmp_path, capsys):
     rows = {
         (row.model, row.reading): row
-        for row in claims.main(["--json", str(tmp_path / "claims.json")])
+        for row in claims.main(["--tiny", "--json", str(tmp_path / "claims.json")])
     }
     square = rows["40B decoder", "square: q, o"]
     assert (square.base, square.sites, square.trainable) == (
@@ -146,9 +147,13 @@ def test_claims(tmp_path, capsys):
     )
     assert rows["BERT-large", "q, k, v, o"].trainable == 24 * 4 * 2 * 8 * 1024 == 1_572_864
     assert rows["BERT-large", "q, v"].trainable == 786_432
+    assert rows["Falcon-40B", "attention"].trainable == 8 * (8192 + 9216 + 2 * 8192)
+    assert claims.FALCON_LAYERS * rows["Falcon-40B", "all but the head"].trainable == 55_541_760
     assert all(row.seconds < 30 and row.float32_bytes == 4 * row.trainable for row in rows.values())
-    assert "no reading gives it" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "claims.json").read_text())) == len(rows)
+    said, kept = capsys.readouterr().out, json.loads((tmp_path / "claims.json").read_text())
+    assert "no reading gives it" in said and "to 263 MB; " in said
+    assert len(kept["rows"]) == len(rows) and len(kept["steps"]) == 3
+    assert "faster" in claims.readme(kept)[-1]
 
 
 def test_facts(tmp_path, capsys):
@@ -166,6 +171,12 @@ def test_facts(tmp_path, capsys):
     assert rows["a target that matches nothing, in a list"]["lorafx"] == "NoSiteError"
     assert json.loads((tmp_path / "facts.json").read_text()) == list(rows.values())
     assert facts.table(list(rows.values())) in capsys.readouterr().out
+
+
+def test_the_picture_on_the_first_page_is_what_the_command_draws(tmp_path):
+    draw.main([str(tmp_path / "block.svg")])
+    assert (tmp_path / "block.svg").read_text() == draw.PICTURE.read_text()
+    assert f"](benchmarks/{draw.PICTURE.name})" in (README.parents[1] / "README.md").read_text()
 
 
 def test_a_section_of_the_readme():

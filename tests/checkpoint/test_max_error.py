@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorafx
 from tests.checkpoint.test_oracle import (
@@ -120,3 +121,32 @@ def test_nothing_is_added(
     for bound in ("-1", "nan", "much"):
         assert "is not a finite number of at least 0" in refused(
             capsys, *merge, "--force", f"--max-error={bound}")
+
+
+class Products(TorchDispatchMode):
+    """Counts the products that are added to something in place."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.addmm_.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype, size, times", [
+    (torch.bfloat16, 1.0, 1), (torch.float16, 1.0, 1), (torch.bfloat16, 1e-5, 2),
+    (torch.float32, 1.0, 2)])
+def test_what_was_summed_is_not_summed_again_if_its_digits_tell_what_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: float, times: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)).to(dtype)
+    model = randomise(lorafx.inject(base, 2))
+    with torch.no_grad():
+        for B in (model[0].lora.default.B, model[1].lora.default.B):
+            B.mul_(size)
+    lorafx.save(model, "a.safetensors")
+    write_base(dict(base.state_dict()), "safetensors")
+    with Products() as products:
+        assert main(["merge", "base.safetensors", "a.safetensors", "-o", "out.safetensors"]) == 0
+    assert products.count == 2 * times

@@ -192,6 +192,15 @@ def test_lines_lead_where_the_graph_says(decoder, here):
         assert end == pytest.approx(labels[first], abs=0.2)
 
 
+def test_the_legend_tells_what_is_there(decoder, here):
+    for module, kinds in (("layers.0", {"frozen", "LoRA", "computed together", "graph break"}),
+                          ("layers.0.mlp", {"frozen", "LoRA", "computed together"}),
+                          ("head", {"frozen", "LoRA"})):
+        legend = svg(decoder, module).find(f"{SVG}g[@class='legend']")
+        found = [text.text.partition(":")[0] for text in legend.iter(f"{SVG}text")]
+        assert set(found) == kinds and len(found) == len(list(legend.iter(f"{SVG}rect")))
+
+
 def test_adapters_and_their_weights_are_named(here):
     model = lorafx.inject(nn.Linear(6, 8), rank=2, targets="linear")
     for number in range(4):
