@@ -1,6 +1,7 @@
 """`export`: one program that runs without the model's Python, its adapters' A and B as inputs."""
 
 import dataclasses
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, TensorArgument
 
-from ._errors import FormatError, UnsupportedModelError
+from ._errors import ConfigError, FormatError, UnsupportedModelError
 from ._kernels.private import tree_iter
 from ._merge import eject
 from ._model.adapter_inputs import WithAdapterInputs, with_adapter_inputs
@@ -57,6 +58,7 @@ def export(
     Raises:
         FormatError: no such kind, or a package that writes it is not installed.
         NotInjectedError, AdapterError: the model has no adapter.
+        ConfigError: forward cannot be called with `args` and `kwargs`.
         UnsupportedModelError: torch cannot trace the model, or the kind has no such operator.
         OSError: the disk failed. The file is written whole or, after any error, not at all.
 
@@ -73,6 +75,7 @@ def export(
     path = Path(path)
     kind = _kind_of(path)
     program = with_adapter_inputs(model, eject(model))
+    _check_example(program.model, args, kwargs or {})
     exported = _traced(program, tuple(args), dict(kwargs or {}), dynamic_shapes)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -99,6 +102,16 @@ def _kind_of(path: Path) -> Kind:
             return kind
     known = ", ".join(f"{kind.ending} ({kind.name})" for kind in KINDS)
     raise FormatError(f"The path '{path}' names no kind of program by its ending: use {known}.")
+
+
+def _check_example(base: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise unless forward can be called with these."""
+    try:
+        inspect.signature(base.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ConfigError(
+            f"args and kwargs are an example of what the forward of this {type(base).__name__} "
+            f"takes, and it cannot be called with these: {error}.") from error
 
 
 def _traced(
@@ -154,12 +167,13 @@ def _write_aoti(exported: ExportedProgram, program: WithAdapterInputs, path: Pat
 
 def _write_onnx(exported: ExportedProgram, program: WithAdapterInputs, path: Path) -> None:
     try:
+        import onnx
         import onnx_ir
         import onnxscript
     except ImportError as error:
-        raise FormatError(f"A program of ONNX is written by onnxscript, which is not installed: "
-                          f"{error}: pip install 'lorafx[export]'.") from error
-    del onnxscript  # what torch.onnx imports
+        raise FormatError(f"A program of ONNX is written by onnx and onnxscript, not all of which "
+                          f"are installed: {error}: pip install 'lorafx[export]'.") from error
+    del onnx, onnxscript  # what torch.onnx imports
     given = []
     for spec in exported.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument):

@@ -48,8 +48,7 @@ def inject(
     arXiv:2106.09685). All but A and B is frozen. The old one is not touched; weights are shared.
 
     Args:
-        model: any nn.Module. A `torch.fx.GraphModule` gets the branches as nodes of its own graph,
-            a program of torch.export (which is returned then) as operators, A and B as parameters.
+        model: any nn.Module; a GraphModule or ExportedProgram gets branches as nodes of its graph.
         rank: r, at least 1.
         alpha, rslora: s = alpha / rank, or 1; with rslora alpha / sqrt(rank) (arXiv:2312.03732).
         targets: "square" (in == out), "linear" (all; a layer of that name is "*linear"; it warns if

@@ -146,7 +146,7 @@ def is_transpose(node: fx.Node) -> bool:
 
 
 def _is_repeated(node: fx.Node) -> bool:
-    """True if a node is a matrix for each of a batch, as decomposed products with x (N, ., in) take it.
+    """True if a node is its matrix for each of a batch, as decomposed products take it.
 
     Only a graph that knows the shapes tells.
     """

@@ -84,8 +84,9 @@ def find_injection(model: nn.Module) -> Injection | None:
 
 
 _EXPORTED = (
-    "An ExportedProgram is taken by lorafx.inject, load, save, parameters, adapters, sites, summary, "
-    "merge and eject; for anything else start from its module, lorafx.inject(program.module()).")
+    "An ExportedProgram is taken by lorafx.inject, load, save, parameters, adapters, sites, "
+    "summary, merge, merge_error and eject; for anything else start from its module, "
+    "lorafx.inject(program.module()).")
 
 
 def is_cut(model: nn.Module) -> bool:

@@ -98,8 +98,14 @@ def test_an_operator_that_onnx_lacks(tmp_path):
             lorafx.inject(Unusual()))
 
 
+def test_a_missing_example(tmp_path):
+    refused(tmp_path / "m.pt2", lorafx.ConfigError,
+            "example of what the forward of this Sequential takes.*missing.*'input'", args=())
+    refused(tmp_path / "m.pt2", lorafx.ConfigError, "too many positional", args=(X, X))
+
+
 @pytest.mark.parametrize("package, path", [
-    ("onnxscript", "m.onnx"), ("onnxruntime", "a.onnx_adapter")])
+    ("onnx", "m.onnx"), ("onnxscript", "m.onnx"), ("onnxruntime", "a.onnx_adapter")])
 def test_a_missing_package(tmp_path, monkeypatch, package, path):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(lorafx.FormatError, match=rf"{package}.*pip install 'lorafx\[export\]'"):
@@ -154,6 +160,27 @@ def nodes(model):
 def test_a_merged_model_exports_node_for_node_as_the_base(block):
     model = randomise(lorafx.inject(block, targets=["square", "up", "down"]))
     assert nodes(lorafx.merge(model)) == nodes(block) != nodes(model)
+
+
+def onnx_nodes(model):
+    """Operators, attributes and values of an ONNX program, in their order."""
+    program = torch.onnx.export(model, (X,), dynamo=True, verbose=False).model
+    graph = program.graph
+    nodes = []
+    for node in graph:
+        values = [value and value.name for value in (*node.inputs, *node.outputs)]
+        attributes = {name: str(attribute.value) for name, attribute in node.attributes.items()}
+        nodes.append((node.domain, node.op_type, values, attributes))
+    return nodes, [(name, value.shape) for name, value in graph.initializers.items()]
+
+
+def test_a_merged_model_is_in_onnx_node_for_node_as_the_base():
+    pytest.importorskip("onnxscript")
+    model = adapted()
+    lorafx.activate(model, "a")
+    found = onnx_nodes(lorafx.merge(model))
+    assert found == onnx_nodes(layers()) != onnx_nodes(model)
+    assert [node[1] for node in found[0]] == ["Gemm", "Relu", "Gemm"]
 
 
 def test_nothing_of_the_model_changes(tmp_path):

@@ -1,15 +1,17 @@
 """inject, load, save, merge and eject of programs of torch.export, which give programs back."""
 
 import copy
+import functools
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
 import lorafx
 from tests.support.oracle import oracle
-from tests.support.transformers_models import bert, gpt2
+from tests.support.transformers_models import SIZES
 
 EXACTLY = dict(rtol=0, atol=0)
 CLOSELY = dict(rtol=1e-9, atol=1e-9)
@@ -41,7 +43,17 @@ class Logits(nn.Module):
         return self.model(ids, return_dict=True).logits
 
 
-MODELS = {"bert": bert, "gpt2": gpt2}
+def bert():
+    config = transformers.BertConfig(**SIZES | {"num_hidden_layers": 1})
+    return Logits(transformers.BertForMaskedLM(config))
+
+
+def gpt2():
+    return Logits(transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=100, n_embd=32, n_layer=1, n_head=4, use_cache=False)))
+
+
+MODELS = {"layers": Layers, "bert": bert, "gpt2": gpt2}
 
 
 def batches(*, text):
@@ -50,14 +62,23 @@ def batches(*, text):
         yield torch.randint(3, 99, size) if text else torch.randn(*size, 6, dtype=torch.float64)
 
 
-@pytest.fixture(scope="module", params=["layers", "bert", "gpt2"])
-def case(request):
+@functools.lru_cache
+def made(name):
     """(float64 model, its program of any batch and length, inputs of two sizes)."""
     torch.manual_seed(0)
-    model = Layers() if request.param == "layers" else Logits(MODELS[request.param]())
-    model = model.eval().double()
-    inputs = list(batches(text=request.param != "layers"))
+    model = MODELS[name]().eval().double()
+    inputs = list(batches(text=name != "layers"))
     return model, exported(model, inputs[0]), inputs
+
+
+@pytest.fixture(params=["layers", "bert", "gpt2"])
+def case(request):
+    return made(request.param)
+
+
+@pytest.fixture(params=["layers", "bert"])  # torch itself cannot decompose this GPT-2
+def decomposable(request):
+    return made(request.param)
 
 
 def exported(model, x):
@@ -107,12 +128,9 @@ def again(program, folder):
     return torch.export.load(folder / "program.pt2")
 
 
-@pytest.mark.parametrize("decomposed", [False, True], ids=["", "decomposed"])
-def test_branches_in_a_program(case, decomposed, tmp_path):
-    model, program, inputs = case
-    if decomposed:
-        program = program.run_decompositions()
-    before, bits = nodes(program), {k: v.clone() for k, v in program.state_dict.items()}
+def check(model, program, inputs, folder):
+    """The identity, W + s B A, files and the way back, with a program that stays as it is."""
+    before, bits = nodes(program), {k: v.clone() for k, v in program.named_parameters()}
     adapted = lorafx.inject(program, rank=3, alpha=6, targets="linear")
     assert isinstance(adapted, ExportedProgram)
     assert adapted.range_constraints == program.range_constraints
@@ -120,20 +138,35 @@ def test_branches_in_a_program(case, decomposed, tmp_path):
     for x in inputs:
         same(adapted.module()(x), program.module()(x), EXACTLY)
     randomised(adapted)
-    read = again(adapted, tmp_path)
+    read = again(adapted, folder)
     with torch.no_grad():
-        for each in (adapted, read, adapted.run_decompositions()):
-            merged = lorafx.merge(each, untie=True)
-            for x in inputs:
-                wanted = expected(model, adapted, x)
-                same(each.module()(x), wanted, CLOSELY)
-                same(merged.module()(x), wanted, CLOSELY)
-    for each in (adapted, read):
-        assert nodes(lorafx.eject(each)) == before
-        assert operators(lorafx.merge(each, untie=True)) == operators(program)
-    assert nodes(program) == before and before != nodes(adapted)
+        wanted = [expected(model, adapted, x) for x in inputs]
+        merged = lorafx.merge(read, untie=True)
+        for each in (adapted, read, merged):
+            for x, outputs in zip(inputs, wanted):
+                same(each.module()(x), outputs, CLOSELY)
+    assert nodes(lorafx.eject(adapted)) == before == nodes(program) != nodes(adapted)
+    assert operators(lorafx.merge(adapted, untie=True)) == operators(program)
     for name, tensor in program.named_parameters():
         assert torch.equal(tensor, bits[name])
+    return adapted, wanted
+
+
+def test_branches_in_a_program(case, tmp_path):
+    check(*case, tmp_path)
+
+
+def test_branches_in_a_decomposed_program(decomposable, tmp_path):
+    model, program, inputs = decomposable
+    check(model, program.run_decompositions(), inputs, tmp_path)
+
+
+def test_a_program_decomposed_with_its_branches(tmp_path):
+    model, program, inputs = made("layers")
+    adapted, wanted = check(model, program, inputs, tmp_path)
+    decomposed = adapted.run_decompositions()
+    for each in (decomposed, lorafx.merge(decomposed)):
+        same(each.module()(inputs[1]), wanted[1], CLOSELY)
 
 
 def test_a_program_trains_a_and_b_alone(case):
@@ -166,3 +199,73 @@ def test_files_go_from_a_model_to_its_program_and_back(case, tmp_path):
         same(lorafx.load(program, path).module()(inputs[0]), adapted.module()(inputs[0]), EXACTLY)
     names = [[name for name, _ in lorafx.named_parameters(each)] for each in (loaded, adapted)]
     assert sorted(names[0]) == sorted(names[1])
+
+
+class Narrow(nn.Module):
+    """bfloat16, a fused projection of which rows are adapted, and one layer called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 6)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.out(x)).chunk(3, dim=-1)
+        return self.out(q * k + v)
+
+
+@functools.lru_cache
+def narrow():
+    torch.manual_seed(0)
+    model, x = Narrow().bfloat16(), torch.randn(4, 6, dtype=torch.bfloat16)
+    return model, torch.export.export(model, (x,), strict=False), x
+
+
+def test_rows_of_a_narrow_weight():
+    model, program, x = narrow()
+    targets = ["qkv[0:6]", "qkv[12:18]", "out"]
+    adapted = lorafx.inject(program, rank=2, targets=targets)
+    assert torch.equal(adapted.module()(x), model(x))
+    assert {tensor.dtype for tensor in lorafx.parameters(adapted)} == {torch.float32}
+    randomised(adapted)
+    module = lorafx.inject(model, rank=2, targets=targets)
+    for one, other in zip(lorafx.parameters(module), lorafx.parameters(adapted), strict=True):
+        one.data.copy_(other)
+    torch.testing.assert_close(adapted.module()(x), module(x), rtol=0.05, atol=0.05)
+    assert torch.equal(lorafx.merge(adapted).module()(x), lorafx.merge(module)(x))
+    assert [site.name for site in lorafx.sites(adapted)] == ["qkv", "out"]
+    assert str(lorafx.summary(adapted)).count("qkv[") == 2
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # by torch
+def test_submodules_of_a_program_with_branches():
+    _, program, x = narrow()
+    program = torch.export.export(
+        narrow()[0], (x,), strict=False, preserve_module_call_signature=("qkv",))
+    adapted = randomised(lorafx.inject(program, rank=2, targets="linear"))
+    parts = torch.export.unflatten(adapted)
+    assert torch.equal(parts(x), adapted.module()(x))
+    whole = lorafx.eject(adapted)
+    assert torch.equal(torch.export.unflatten(whole)(x), program.module()(x))
+
+
+def test_what_a_program_cannot_take(tmp_path):
+    _, program, _ = narrow()
+    adapted = lorafx.inject(program, targets="out", adapter="french")
+    lorafx.save(adapted, tmp_path / "a.safetensors")
+    before = nodes(adapted)
+    for match, fails in {
+        "cannot drop out: use dropout=0": lambda: lorafx.inject(program, dropout=0.1),
+        "'out' would be trained whole": lambda: lorafx.inject(
+            program, targets="qkv", trainable="out"),
+        "'german' would come second: lorafx.eject": lambda: lorafx.load(
+            adapted, tmp_path / "a.safetensors", "german"),
+        "no adapter 'german'; it has 'french'": lambda: [*lorafx.parameters(adapted, "german")],
+        "is injected already": lambda: lorafx.inject(adapted),
+        "This GraphModule is not an injected model": lambda: lorafx.merge(program),
+        "start from its module, lorafx.inject\\(program.module": lambda: lorafx.activate(
+            adapted, "french"),
+    }.items():
+        with pytest.raises(lorafx.LorafxError, match=match):
+            fails()
+    assert nodes(adapted) == before
+    assert lorafx.adapters(adapted) == ["french"]
