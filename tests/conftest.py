@@ -4,6 +4,7 @@ Hypothesis repeats the same examples in every run; `--hypothesis-profile=search`
 and longer.
 """
 
+import gc
 from pathlib import Path
 
 import hypothesis
@@ -21,6 +22,13 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=1000,
 hypothesis.settings.load_profile("default")
 
 torch.set_num_threads(1)  # the models are too small for more
+gc.disable()  # while modules are imported, which stay
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector, which tests call often, need not look at all that was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

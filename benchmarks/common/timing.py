@@ -20,7 +20,6 @@ def interleaved(calls: Mapping[str, Callable[[], float]], rounds: int) -> dict[s
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
-    gc.freeze()
     gc.disable()
     try:
         for index in range(rounds):
@@ -28,10 +27,9 @@ def interleaved(calls: Mapping[str, Callable[[], float]], rounds: int) -> dict[s
             start = index // 2 % len(order)
             for name in order[start:] + order[:start]:
                 times[name].append(calls[name]())
-            gc.collect()
+            gc.collect(1)  # not what was there before
     finally:
         gc.enable()
-        gc.unfreeze()
     return times
 
 
@@ -60,28 +58,28 @@ def thread_seconds(call: Callable[[], Any], repeats: int) -> float:
     return (time.thread_time() - began) / repeats
 
 
-def bootstrap(statistic: Callable[..., float], *samples: Sequence[float],
+def bootstrap(statistic: Callable[..., Any], *samples: Sequence[float],
               draws: int = 2000) -> Interval:
     """A statistic of paired samples and its 95 % interval, by the percentile bootstrap over rounds.
 
+    The statistic takes arrays whose last axis is that of the rounds, and gives one without it.
     Efron 1979, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7(1).
     """
     table = numpy.array(samples)  # (samples, rounds)
     chosen = numpy.random.default_rng(0).integers(0, table.shape[1], (draws, table.shape[1]))
-    found = [statistic(*table[:, rounds]) for rounds in chosen]
-    low, high = numpy.nanpercentile(found, [2.5, 97.5])
+    low, high = numpy.nanpercentile(statistic(*table[:, chosen]), [2.5, 97.5])
     return float(statistic(*table)), float(low), float(high)
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> Interval:
     """The median over rounds of times / base."""
-    return bootstrap(lambda t, b: float(numpy.median(t / b)), times, base)
+    return bootstrap(lambda t, b: numpy.median(t / b, axis=-1), times, base)
 
 
 def share(ours: Sequence[float], theirs: Sequence[float], base: Sequence[float]) -> Interval:
     """What ours adds to the base as a share of theirs: (ours / base - 1) / (theirs / base - 1)."""
-    def of_medians(o: Any, t: Any, b: Any) -> float:
-        return float((numpy.median(o / b) - 1) / (numpy.median(t / b) - 1))
+    def of_medians(o: Any, t: Any, b: Any) -> Any:
+        return (numpy.median(o / b, axis=-1) - 1) / (numpy.median(t / b, axis=-1) - 1)
 
     return bootstrap(of_medians, ours, theirs, base)
 

@@ -14,7 +14,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.utils.checkpoint import checkpoint
 
 import lorafx
-import tests.sharded.fsdp2_verbs  # noqa: F401  # its set-ups run with these
 from tests.sharded.fsdp2_files import shard
 from tests.support.sharded import (
     Decoder, Layer, adapted, batches, largest_difference, loss_of, one_process,

@@ -18,7 +18,6 @@ from torch.distributed.tensor.parallel import (
 )
 
 import lorafx
-from tests.sharded import tensor_parallel_verbs, tensor_parallel_weights
 from tests.support.communication import Communication
 from tests.support.sharded import (
     adapted, batches, decoder, largest_difference, loss_of, one_process
@@ -27,8 +26,6 @@ from tests.support.tensor_parallel import (
     all_processes, both_orders, compare, decoder_loss, differing, gradients, parallel, saved, whole
 )
 from tests.support.torchrun import setup
-
-assert tensor_parallel_verbs and tensor_parallel_weights
 
 
 def tied() -> Any:

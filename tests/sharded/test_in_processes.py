@@ -1,9 +1,16 @@
 """Training spread over processes: what one process computes, at any number of them.
 
-Each launch of torchrun runs the set-ups of several families, as starting takes longer than running.
+Each launch runs the set-ups of several families, as starting takes time.
 """
 
+from pathlib import Path
+
 from tests.support.torchrun import torchrun
+
+DATA_PARALLEL = ("replicated", "fsdp1", "fsdp2", "fsdp2_files", "fsdp2_verbs", "quantised")
+PARTS_OF_A_MODEL = (
+    "tensor_parallel", "tensor_parallel_verbs", "tensor_parallel_weights", "pipeline", "meta")
+HUGGING_FACE = ("huggingface", "transformers_tp_plan")
 
 # Those that a number of processes could make a difference to; the others run in two.
 IN_FOUR = (
@@ -15,23 +22,32 @@ IN_FOUR = (
 )
 
 
+def run(modules: tuple[str, ...], processes: int, *names: str) -> set[str]:
+    """The names of the set-ups that ran."""
+    return set(torchrun([f"sharded.{module}" for module in modules], processes, *names))
+
+
+def modules_of(ran: set[str]) -> set[str]:
+    """The modules of set-ups."""
+    return {name.partition(".")[0] for name in ran}
+
+
 def test_data_parallel_in_two_processes() -> None:
-    ran = torchrun(["sharded.replicated", "sharded.fsdp1", "sharded.fsdp2", "sharded.quantised"], 2)
-    assert {name.partition(".")[0] for name in ran} == {
-        "replicated", "fsdp1", "fsdp2", "fsdp2_files", "fsdp2_verbs", "quantised"}
+    assert modules_of(run(DATA_PARALLEL, 2)) == {*DATA_PARALLEL}
 
 
 def test_parts_of_a_model_in_two_processes() -> None:
-    ran = torchrun(["sharded.tensor_parallel", "sharded.pipeline", "sharded.meta"], 2)
-    assert {name.partition(".")[0] for name in ran} == {
-        "tensor_parallel", "tensor_parallel_verbs", "tensor_parallel_weights", "pipeline", "meta"}
+    assert modules_of(run(PARTS_OF_A_MODEL, 2)) == {*PARTS_OF_A_MODEL}
 
 
 def test_all_in_four_processes() -> None:
-    ran = torchrun(["sharded.replicated", "sharded.fsdp1", "sharded.fsdp2",
-                    "sharded.tensor_parallel", "sharded.pipeline"], 4, *IN_FOUR)
-    assert ran.keys() == {*IN_FOUR}
+    assert run(DATA_PARALLEL + PARTS_OF_A_MODEL, 4, *IN_FOUR) == {*IN_FOUR}
 
 
 def test_hugging_face_in_two_processes() -> None:
-    assert torchrun(["sharded.huggingface", "sharded.transformers_tp_plan"], 2)
+    assert modules_of(run(HUGGING_FACE, 2)) == {*HUGGING_FACE}
+
+
+def test_no_module_is_left_out() -> None:
+    there = {path.stem for path in Path(__file__).parent.glob("[!_]*.py")} - {Path(__file__).stem}
+    assert there == {*DATA_PARALLEL, *PARTS_OF_A_MODEL, *HUGGING_FACE}
