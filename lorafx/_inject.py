@@ -15,7 +15,7 @@ from ._adapter.config import LoRAConfig
 from ._adapter.names import check_name
 from ._graph.sites import SELECTORS, Site, Targets, as_list, select
 from ._merge import merge
-from ._model.attach import attach, begin_injection, check_new_name, new_adapter
+from ._model.attach import attach, begin_injection, check_new_name, make_room, new_adapter
 from ._model.branches import branches
 from ._model.copies import share
 from ._model.guard import check_model
@@ -38,6 +38,7 @@ def inject(
     trainable: str | Collection[str] = (), init: str = "gaussian", dtype: torch.dtype | None = None,
     rounding: bool = False, share_dropout: bool = False, adapter: str = "default",
     group: bool = True, recompute: bool = True, example_inputs: Any = None,
+    capacity: Targets | None = None,
 ) -> M:
     """Return a new model whose chosen linear calls y = x W^T + b also add s (x A^T) B^T.
 
@@ -65,6 +66,8 @@ def inject(
         group: compute linear calls that share an input (query, key, value) together, for speed.
         recompute: for memory, compute inputs again in the backward pass instead of keeping them.
         example_inputs: a tuple or dict of forward's arguments, on which roles are found: `sites`.
+        capacity: where later adapters may be without compiling again, as `targets`. With capacity,
+            `targets=()` makes no adapter yet.
 
     Raises:
         NoSiteError: a pattern matches nothing, a role is undecided. ConfigError: out of range.
@@ -85,13 +88,30 @@ def inject(
     check_name(adapter)
     check_model(model)
     twin = share(model)
-    program = read_program(twin)
-    made = new_adapter(program, adapter, _without_roles(program, config, example_inputs))
+    _rewrite(read_program(twin), adapter, config, capacity, group, recompute, example_inputs)
+    return twin
+
+
+def _rewrite(
+    program: Program, adapter: str, config: LoRAConfig, capacity: Targets | None,
+    group: bool, recompute: bool, example_inputs: Any,
+) -> None:
+    """Put branches into a copy of the user's model, and a first adapter unless it has no targets.
+    """
+    room: list[Site] = []
+    if capacity is not None:
+        meant, _ = with_roles(program, capacity, (), example_inputs)
+        room = select(program.sites, meant, (), program.left_alone, "capacity")
+    made = None
+    if as_list(config.targets) or not room:
+        made = new_adapter(program, adapter, _without_roles(program, config, example_inputs))
     _warn_of_left_alone(program, config)
     begin_injection(program, group, recompute)
-    attach(program, made)
-    activate(twin, adapter)
-    return twin
+    if room:
+        make_room(program, room, config)
+    if made is not None:
+        attach(program, made)
+        activate(program.model, adapter)
 
 
 def _without_roles(program: Program, config: LoRAConfig, example_inputs: Any) -> LoRAConfig:
@@ -112,7 +132,7 @@ def _warn_of_left_alone(program: Program, config: LoRAConfig) -> None:
     warnings.warn(
         f"{len(left)} of the {len(left) + len(program.sites)} linear layers of this "
         f"{type(program.model).__name__} are left alone: '{name}', since {reason}. "
-        "lorafx.summary(model).skipped has them all.", UserWarning, stacklevel=5)
+        "lorafx.summary(model).skipped has them all.", UserWarning, stacklevel=6)
 
 
 def sites(
@@ -167,7 +187,7 @@ def add(
         model: an injected model; changed in place.
         adapter: the new adapter's name.
         rank, targets, example_inputs, config: as for `lorafx.inject`; `targets=None` means the
-            sites that have a branch already.
+            sites that adapters have, or of a model without adapters, all that have a branch.
 
     Raises:
         AdapterError: the name is taken.
@@ -181,7 +201,8 @@ def add(
         ['default', 'other']
     """
     check_new_name(model, adapter)
-    adapted = branches(model)
+    held = branches(model)
+    adapted = {name for name, branch in held.items() if branch.any_factors()} or {*held}
 
     def is_adapted(site: Site) -> bool:
         return site.name in adapted

@@ -52,7 +52,7 @@ class Choice:
 
     def __init__(self) -> None:
         self.default = Selection({})
-        self.trains = False  # True once something was active, which trains
+        self.trains = False  # True once something was active, which trains, or has room
         self._start()
 
     def _start(self) -> None:
@@ -65,6 +65,7 @@ class Choice:
         self.kept: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self._functions: weakref.WeakKeyDictionary[Any, Selection] = weakref.WeakKeyDictionary()
         self._chose_with_gradients = False
+        self.compiled = False  # True once a compiled program has read what is active
 
     def __getstate__(self) -> dict[str, Any]:
         return {"default": self.default, "trains": self.trains}

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .reading import RESETTING, adapted, base_or_trained
+from .._kernels.compiling import Anew
+from .reading import RESETTING, adapted, base_or_trained, standing
 
 
 _SERIAL = itertools.count()
@@ -52,6 +53,14 @@ def adapted_property(name: str) -> property:
         del vars(self)[name]
 
     return property(read, write, delete, doc=f"{name} + s B A, over the active adapters.")
+
+
+def standing_property(name: str) -> property:
+    """Return what stands in a class for what compiled programs read in the place of a tensor."""
+    def read(self: nn.Module) -> Any:
+        return standing(self, name)
+
+    return property(Anew(read).__getitem__)
 
 
 def frozen_property(name: str) -> property:

@@ -11,7 +11,9 @@ from .._adapter.names import branch_name
 from .._errors import UnsupportedModelError
 from .._graph.dispatched import value_of
 from .._kernels.addend import Addend
+from .._kernels.compiling import is_compiling
 from .._kernels.private import is_transforming
+from .._kernels.tensors import PLAIN
 from .._kernels.weights import whole, with_rows
 from .adapted_weight import NARROW, AdaptedWeight
 from .branches import Branch
@@ -19,11 +21,13 @@ from .factors import refuse_gradients
 from .quantised_tensors import dense
 from .readers import Answer, answer as answer_to_reader
 from .shards import check_spread, gathered_for_use, is_sharded
+from .stacks import alias
 from .sums import TrainedCast
 from .trained import Copies, Trained
 
 
 FROZEN_PREFIX = "frozen_"
+STANDING_PREFIX = "_lorafx_"
 # The modules of which the user's `reset_parameters` is running: it writes into W.
 RESETTING: contextvars.ContextVar[tuple[nn.Module, ...]] = contextvars.ContextVar(
     "resetting", default=())
@@ -67,10 +71,45 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
     if held is not None and "trained" not in owner._modules:
         return held
     tensor = base_tensor(owner, attribute)
+    if is_compiling() and "trained" in owner._modules:
+        standing = getattr(owner, STANDING_PREFIX + attribute)
+        if standing is not None:
+            return standing[0].to(tensor.dtype) if standing else tensor
     for copies, name in () if tensor is None else trained_beside(owner, attribute):
         found, ranges = _trained_tensor(copies, name, tensor), copies.rows.get(name)
         tensor = found if ranges is None else _with_rows(tensor, ranges, found)
     return tensor  # None while another is registered
+
+
+def standing(owner: nn.Module, attribute: str) -> tuple[Tensor, ...] | None:
+    """What compiled programs read anew at each call of a tensor that adapters train: (W or theirs).
+
+    It is empty where none trains that tensor, and None where there is more to do than to read one.
+    """
+    trained, base = owner._modules.get("trained"), base_tensor(owner, attribute)
+    if not isinstance(trained, Trained) or base is None:
+        return None
+    trained.choice.compiled = True
+    if not any(copies.holders_for(attribute) for copies in trained.sets().values()):
+        return ()
+    held, found = base, trained.holders(attribute)
+    for copies, name in found:
+        if len(found) > 1 or copies.missing or name in copies.rows:
+            return None
+        held = copies.held(name)
+        if value_of(copies, name, held) is not held:
+            return None
+        copies.check_all_spread(name, base)
+    if type(held) not in PLAIN or held.is_inference():
+        return None
+    needs = attribute in owner._parameters and trained.needs(attribute)
+    state = held.data_ptr(), held.shape, held.requires_grad, needs
+    kept = trained.choice.kept.setdefault(trained, {})
+    made = kept.get((attribute, *found))
+    if made is None or made[0] is not held or made[1] != state:
+        with torch.inference_mode(False), torch.enable_grad():
+            made = kept[attribute, *found] = held, state, (alias(held, needs),)
+    return made[2]  # type: ignore[no-any-return]
 
 
 def _with_rows(base: Tensor, ranges: Sequence[range], rows: Tensor) -> Tensor:
@@ -130,14 +169,15 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
         if answer in (Answer.PARAMETER, Answer.LAYER) or owner in RESETTING.get():
             return base_tensor(owner, attribute)  # type: ignore[no-any-return]
     matrix = base_or_trained(owner, attribute)
-    if compiling and matrix is not None and matrix.dtype in NARROW:
+    # there is no W while another is registered, and factors may have no memory then
+    beside = [] if matrix is None else branches_beside(owner, attribute)
+    if compiling and beside and matrix.dtype in NARROW:
         # the compiler cannot make the tensor: its graph ends here
         outside = torch.compiler.disable(  # type: ignore[no-untyped-call]
             adapted, reason="Python reads an adapted weight of a narrow dtype")
         return outside(owner, attribute)  # type: ignore[no-any-return]
     addends: list[Addend] = []
-    # there is no W while another is registered, and factors may have no memory then
-    for branch in () if matrix is None else branches_beside(owner, attribute):
+    for branch in beside:
         addends += branch.addends(matrix, stored=True)
     if not addends:
         watched = answer is Answer.ADAPTED and not compiling and not is_transforming()
