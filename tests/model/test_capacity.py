@@ -1,5 +1,8 @@
 """Room for later adapters: a compiled model is not compiled again where it was declared."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -71,3 +74,61 @@ def test_adapters_at_other_sites(tmp_path, targets, trains):
     lorafx.remove(model, "at up")
     check()
     assert counter.frame_count == frames
+
+
+def test_a_place_without_room_is_announced(tmp_path):
+    model = with_room(capacity="k", targets="q")
+    lorafx.save(randomise(lorafx.inject(net(), targets=["up", "k"])), tmp_path / "a.safetensors")
+    lorafx.add(model, "before", targets="up")  # nothing was compiled yet
+    counter = CompileCounter()
+    call = torch.compile(model, backend=counter, fullgraph=True)
+    call(X)
+    lorafx.add(model, "b", targets=["up", "k"])
+    with pytest.raises(UserWarning, match="'c' comes to 1 place where none could be, such as 'exp"):
+        lorafx.add(model, "c", targets="experts")
+    assert lorafx.adapters(model) == ["default", "before", "b"]  # all or nothing
+    with pytest.warns(UserWarning, match="inject.*capacity="):
+        lorafx.add(model, "c", targets=["experts", "q"])
+    lorafx.load(model, tmp_path / "a.safetensors", adapter="d")
+    for adapter in ("c", "d", "default", "before"):
+        lorafx.activate(model, adapter)
+        torch.testing.assert_close(call(X), eager(model, X))
+    assert counter.frame_count == 2
+
+
+def test_room_is_all_that_it_is():
+    """No key, no parameter, no site of an adapter, no listing knows of it."""
+    model, plain = with_room(), with_room(capacity=None)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert [*model.named_buffers()] == [*plain.named_buffers()] == []
+    assert lorafx.summary(model).rows() == lorafx.summary(plain).rows()
+    assert lorafx.summary(model).headline() == lorafx.summary(plain).headline()
+    assert torch.equal(model(X), plain(X))
+    lorafx.add(model, "more", rank=3)
+    lorafx.add(model, "apart", targets="k")
+    assert [site.ranks for site in lorafx.summary(model).sites] == [
+        {"default": 2, "more": 3}, {"apart": 8}]
+    for adapter in lorafx.adapters(model):
+        lorafx.remove(model, adapter)
+    assert [*lorafx.named_parameters(model)] == [] == lorafx.summary(model).sites
+    assert lorafx.eject(model).state_dict().keys() == net().state_dict().keys()
+
+
+@pytest.mark.parametrize("after", [
+    lorafx.merge, lorafx.eject, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("targets", ["q", ()])
+def test_what_models_go_through(after, targets):
+    model = with_room(targets=targets)
+    found, wanted = after(model), model
+    if after is lorafx.eject:
+        with lorafx.disabled(model):
+            torch.testing.assert_close(found(X), wanted(X))
+    else:
+        torch.testing.assert_close(found(X), wanted(X))
+
+
+def test_none_matches():
+    with pytest.raises(lorafx.NoSiteError, match="No linear call matches capacity='kk'"):
+        with_room(capacity="kk")
+    with pytest.raises(lorafx.NoSiteError, match=r"left to adapt: targets=\(\)"):
+        lorafx.inject(net(), targets=())
