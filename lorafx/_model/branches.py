@@ -140,8 +140,8 @@ class Branch(LorafxModule):
 def spread(branch: Branch, weight: Tensor | None) -> None:
     """Spread all factors of a branch over processes as the weight beside it is."""
     if branch.like is not None and weight is not None:
-        A, B = branch.like
-        branch.like = A.to(weight.device), B.to(weight.device)
+        A, B = (torch.empty_like(factor, device=weight.device) for factor in branch.like)
+        branch.like = A, B
     for held in branch._modules.values():
         if isinstance(held, Factors):
             held.spread(weight, branch.transposed, branch.rows is not None)
