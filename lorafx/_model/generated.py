@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .._kernels.compiling import Anew
-from .reading import RESETTING, adapted, base_or_trained, standing
+from .reading import RESETTING, adapted, base_or_trained
+from .standing import standing
 
 
 _SERIAL = itertools.count()

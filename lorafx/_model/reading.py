@@ -13,7 +13,6 @@ from .._graph.dispatched import value_of
 from .._kernels.addend import Addend
 from .._kernels.compiling import is_compiling
 from .._kernels.private import is_transforming
-from .._kernels.tensors import PLAIN
 from .._kernels.weights import whole, with_rows
 from .adapted_weight import NARROW, AdaptedWeight
 from .branches import Branch
@@ -21,7 +20,6 @@ from .factors import refuse_gradients
 from .quantised_tensors import dense
 from .readers import Answer, answer as answer_to_reader
 from .shards import check_spread, gathered_for_use, is_sharded
-from .stacks import alias
 from .sums import TrainedCast
 from .trained import Copies, Trained
 
@@ -73,43 +71,16 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
     tensor = base_tensor(owner, attribute)
     if is_compiling() and "trained" in owner._modules:
         standing = getattr(owner, STANDING_PREFIX + attribute)
+        if standing is not None and not standing:
+            return tensor
         if standing is not None:
-            return standing[0].to(tensor.dtype) if standing else tensor
+            whole, numbers, rows = standing
+            whole = whole.to(tensor.dtype)
+            return whole if rows is None else whole.index_copy(0, numbers, rows.to(tensor.dtype))
     for copies, name in () if tensor is None else trained_beside(owner, attribute):
         found, ranges = _trained_tensor(copies, name, tensor), copies.rows.get(name)
         tensor = found if ranges is None else _with_rows(tensor, ranges, found)
     return tensor  # None while another is registered
-
-
-def standing(owner: nn.Module, attribute: str) -> tuple[Tensor, ...] | None:
-    """What compiled programs read anew at each call of a tensor that adapters train: (W or theirs).
-
-    It is empty where none trains that tensor, and None where there is more to do than to read one.
-    """
-    trained, base = owner._modules.get("trained"), base_tensor(owner, attribute)
-    if not isinstance(trained, Trained) or base is None:
-        return None
-    trained.choice.compiled = True
-    if not any(copies.holders_for(attribute) for copies in trained.sets().values()):
-        return ()
-    held, found = base, trained.holders(attribute)
-    for copies, name in found:
-        if len(found) > 1 or copies.missing or name in copies.rows:
-            return None
-        held = copies.held(name)
-        if value_of(copies, name, held) is not held:
-            return None
-        copies.check_all_spread(name, base)
-    if type(held) not in PLAIN or held.is_inference():
-        return None
-    needs = attribute in owner._parameters and trained.needs(attribute)
-    state = held.data_ptr(), held.shape, held.requires_grad, needs
-    kept = trained.choice.kept.setdefault(trained, {})
-    made = kept.get((attribute, *found))
-    if made is None or made[0] is not held or made[1] != state:
-        with torch.inference_mode(False), torch.enable_grad():
-            made = kept[attribute, *found] = held, state, (alias(held, needs),)
-    return made[2]  # type: ignore[no-any-return]
 
 
 def _with_rows(base: Tensor, ranges: Sequence[range], rows: Tensor) -> Tensor:

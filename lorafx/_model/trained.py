@@ -108,17 +108,6 @@ class Trained(LorafxModule):
             found += copies.holders_for(name)
         return found
 
-    def whole(self, name: str) -> list[Tensor]:
-        """What adapters have in the place of all of a base's tensor, active or not."""
-        found = [copies.holder(name) for copies in self.sets().values()]
-        return [holder[0].held(holder[1]) for holder in found if holder is not None]
-
-    def needs(self, name: str) -> bool:
-        """If a gradient may be asked of what stands in the place of a tensor."""
-        if self.having(self.choice.default.weights):
-            return any([tensor.requires_grad for tensor in self.whole(name)])
-        return self.choice.trains
-
     def spread(self, name: str, weight: Tensor | None) -> None:
         """Spread all that stands in the place of one base tensor over processes as that is."""
         for copies in self.sets().values():

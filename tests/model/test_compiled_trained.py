@@ -116,3 +116,25 @@ def test_what_comes_first_is_announced():
         lorafx.add(model, "d", trainable=["scale", "classifier"])
     lorafx.activate(model, "d")
     check_training(model.eval(), call)
+
+
+def test_rows_of_a_weight():
+    """Of any number but one; tied to the head."""
+    model = made(1, ["embedding[1:4]", "scale"]).eval()
+    for number, rows in enumerate(("0,3", "2:6", "1,2,5"), 1):
+        lorafx.add(model, f"a{number}", trainable=f"embedding[{rows}]")
+    randomise(model)
+    counter = CompileCounter()
+    call = torch.compile(model, backend=counter, fullgraph=True)
+    for number in (0, 1, 2, 3):
+        lorafx.activate(model, f"a{number}")
+        check_training(model, call)
+    lorafx.activate(model, [])
+    torch.testing.assert_close(call(IDS), eager(model))
+    assert counter.frame_count == 1
+    for adapters in ({"a1": 1.0, "a3": 0.5}, "one"):  # rows of several, and a single one
+        if adapters == "one":
+            lorafx.add(model, "one", trainable="embedding[6:7]")
+        lorafx.activate(model, adapters)
+        check_training(model, call)
+    assert counter.frame_count == 3
