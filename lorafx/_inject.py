@@ -15,7 +15,7 @@ from ._adapter.config import LoRAConfig
 from ._adapter.names import check_name
 from ._graph.sites import SELECTORS, Site, Targets, as_list, select
 from ._merge import merge
-from ._model.attach import attach, begin_injection, check_new_name, new_adapter
+from ._model.attach import attach, begin_injection, check_new_name, make_room, new_adapter
 from ._model.branches import branches
 from ._model.copies import share
 from ._model.exported_program import takes_exported
@@ -40,6 +40,7 @@ def inject(
     trainable: str | Collection[str] = (), init: str = "gaussian", dtype: torch.dtype | None = None,
     rounding: bool = False, share_dropout: bool = False, adapter: str = "default",
     group: bool = True, recompute: bool = True, example_inputs: Any = None,
+    capacity: Targets | None = None,
 ) -> M:
     """Return a new model whose chosen linear calls y = x W^T + b also add s (x A^T) B^T.
 
@@ -66,6 +67,8 @@ def inject(
         group: compute linear calls that share an input (query, key, value) together, for speed.
         recompute: for memory, compute inputs again in the backward pass instead of keeping them.
         example_inputs: a tuple or dict of forward's arguments, on which roles are found: `sites`.
+        capacity: where later adapters may be without compiling again, as `targets`. With capacity,
+            `targets=()` makes no adapter yet.
 
     Raises:
         NoSiteError: a pattern matches nothing, a role is undecided. ConfigError: out of range.
@@ -86,14 +89,33 @@ def inject(
     check_name(adapter)
     check_model(model)
     twin = share(model)
-    program = read_program(twin)
-    config, roles = _without_roles(program, config, example_inputs)
-    made = new_adapter(program, adapter, config)
-    _warn_of_left_alone(program, config)
-    roles.note(begin_injection(program, group, recompute))
-    attach(program, made)
-    activate(twin, adapter)
+    _rewrite(read_program(twin), adapter, config, capacity, group, recompute, example_inputs)
     return twin
+
+
+def _rewrite(
+    program: Program, adapter: str, config: LoRAConfig, capacity: Targets | None,
+    group: bool, recompute: bool, example_inputs: Any,
+) -> None:
+    """Put branches into a copy of the user's model, and a first adapter unless it has no targets.
+    """
+    room: list[Site] = []
+    if capacity is not None:
+        meant = with_roles(program, capacity, (), example_inputs).targets
+        room = select(program.sites, meant, (), program.left_alone, "capacity")
+    made = roles = None
+    if as_list(config.targets) or not room:
+        config, roles = _without_roles(program, config, example_inputs)
+        made = new_adapter(program, adapter, config)
+    _warn_of_left_alone(program, config)
+    record = begin_injection(program, group, recompute)
+    if roles is not None:
+        roles.note(record)
+    if room:
+        make_room(program, room, config)
+    if made is not None:
+        attach(program, made)
+        activate(program.model, adapter)
 
 
 def _without_roles(
@@ -176,7 +198,7 @@ def add(
         model: an injected model; changed in place.
         adapter: the new adapter's name.
         rank, targets, example_inputs, config: as for `lorafx.inject`; `targets=None` means the
-            sites that have a branch already.
+            sites that adapters have, or of a model without adapters, all that have a branch.
 
     Raises:
         AdapterError: the name is taken.
@@ -190,7 +212,8 @@ def add(
         ['default', 'other']
     """
     check_new_name(model, adapter)
-    adapted = branches(model)
+    held = branches(model)
+    adapted = {name for name, branch in held.items() if branch.any_factors()} or {*held}
 
     def is_adapted(site: Site) -> bool:
         return site.name in adapted

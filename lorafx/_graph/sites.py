@@ -123,18 +123,20 @@ SELECTORS: dict[str, Callable[[Site], bool]] = {
 
 
 def select(
-    sites: Sequence[Site], targets: Any, exclude: Any, left_alone: Mapping[str, str]
+    sites: Sequence[Site], targets: Any, exclude: Any, left_alone: Mapping[str, str],
+    argument: str = "targets",
 ) -> list[Site]:
     """The sites that `targets` names and `exclude` does not; every pattern must match something.
 
-    `left_alone` gives the reasons of names that are not sites, for the error messages.
+    `left_alone` gives the reasons of names that are not sites, for the error messages, and
+    `argument` is what they call `targets`.
     """
-    targeted = {site.name: site for site in _matched(sites, targets, "targets", left_alone)}
+    targeted = {site.name: site for site in _matched(sites, targets, argument, left_alone)}
     excluded = {site.name for site in _matched(sites, exclude, "exclude", left_alone)}
     selected = [site for name, site in targeted.items() if name not in excluded]
     selected.sort(key=sort_key(site.name for site in sites))
     if not selected:
-        raise NoSiteError(f"No linear call is left to adapt: targets={targets!r}, "
+        raise NoSiteError(f"No linear call is left to adapt: {argument}={targets!r}, "
                           f"exclude={exclude!r}. {_hint(sites)}")
     return selected
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import inspect
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -18,19 +19,18 @@ from .._graph.modules import LorafxModule, Place, named_modules, submodule
 from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
 from .away import check_ties_are_seen
+from .beside import has_branch, put_branches
 from .branches import Branch, new_pair, spread
-from .choice import Choice
 from .copies import keep_attributes, same_kind
 from .factors import Factors
 from .flat import check_takes_parameters
 from .fsdp import check_beside, managed_modules
 from .guard import check_each_in_its_place, check_graphs_not_dispatched
-from .insert import Insertion, insert_branches
-from .layer_calls import adapt_layer
 from .lower import joins
 from .places import base_parameters
 from .program import Program
 from .quantised import is_packed
+from .readers import reader
 from .reading import FROZEN_PREFIX, adapted_names
 from .record import RECORD, Injection, injection, is_cut, set_trainable
 from .regions import (
@@ -118,38 +118,56 @@ def attach(program: Program, adapter: Adapter) -> None:
             raise AdapterError(
                 f"Adapter {adapter.name!r} has a pair for '{name}', which is no site of this model "
                 "now, as where a forward was changed after lorafx.inject: change it before that.")
-    _check_names_are_free(program, sites, adapter)
+    _check_names_are_free(program, sites, adapter.trained)
     managed = managed_modules(model)
     _check_fsdp(program, sites, adapter, managed)
+    if record.choice.compiled:
+        _warn_of_compiling(program, sites, adapter)
     mesh = only_mesh(program.base_parameters.values())
-    insertions: dict[str, list[Insertion]] = defaultdict(list)
-    guesses = _small_numbers(model) if record.recompute else None
-    for site in sites:
-        name, block = split_block(site.name)
-        owner, attribute = program.places[name]
-        if branch_name(attribute, block) not in owner._modules:
-            for call in site.calls:
-                path = dotted(call.owner, branch_name(call.attribute, block))
-                reverse = call.transposed != site.transposed
-                insertions[call.region].append(Insertion(call, path, reverse))
-        branch = _branch(program.places, site, guesses, record.choice)
+    for site, branch in zip(sites, put_branches(program, sites, adapter.config)):
         factors = Factors(*adapter.pairs[site.name], adapter.config).train(branch.training)
         factors.came_first = program.weight(site).is_meta and not factors.on_meta
         branch._modules = {**branch._modules, adapter.name: factors}  # others may read the old
-        if owner in managed:
+        if program.owner(site) in managed:
             factors.spread_apart(program.weight(site).device_mesh)  # type: ignore[attr-defined]
         else:
             spread(branch, program.weight(site))
             if mesh is not None:
                 factors.agree(mesh)
-    for region, inserted in insertions.items():
-        insert_branches(submodule(model, region), program.graphs[region], inserted, record.group)
     _register_trained(program, adapter)
     if record.group:
         _join_calls(program)
     record.configs[adapter.name] = dataclasses.replace(
         adapter.config, targets=list(adapter.pairs), exclude=[])
     set_trainable(model)
+
+
+def make_room(program: Program, sites: Sequence[Site], config: LoRAConfig) -> None:
+    """Put branches where later adapters may be, like those that a config makes."""
+    record = injection(program.model)
+    _check_names_are_free(program, sites, ())
+    put_branches(program, sites, config)
+    if record.group:
+        _join_calls(program)
+    record.choice.trains = True
+
+
+def _warn_of_compiling(program: Program, sites: Sequence[Site], adapter: Adapter) -> None:
+    """Warn where an adapter comes to places that compiled programs do not ask for adapters."""
+    new = [site.name for site in sites if not has_branch(program, site)]
+    for name in adapter.trained:
+        path, _, attribute = split_block(name)[0].rpartition(".")
+        owner = submodule(program.model, path)
+        if "trained" not in owner._modules or attribute not in adapted_names(owner):
+            new.append(name)
+    frame = reader("torch.utils._contextlib")
+    if new and frame is not None:
+        places = "1 place" if len(new) == 1 else f"{len(new)} places"
+        warnings.warn_explicit(
+            f"This model was compiled, and will be again at its next call, since adapter "
+            f"{adapter.name!r} comes to {places} where none could be, such as '{new[0]}': to make "
+            "room for later adapters, name their sites in lorafx.inject(..., capacity=...).",
+            UserWarning, frame.f_code.co_filename, frame.f_lineno)
 
 
 class _Needed(NamedTuple):
@@ -161,7 +179,9 @@ class _Needed(NamedTuple):
     site: str
 
 
-def _check_names_are_free(program: Program, sites: list[Site], adapter: Adapter) -> None:
+def _check_names_are_free(
+    program: Program, sites: Sequence[Site], trained: Iterable[str]
+) -> None:
     """Raise unless modules have no attributes of their own where lorafx needs to put its own."""
     needed: list[_Needed] = []
     for site in sites:
@@ -171,7 +191,7 @@ def _check_names_are_free(program: Program, sites: list[Site], adapter: Adapter)
             needed.append(_Needed(owner, branch_name(attribute, block), Branch, name))
             if attribute not in adapted_names(owner):
                 needed.append(_Needed(owner, FROZEN_PREFIX + attribute, Branch, name))
-    for name in adapter.trained:
+    for name in trained:
         path, _, attribute = split_block(name)[0].rpartition(".")
         owner = submodule(program.model, path)
         why = "it is a GraphModule" if is_plain_graph(owner) else why_not_adapted(owner)
@@ -205,34 +225,6 @@ def _check_fsdp(
         if submodule(program.model, name.rpartition(".")[0]) in managed:
             if name not in adapter.buffers:
                 check_beside(program.base_parameters[split_block(name)[0]], name, adapter.name)
-
-
-def _small_numbers(model: nn.Module) -> set[float]:
-    """What may be the eps of a norm: small numbers that modules hold."""
-    found = set()
-    for module in model.modules():
-        found |= {value for value in vars(module).values() if type(value) is float}
-    return {value for value in found if 0 < value <= 1e-2}
-
-
-def _branch(
-    places: Mapping[str, Place], site: Site, guesses: set[float] | None, choice: Choice
-) -> Branch:
-    """The branch at a site, registered under all of its names with the owners of its weight."""
-    name, block = split_block(site.name)
-    first, attribute = places[name]
-    branch = first._modules.get(branch_name(attribute, block))
-    if not isinstance(branch, Branch):
-        branch = Branch(choice, site.transposed, site.rows, guesses).train(first.training)
-    in_graph_module = any(call.node.op == "call_module" for call in site.calls)
-    for name in site.names:
-        owner, attribute = places[split_block(name)[0]]
-        owner._modules[branch_name(attribute, block)] = branch
-        if is_packed(owner):
-            adapt_layer(owner)
-        elif not in_graph_module and not is_plain_graph(owner):
-            adapt_attribute(owner, attribute)
-    return branch
 
 
 def _join_calls(program: Program) -> None:

@@ -1,6 +1,6 @@
 """The modules that hold adapters beside linear calls: branches, of one adapter's factors each."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .._kernels.compiling import Anew, is_compiling
 from .._kernels.gates import gates_of
 from .choice import Choice
 from .factors import Factors
+from .shards import is_sharded
 from .stacks import Stack, stack_of
 
 
@@ -30,6 +31,7 @@ class Branch(LorafxModule):
     """
 
     proven: Proven | None = None  # of x at this site; None: it is kept for the backward pass
+    like: tuple[Tensor, Tensor] | None = None  # A and B of no rank, for what others are like here
 
     def __init__(
         self, choice: Choice, transposed: bool = False, rows: tuple[int, int] | None = None,
@@ -66,7 +68,7 @@ class Branch(LorafxModule):
         rows = selection = None
         if weights is None:
             compiling = is_compiling()
-            stack = self.stack if compiling else None
+            stack = self.stack if compiling and not is_sharded(beside) else None
             if stack is None:
                 selection = self.choice.now if compiling else self.choice.read()
                 weights, rows = selection.weights, selection.rows
@@ -116,17 +118,25 @@ class Branch(LorafxModule):
                 any([factors.B.requires_grad for factors in held]))
 
     def nothing(self) -> tuple[Tensor, Tensor] | None:
-        """A and B of two ranks that add nothing; None if no adapter was here that tells of shapes.
-        """
-        like, kept = self.any_factors(), self._nothing
+        """A and B of two ranks that add nothing; None if nothing tells of shapes."""
+        factors, kept = self.any_factors(), self._nothing
+        like = self.like if factors is None else (factors.A.detach(), factors.B.detach())
         if like is not None:
-            A, B = like.A.detach(), like.B.detach()
+            A, B = like
             if kept is None or kept[0].dtype != A.dtype or kept[0].device != A.device:
                 *stack, _, width = A.shape
                 self._nothing = (A.new_zeros(*stack, 2, width), B.new_zeros(*B.shape[:-1], 2))
         return self._nothing
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.like is not None:
+            A, B = self.like
+            self.like = fn(A), fn(B)
+        return self
+
     def _compiled_stack(self) -> Stack | None:
+        self.choice.compiled = True
         return stack_of(self, self.choice.read(), compiled=True)
 
     stack: Any = property(Anew(_compiled_stack).__getitem__)  # what compiled programs read
@@ -134,6 +144,9 @@ class Branch(LorafxModule):
 
 def spread(branch: Branch, weight: Tensor | None) -> None:
     """Spread all factors of a branch over processes as the weight beside it is."""
+    if branch.like is not None and weight is not None:
+        A, B = (torch.empty_like(factor, device=weight.device) for factor in branch.like)
+        branch.like = A, B
     for held in branch._modules.values():
         if isinstance(held, Factors):
             held.spread(weight, branch.transposed, branch.rows is not None)
@@ -176,10 +189,17 @@ def new_pair(config: LoRAConfig, site: Site, weight: Tensor, device: torch.devic
 
     A stack of experts has stacks of both, (experts, rank, in) and (experts, out, rank).
     """
-    rank, dtype = config.site_rank(site.name), factor_dtype(config, weight)
-    stack = () if site.experts is None else (site.experts,)
-    A = torch.empty(*stack, rank, site.in_features, dtype=dtype, device=device)
-    B = torch.zeros(*stack, site.out_features, rank, dtype=dtype, device=device)
+    A, B = zeros(site, config.site_rank(site.name), factor_dtype(config, weight), device)
     if A.numel() and not A.is_meta:
         INITS[config.init](A)
     return Pair(A, B, config.site_scale(site.name))
+
+
+def zeros(
+    site: Site, rank: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return zeros in the shapes that A and B have at a site."""
+    stack = () if site.experts is None else (site.experts,)
+    A = torch.zeros(*stack, rank, site.in_features, dtype=dtype, device=device)
+    B = torch.zeros(*stack, site.out_features, rank, dtype=dtype, device=device)
+    return A, B

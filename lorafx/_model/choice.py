@@ -57,7 +57,7 @@ class Choice:
     """
 
     def __init__(self) -> None:
-        self.trains = False  # True once something was active, which trains
+        self.trains = False  # True once something was active, which trains, or has room
         self._start({})
 
     def _start(self, weights: Mapping[str, float]) -> None:
@@ -69,6 +69,7 @@ class Choice:
         self._entered: list[Selection] = []  # in all threads and tasks
         self._functions: weakref.WeakKeyDictionary[Any, Selection] = weakref.WeakKeyDictionary()
         self._chose_with_gradients = False
+        self.compiled = False  # True once a compiled program has read what is active
         self._forget()
         self.choose(weights)
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from .._kernels.compiling import Anew
 from .direct import LinearForward, direct_first
 from .reading import FROZEN_PREFIX, RESETTING, adapted, base_or_trained
+from .standing import standing
 
 
 _SERIAL = itertools.count()
@@ -60,6 +62,14 @@ def adapted_property(name: str) -> property:
         del vars(self)[name]
 
     return property(read, write, delete, doc=f"{name} + s B A, over the active adapters.")
+
+
+def standing_property(name: str) -> property:
+    """Return what stands in a class for what compiled programs read in the place of a tensor."""
+    def read(self: nn.Module) -> Any:
+        return standing(self, name)
+
+    return property(Anew(read).__getitem__)
 
 
 def frozen_property(name: str) -> property:

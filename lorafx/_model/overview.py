@@ -63,15 +63,16 @@ def _above(path: str) -> list[str]:
 
 def joined_sites(model: nn.Module) -> list[tuple[str, ...]]:
     """Return the groups of sites that regions compute together, as the model stands."""
-    names = {branch: name for name, branch in branches(model).items()}
+    names = {branch: name for name, branch in branches(model).items() if branch.any_factors()}
     found: dict[tuple[str, ...], None] = {}
     for _, module in named_modules(model):
         if isinstance(module, Region):
             for members in joined_in(module):
                 sites = []
                 for member in members:
-                    sites += [names[branch] for branch in member]
-                found[tuple(sites)] = None
+                    sites += [names[branch] for branch in member if branch in names]
+                if len(sites) > 1:
+                    found[tuple(sites)] = None
     return list(found)
 
 

@@ -67,6 +67,10 @@ class Program:
         """{name: tensor} of the base, its parameters and persistent buffers, under every name."""
         return self.base_parameters | base_buffers(self.model)
 
+    def owner(self, site: Site) -> nn.Module:
+        """The module that has a site's weight, under its first name."""
+        return self.places[split_block(site.name)[0]].module
+
     def weight(self, site: Site) -> Tensor:
         """The base's tensor of which a site is all or some rows."""
         tensor: Tensor = tensor_at(self.places[split_block(site.name)[0]])
@@ -74,8 +78,7 @@ class Program:
 
     def home(self, site: Site, has_values: bool) -> torch.device:
         """The device for a new pair at a site, which may have values already."""
-        owner = self.places[split_block(site.name)[0]].module
-        return home(owner, self.weight(site), has_values)
+        return home(self.owner(site), self.weight(site), has_values)
 
     def base_value(self, name: str) -> Tensor:
         """A Parameter or buffer of the base, or rows of it, as it is while it is used."""

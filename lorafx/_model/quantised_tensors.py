@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._errors import UnsupportedModelError
+from .._kernels.tensors import PLAIN
 
 
 class TensorPacking(NamedTuple):
@@ -71,6 +72,8 @@ TENSOR_PACKINGS = (
 
 def tensor_packing_of(weight: Any) -> TensorPacking | None:
     """The row for a weight, or None for a dense one."""
+    if type(weight) in PLAIN:  # of which compiled programs need not ask what has been imported
+        return None
     for row in TENSOR_PACKINGS:
         cls = getattr(sys.modules.get(row.module), row.name, None)
         if cls is not None and isinstance(weight, cls):

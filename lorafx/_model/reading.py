@@ -11,6 +11,7 @@ from .._adapter.names import branch_name
 from .._errors import UnsupportedModelError
 from .._graph.dispatched import value_of
 from .._kernels.addend import Addend
+from .._kernels.compiling import is_compiling
 from .._kernels.private import is_transforming
 from .._kernels.weights import whole, with_rows
 from .adapted_weight import NARROW, AdaptedWeight
@@ -24,6 +25,7 @@ from .trained import Copies, Trained
 
 
 FROZEN_PREFIX = "frozen_"
+STANDING_PREFIX = "_lorafx_"
 # The modules of which the user's `reset_parameters` is running: it writes into W.
 RESETTING: contextvars.ContextVar[tuple[nn.Module, ...]] = contextvars.ContextVar(
     "resetting", default=())
@@ -67,6 +69,14 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
     if held is not None and "trained" not in owner._modules:
         return held
     tensor = base_tensor(owner, attribute)
+    if is_compiling() and "trained" in owner._modules:
+        standing = getattr(owner, STANDING_PREFIX + attribute)
+        if standing is not None and not standing:
+            return tensor
+        if standing is not None:
+            whole, numbers, rows = standing
+            whole = whole.to(tensor.dtype)
+            return whole if rows is None else whole.index_copy(0, numbers, rows.to(tensor.dtype))
     for copies, name in () if tensor is None else trained_beside(owner, attribute):
         found, ranges = _trained_tensor(copies, name, tensor), copies.rows.get(name)
         tensor = found if ranges is None else _with_rows(tensor, ranges, found)
@@ -130,14 +140,15 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
         if answer in (Answer.PARAMETER, Answer.LAYER) or owner in RESETTING.get():
             return base_tensor(owner, attribute)  # type: ignore[no-any-return]
     matrix = base_or_trained(owner, attribute)
-    if compiling and matrix is not None and matrix.dtype in NARROW:
+    # there is no W while another is registered, and factors may have no memory then
+    beside = [] if matrix is None else branches_beside(owner, attribute)
+    if compiling and beside and matrix.dtype in NARROW:
         # the compiler cannot make the tensor: its graph ends here
         outside = torch.compiler.disable(  # type: ignore[no-untyped-call]
             adapted, reason="Python reads an adapted weight of a narrow dtype")
         return outside(owner, attribute)  # type: ignore[no-any-return]
     addends: list[Addend] = []
-    # there is no W while another is registered, and factors may have no memory then
-    for branch in () if matrix is None else branches_beside(owner, attribute):
+    for branch in beside:
         addends += branch.addends(matrix, stored=True)
     if not addends:
         watched = answer is Answer.ADAPTED and not compiling and not is_transforming()

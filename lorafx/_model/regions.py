@@ -18,11 +18,13 @@ from .._graph.functions import why_not_defined
 from .._graph.modules import LorafxModule
 from .branches import spread
 from .fsdp import change_class, own_class, state_without_fsdp
-from .generated import adapted_property, compiled, frozen_property, resetting_base
 from .direct import LinearForward
+from .generated import (
+    adapted_property, compiled, frozen_property, resetting_base, standing_property
+)
 from .lower import forward_of, lower
 from .readers import Answer, answer, can_spread
-from .reading import FROZEN_PREFIX, adapted_names, branches_beside, followers
+from .reading import FROZEN_PREFIX, STANDING_PREFIX, adapted_names, branches_beside, followers
 from .rebinding import watch_registered
 from .record import RECORD
 from .root import Root
@@ -278,6 +280,7 @@ def _derived(
         for name in names:
             namespace[name] = adapted_property(name)
             namespace[FROZEN_PREFIX + name] = frozen_property(name)
+            namespace[STANDING_PREFIX + name] = standing_property(name)
         reset = getattr(user_class, "reset_parameters", None)
         if isinstance(reset, types.FunctionType):
             namespace["reset_parameters"] = resetting_base(reset)

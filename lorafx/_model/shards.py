@@ -13,6 +13,8 @@ from .._kernels.tensors import PLAIN
 
 def is_sharded(tensor: Tensor | None) -> bool:
     """True for a DTensor. None is where torch's module of them has not been loaded."""
+    if tensor is None or type(tensor) in PLAIN:  # compiled programs ask no more
+        return False
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -175,7 +175,7 @@ def _stacked(parts: Sequence[_Part], form: _Form) -> tuple[Tensor, Tensor]:
         A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
     if not form.compiled:
         return A, B
-    A, B = _alias(A, form.needs[0]), _alias(B, form.needs[1])
+    A, B = alias(A, form.needs[0]), alias(B, form.needs[1])
     return mark_dynamic(A, -2), mark_dynamic(B, -1)
 
 
@@ -209,15 +209,15 @@ def _gate(parts: Sequence[_Part], form: _Form, selection: Selection) -> Tensor |
     return made
 
 
-def _alias(tensor: Tensor, needs: bool) -> Tensor:
+def alias(tensor: Tensor, needs: bool) -> Tensor:
     """The same memory as a tensor that may be marked, and requires grad if that is needed."""
     if not needs:
         return tensor.detach()
     if tensor.requires_grad:
         return tensor.view_as(tensor)
     needing = torch.zeros((), requires_grad=True)
-    alias: Tensor = _Frozen.apply(tensor, needing)  # type: ignore[no-untyped-call]
-    return alias
+    made: Tensor = _Frozen.apply(tensor, needing)  # type: ignore[no-untyped-call]
+    return made
 
 
 class _Frozen(torch.autograd.Function):

@@ -10,7 +10,7 @@ from .._adapter.names import split_block
 from .._errors import UnsupportedModelError
 from .._graph.modules import LorafxModule
 from .._kernels.compiling import is_compiling
-from .choice import Choice
+from .choice import Choice, Selection
 from .held import Held
 from .shards import is_sharded, spread_like
 
@@ -92,11 +92,12 @@ class Trained(LorafxModule):
         return {name: copies for name, copies in self._modules.items()
                 if isinstance(copies, Copies)}
 
-    def holders(self, name: str) -> list[tuple[Copies, str]]:
+    def holders(self, name: str, selection: Selection | None = None) -> list[tuple[Copies, str]]:
         """Who holds what stands now in the place of a tensor of the base, or of some of its rows.
         """
         found: list[tuple[Copies, str]] = []
-        selection = self.choice.now if is_compiling() else self.choice.read()
+        if selection is None:
+            selection = self.choice.now if is_compiling() else self.choice.read()
         for adapter in selection.weights:
             copies = selection.held(self, adapter)
             if copies is not None:

@@ -129,7 +129,8 @@ class _Reading:
         for item in self.items:
             items.append(Label("operator", item) if isinstance(item, list) else item)
         for number, members in self._groups.values():
-            items[number] = JoinedBox(members)
+            if len(members) > 1:
+                items[number] = JoinedBox(members)
         lines = []
         for target, sources in enumerate(self.sources):
             for source, port in dict.fromkeys(sources):

@@ -83,7 +83,7 @@ def test_a_missing_model_is_pythons_own_error():
 
 def test_the_signature_is_explicit():
     parameters = inspect.signature(lorafx.inject).parameters.values()
-    assert len(parameters) == 18
+    assert len(parameters) == 19
     assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters)
     assert pickle.loads(pickle.dumps(lorafx.inject)) is lorafx.inject
 
