@@ -104,13 +104,24 @@ class Branch(LorafxModule):
         """Those of any adapter, which tell what others are like."""
         return next((f for f in self._modules.values() if isinstance(f, Factors)), None)
 
-    def needs(self) -> tuple[bool, bool]:
-        """If a gradient may be asked of what stands here for A, and for B."""
-        held = [factors for factors in self._modules.values() if isinstance(factors, Factors)]
-        if not any(name in self.choice.default.weights for name in self._modules):
-            return self.choice.trains, self.choice.trains
-        return (any([factors.A.requires_grad for factors in held]),
-                any([factors.B.requires_grad for factors in held]))
+    def needs(self, used: Mapping[str, float]) -> tuple[bool, bool]:
+        """If a gradient may be asked of what stands here for A, and for B, where these are used.
+
+        It is asked at each call of a compiled program, and so of no adapters but these and those
+        that train.
+        """
+        active, held = self.choice.default.weights, self._modules
+        here = of_A = of_B = False
+        for name in active if used is active else {**active, **used}:
+            factors = held.get(name)
+            if factors is not None:
+                A, B = factors._parameters.get("A"), factors._parameters.get("B")
+                of_A = of_A or A is not None and A.requires_grad
+                of_B = of_B or B is not None and B.requires_grad
+                here = here or name in active
+        if here:
+            return of_A, of_B
+        return of_A or self.choice.trains, of_B or self.choice.trains
 
     def nothing(self) -> tuple[Tensor, Tensor] | None:
         """A and B of two ranks that add nothing; None if nothing tells of shapes."""
