@@ -15,7 +15,7 @@ from .._kernels.addend import Addend
 from .._kernels.again import Proven
 from .._kernels.compiling import Anew, is_compiling
 from .._kernels.gates import gates_of
-from .choice import Choice
+from .choice import Choice, Selection
 from .factors import Factors
 from .shards import is_sharded
 from .stacks import Stack, stack_of
@@ -103,19 +103,27 @@ class Branch(LorafxModule):
 
     def any_factors(self) -> Factors | None:
         """Those of any adapter, which tell what others are like."""
-        return next(iter(self._all_factors()), None)
-
-    def _all_factors(self) -> list[Factors]:
         held = tuple(self._modules.values())  # to which another thread may add
-        return [factors for factors in held if isinstance(factors, Factors)]
+        return next((factors for factors in held if isinstance(factors, Factors)), None)
 
-    def needs(self) -> tuple[bool, bool]:
-        """If a gradient may be asked of what stands here for A, and for B."""
-        held, used = self._all_factors(), self.choice.default.weights
-        if used.keys().isdisjoint(tuple(self._modules)):
-            return self.choice.trains, self.choice.trains
-        return (any([factors.A.requires_grad for factors in held]),
-                any([factors.B.requires_grad for factors in held]))
+    def needs(self, selection: Selection) -> tuple[bool, bool]:
+        """If a gradient may be asked of what stands here for A, and for B, where this is used.
+
+        It is asked at each call of a compiled program, and so of no adapters but these and those
+        that train.
+        """
+        active, used = self.choice.default.weights, selection.weights
+        here = of_A = of_B = False
+        for name in active if used is active else {**active, **used}:
+            factors = selection.held(self, name) if name in used else self._modules.get(name)
+            if factors is not None:
+                A, B = factors._parameters.get("A"), factors._parameters.get("B")
+                of_A = of_A or A is not None and A.requires_grad
+                of_B = of_B or B is not None and B.requires_grad
+                here = here or name in active
+        if here:
+            return of_A, of_B
+        return of_A or self.choice.trains, of_B or self.choice.trains
 
     def nothing(self) -> tuple[Tensor, Tensor] | None:
         """A and B of two ranks that add nothing; None if nothing tells of shapes."""

@@ -79,7 +79,7 @@ def stack_of(branch: Any, selection: Selection, compiled: bool) -> Stack | None:
     """
     # a compiler traces parts without gradients, whose inputs are read with them at each call
     gradients = compiled or torch.is_grad_enabled()
-    needs = branch.needs() if compiled else (False, False)
+    needs = branch.needs(selection) if compiled else (False, False)
     form = _Form(compiled, selection.rows is not None, gradients, needs)
     made = selection.made.get(branch)
     if made is None or not made.holds(form, branch, selection):

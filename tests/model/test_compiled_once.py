@@ -120,3 +120,14 @@ def test_with_the_compiler_itself():
             y = call(X)
             torch.testing.assert_close(y, eager(model, X))
             y.sum().backward()
+
+
+def test_what_trains_without_being_active():
+    model = made()
+    lorafx.activate(model, [])
+    call = torch.compile(model, backend="eager", fullgraph=True)
+    ours = [parameter.requires_grad_() for parameter in lorafx.parameters(model, "b")]
+    with lorafx.using(model, "b"):
+        for y in (call(X), eager(model, X)):
+            y.sum().backward()
+    assert all(torch.count_nonzero(parameter.grad) for parameter in ours)
