@@ -53,9 +53,18 @@ class _Made(NamedTuple):
     state: Sequence[Any]
     stack: Stack
 
+    @property
+    def trains(self) -> bool:
+        """True if a gradient will be asked of the factors."""
+        return self.stack.A.requires_grad or self.stack.B.requires_grad
+
     def holds(self, form: _Form, branch: Any, selection: Selection) -> bool:
-        """True if it would be made in the same way now. It is asked at each call of a branch."""
-        if form != self.form:
+        """True if it would be made in the same way now. It is asked at each call of a branch.
+
+        Versions do not tell of what is written into `.data`, as some optimizers do: what trains is
+        copied at each call, which is once a step, but in compiled programs, which read it often.
+        """
+        if form != self.form or not form.compiled and self.trains:
             return False
         for name, factors, A, B, scale, dropout in self.held:
             if selection.held(branch, name) is not factors or factors.scale != scale:
@@ -63,7 +72,7 @@ class _Made(NamedTuple):
             tensors = factors._parameters
             if tensors.get("A") is not A or tensors.get("B") is not B:
                 return False
-            if factors.dropping != dropout:
+            if (dropout or factors.dropout) and factors.dropping != dropout:
                 return False
         for name in self.absent:
             if selection.held(branch, name) is not None:

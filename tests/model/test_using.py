@@ -183,6 +183,17 @@ def test_rows_train_their_own_adapters(model):
             torch.testing.assert_close(gradient, wanted[name])
 
 
+def test_rows_train_by_who_writes_past_versions(model):
+    lorafx.activate(model, ["a", "b", "c"])
+    for _ in range(3):
+        with lorafx.rows(model, SPECS):
+            found = model(X)
+        wanted = [of(model, spec, X[row:row + 1]) for row, spec in enumerate(SPECS)]
+        torch.testing.assert_close(found, torch.cat(wanted))
+        for parameter in lorafx.parameters(model):
+            parameter.data.mul_(1.5)
+
+
 def test_rows_drop_out_by_adapter():
     model = lorafx.inject(nn.Linear(64, 64), rank=2, adapter="a", dropout=0.5)
     lorafx.add(model, "b", rank=2)
