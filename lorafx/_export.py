@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +51,9 @@ def export(
             inputs are those of A and B, and of forward's arguments; without an adapter it is the
             base; `lorafx.save(model, "french.onnx_adapter")` writes what onnxruntime's
             LoraAdapter loads. `.aoti.pt2`: compiled for this machine's kind, to be loaded by
-            `torch._inductor.aoti_load_package`. Missing folders are made.
+            `torch._inductor.aoti_load_package`; its inputs have no default: the base is an adapter
+            of zeros, whose shapes are the JSON in `.get_metadata()["adapter"]`. Missing folders are
+            made.
         args, kwargs: an example of what forward takes.
         dynamic_shapes: {argument: what may vary, as for `torch.export.export`}; by default each
             size of each tensor may that the model lets vary and that is above 1 in the example.
@@ -162,7 +165,10 @@ def _write_pt2(exported: ExportedProgram, program: WithAdapterInputs, path: Path
 
 def _write_aoti(exported: ExportedProgram, program: WithAdapterInputs, path: Path) -> None:
     import torch._inductor
-    torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+    adapter = {name: list(zeros.shape) for name, zeros in program.adapter.items()}
+    torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(path),
+        inductor_configs={"aot_inductor.metadata": {"adapter": json.dumps(adapter)}})
 
 
 def _write_onnx(exported: ExportedProgram, program: WithAdapterInputs, path: Path) -> None:

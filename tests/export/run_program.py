@@ -4,6 +4,7 @@ Of each folder in the arguments: the program, `inputs.pt` with what it is called
 adapters; `outputs.pt` gets {adapter or "base": outputs for each input}.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,19 +12,20 @@ import safetensors.torch
 import torch
 
 
-def torch_program(folder, zeros):
+def torch_program(folder):
     """{adapter: a function of the arguments}."""
     if (folder / "model.aoti.pt2").exists():
         from torch._inductor import aoti_load_package
 
         program = aoti_load_package(str(folder / "model.aoti.pt2"))
+        shapes = json.loads(program.get_metadata()["adapter"])
+        zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
     else:
         loaded = torch.export.load(folder / "model.pt2")
         program, zeros = loaded.module(), loaded.example_inputs[0][0]
-    adapters = {path.stem: safetensors.torch.load_file(path)
-                for path in folder.glob("*.safetensors")}
-    if zeros is not None:
-        adapters["base"] = zeros
+    adapters = {"base": zeros}
+    for path in folder.glob("*.safetensors"):
+        adapters[path.stem] = safetensors.torch.load_file(path)
     return {name: lambda given, adapter=adapter: program(adapter, **given)
             for name, adapter in adapters.items()}
 
@@ -70,7 +72,7 @@ def main():
     for folder in map(Path, sys.argv[1:]):
         inputs = torch.load(folder / "inputs.pt")
         onnx = (folder / "model.onnx").exists()
-        calls = onnx_program(folder) if onnx else torch_program(folder, inputs["zeros"])
+        calls = onnx_program(folder) if onnx else torch_program(folder)
         with torch.no_grad():
             outputs = {name: [flat(call(given)) for given in inputs["calls"]]
                        for name, call in calls.items()}

@@ -164,7 +164,7 @@ def test_a_merged_model_exports_node_for_node_as_the_base(block):
 
 def onnx_nodes(model):
     """Operators, attributes and values of an ONNX program, in their order."""
-    program = torch.onnx.export(model, (X,), dynamo=True, verbose=False).model
+    program = torch.onnx.export(model.eval(), (X,), dynamo=True, verbose=False).model
     graph = program.graph
     nodes = []
     for node in graph:
