@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._kernels.private import any_global_hook, has_compiled_call
+from .._kernels.private import any_global_hook, compiled_call
 from .dispatched import runs_class_forward
 from .loaded import loaded
 
@@ -121,12 +121,13 @@ def is_bare(module: nn.Module) -> bool:
     """True if calling a module does what its class's forward does and nothing more."""
     if any_global_hook() or type(module).__call__ is not nn.Module.__call__:
         return False
-    return not _hooked(module) and runs_class_forward(module) and not has_compiled_call(module)
+    return not _hooked(module) and runs_class_forward(module) and compiled_call(module) is None
 
 
 def is_untouched(module: LorafxModule) -> bool:
     """True if nothing is hooked to one module and no forward is set on it, not even its class's."""
-    return not (_hooked(module) or "forward" in module.__dict__ or has_compiled_call(module))
+    own = "forward" in module.__dict__ or compiled_call(module) is not None
+    return not (_hooked(module) or own)
 
 
 def _hooked(module: nn.Module) -> Any:
