@@ -61,7 +61,7 @@ READINGS: dict[str, list[tuple[str, Any, Any]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One reading: its sites and parameters, the base's, bytes by dtype, seconds to inject."""
+    """One reading: its sites and parameters, the base's, bytes by dtype, CPU seconds to inject."""
 
     model: str
     reading: str
@@ -80,9 +80,9 @@ class Row:
 
 def count(model: str, base: nn.Module, reading: str, targets: Any, exclude: Any) -> Row:
     """Inject into a model on the meta device and count."""
-    began = time.perf_counter()
+    began = time.process_time()
     injected = lorafx.inject(base, RANK, targets=targets, exclude=exclude)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     sites = len(list(lorafx.parameters(injected))) // 2
     trainable = sum(tensor.numel() for tensor in lorafx.parameters(injected))
     total = sum(tensor.numel() for tensor in base.parameters())
@@ -142,8 +142,8 @@ def verdict_on_40B(found: Sequence[Row]) -> str:
             sizes[f"{row.model}, {row.reading}, in float16"] = row.float16_bytes
     agreeing = [name for name, count in sizes.items() if HUNDREDS[0] <= count <= HUNDREDS[1]]
     low, high = size(min(sizes.values())), size(max(sizes.values()))
-    return (f"Guides say a few hundred MB for 40B: at rank {RANK} it is {low} to {high}; "
-            f"{'; '.join(agreeing) or 'no reading'} has {size(HUNDREDS[0])} or more.")
+    return (f"Guides say a few hundred MB for 40B: at rank {RANK} it is {low} to {high}. "
+            f"{size(HUNDREDS[0])} or more: {'; '.join(agreeing) or 'none'}.")
 
 
 def speed_table(found: Sequence[Step]) -> str:

@@ -106,9 +106,9 @@ def png_of(title: str, said: str, panels: Sequence[Panel]) -> bytes:
     """Return all pictures, one below the other, as PNG, under a title and what is said of them."""
     matplotlib = _matplotlib()
     heights = [panel.height + 0.75 for panel in panels]
-    figure = matplotlib.figure.Figure(figsize=(WIDTH, sum(heights) + 0.7), layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(title, 80)), fontsize=14, fontweight="bold", x=0.01,
-                    ha="left")
+    figure = matplotlib.figure.Figure(figsize=(WIDTH, sum(heights) + 0.9), layout="constrained")
+    figure.suptitle("\n".join([*textwrap.wrap(title, 80), ""]), fontsize=14, fontweight="bold",
+                    x=0.01, ha="left")
     figure.supxlabel("\n".join(textwrap.wrap(said, 120)), fontsize=9, x=0.01, ha="left")
     parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for panel, part in zip(panels, parts):

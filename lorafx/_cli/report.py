@@ -22,8 +22,8 @@ body { margin: 2rem auto; max-width: 72rem; padding: 0 1.25rem; background: var(
   color: var(--ink); font: 15px/1.5 system-ui, 'Segoe UI', 'Liberation Sans', sans-serif; }
 h1 { font-size: 1.45rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 0; }
 p { margin: .25rem 0 .75rem; color: var(--soft); }
-img { display: block; width: 100%; height: auto; background: #ffffff; border-radius: 6px;
-  border: 1px solid var(--edge); box-sizing: border-box; padding: .5rem; }
+img { display: block; width: 100%; min-width: 44rem; height: auto; background: #ffffff;
+  border-radius: 6px; border: 1px solid var(--edge); box-sizing: border-box; padding: .5rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem .7rem; border-bottom: 1px solid var(--edge);
@@ -93,8 +93,8 @@ def _page(title: str, said: str, facts: Sequence[SiteFacts], panels: Sequence[Pa
         picture = base64.b64encode(svg_of(panel)).decode()
         size = f'width="{96 * WIDTH:.0f}" height="{96 * panel.height:.0f}"'
         parts += [f"<h2>{html.escape(panel.title)}</h2>", f"<p>{html.escape(panel.caption)}</p>",
-                  f'<img alt="{html.escape(panel.title)}" {size} '
-                  f'src="data:image/svg+xml;base64,{picture}">']
+                  f'<div class="wide"><img alt="{html.escape(panel.title)}" {size} '
+                  f'src="data:image/svg+xml;base64,{picture}"></div>']
     parts += ['<details open><summary>The numbers</summary><div class="wide">', *_table(facts),
               "</div></details></body></html>"]
     return "\n".join(parts) + "\n"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._kernels.private import any_global_hook, has_compiled_call
+from .._kernels.private import any_global_hook, compiled_call
 from .dispatched import runs_class_forward
 from .loaded import loaded
 
@@ -147,7 +147,7 @@ def is_bare(module: nn.Module) -> bool:
     """True if calling a module does what its class's forward does and nothing more."""
     if any_global_hook() or type(module).__call__ is not nn.Module.__call__:
         return False
-    return not _hooked(module) and runs_class_forward(module) and not has_compiled_call(module)
+    return not _hooked(module) and runs_class_forward(module) and compiled_call(module) is None
 
 
 def _hooked(module: nn.Module) -> Any:

@@ -244,9 +244,9 @@ any_global_hook: Callable[[], bool] = _optional(
     "torch.nn.modules.module:_has_any_global_hook", lambda: True)
 
 
-def has_compiled_call(module: nn.Module) -> bool:
-    """True after module.compile(). Without that attribute: False."""
-    return getattr(module, "_compiled_call_impl", None) is not None
+def compiled_call(module: nn.Module) -> Any:
+    """What module.compile() made, which copies lack, or None. Without that attribute: None."""
+    return getattr(module, "_compiled_call_impl", None)
 
 
 def composable_keys() -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from .._graph.dispatched import (
 from .._graph.loaded import loaded
 from .._graph.modules import LorafxModule, all_modules, hooks
 from .._graph.scan import MODULE_STATE, values_in
-from .._kernels.private import has_compiled_call
+from .._kernels.private import compiled_call
 from .record import find_injection
 from .zero import check_not_managed
 
@@ -137,7 +137,7 @@ def _check_call(module: nn.Module, label: str) -> None:
             f"{label} is offloaded with all that is below it (preload_module_classes of "
             "accelerate), where new A and B would be looked for too: inject first and dispatch the "
             "result.")
-    if has_compiled_call(module):
+    if compiled_call(module) is not None:
         raise UnsupportedModelError(f"{label} is compiled: call .compile() on the injected model "
                                     "instead.")
 
@@ -160,7 +160,8 @@ def _closures(module: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter
     The functions are those in its attributes and its hooks.
     """
     values = {f"'{name}'": value for name, value in vars(module).items()
-              if name not in MODULE_STATE and not is_accelerates(value)}
+              if name not in MODULE_STATE and not is_accelerates(value)
+              and value is not compiled_call(module)}
     values |= {f"hook {number}": hook for number, hook in enumerate(hooks(module))}
     for name, value in values.items():
         for held in values_in(value):

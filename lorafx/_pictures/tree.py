@@ -25,7 +25,7 @@ code, pre, .name { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, '
   monospace; font-size: 13px; }
 .name { font-weight: 600; }
 figure { margin: 1rem 0; overflow-x: auto; border: 1px solid var(--edge); border-radius: 8px; }
-figure svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+figure svg { display: block; max-width: max(100%, 52rem); height: auto; margin: 0 auto; }
 details, .site, .frozen { margin: .2rem 0 .2rem .55rem; padding-left: .8rem;
   border-left: 2px solid var(--edge); }
 details.break { border-left-style: dashed; border-left-color: var(--soft); }
@@ -104,6 +104,8 @@ def _site(modules: Modules, row: SiteRow) -> str:
         state = "not active" if weight is None else f"× {weight * row.scales[adapter]:.3g}"
         words = html.escape(f"{block} {adapter}: rank {rank}, {state}".strip())
         parts.append(f'<span class="lora">{words}</span>')
+    if row.role is not None:
+        parts.insert(0, f'<span class="class">{html.escape(row.role)}</span>')
     if row.relative_norm is not None:
         parts.append(f"|sBA| / |W| = {row.relative_norm:#.3g}")
     if row.joined:

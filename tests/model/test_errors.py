@@ -418,6 +418,7 @@ def test_a_forward_that_a_copy_would_share_is_refused_when_one_is_made(set_on, s
 def test_a_forward_bound_to_its_module_is_bound_to_the_new_one_in_a_merged_model():
     model = lorafx.inject(Net())
     patched(model)
+    model.v_proj.compile(backend="eager")
     merged = lorafx.merge(model)
     assert merged.q_proj.forward.__self__ is merged.q_proj
     assert torch.equal(merged(torch.ones(1, 4)), model(torch.ones(1, 4)))

@@ -285,6 +285,20 @@ def test_a_page_holds_every_module_site_and_code(decoder, here):
     assert "embedding" in content and "skipped, and why" in content
 
 
+def test_a_page_tells_roles_where_they_are_known(here):
+    model = lorafx.inject(Gated(), rank=1, targets="linear", example_inputs=(torch.ones(2, 6),))
+    lorafx.draw(model, "page.html")
+    assert "mlp" not in Path("page.html").read_text()  # it has no residual connection
+
+    class Residual(Gated):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + super().forward(x)
+
+    model = lorafx.inject(Residual(), rank=1, targets="mlp", example_inputs=(torch.ones(2, 6),))
+    lorafx.draw(model, "page.html")
+    assert Path("page.html").read_text().count('<span class="class">mlp</span>') == 3
+
+
 def test_a_file_needs_no_other_and_no_network(decoder, here):
     for path in ("page.html", "block.svg"):
         lorafx.draw(decoder, path)
