@@ -1,7 +1,9 @@
 """Adapted linear calls of which no gradient is asked: when they are two products a branch.
 
-Each call reads A and B as they are then: nothing tells of what `.data` or a hook put there. So
-little is asked of them, and in a row.
+Each call reads A and B as they are then: nothing tells of what `.data` or a hook put there. For one
+token the products take less time than the questions about them, and in a model, where each layer is
+met once a token, a frame of Python costs more than what is done in it. So all is asked, and
+computed, in one frame, at once for a layer that is one linear call.
 """
 
 import functools
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._kernels.direct import Term, direct, wider
+from .._kernels.direct import Term, add_to_rows, wider
 from .._kernels.linears import many_rows
 from .._kernels.private import any_autocast, any_global_hook, runs_as_called
 from .._kernels.tensors import PLAIN
@@ -78,7 +80,8 @@ def directly(x: Any, linear: Sequence[Any], owner: dict[str, Any] | None = None)
         return None  # an exporter that is no compiler has a mode, of which `runs_as_called` tells
     if any_autocast() or not runs_as_called() or type(x) not in PLAIN:
         return None
-    if x.layout is not torch.strided or x.is_nested or not x.numel():
+    count = x.numel()
+    if x.layout is not torch.strided or x.is_nested or not count:
         return None
     if owner is None:
         weight, bias, *branches = linear
@@ -89,7 +92,7 @@ def directly(x: Any, linear: Sequence[Any], owner: dict[str, Any] | None = None)
             return None
         weight, bias = held[first], None if second is None else held[second]
         branches = [*map(modules.get, names)]
-    dtype, one = x.dtype, x.numel() == x.size(-1)
+    dtype, one = x.dtype, count == x.size(-1)
     if type(weight) not in PLAIN or weight.dtype is not dtype or any_global_hook():
         return None
     if bias is not None and type(bias) not in PLAIN:
@@ -129,9 +132,10 @@ def directly(x: Any, linear: Sequence[Any], owner: dict[str, Any] | None = None)
             if A.dtype is not dtype and not (one and wider(A, x)) or B.dtype is not A.dtype:
                 return None
             terms.append((A, B, share * state["scale"]))
-    if not one or dtype.itemsize < 4:
-        return direct(x, weight, bias, terms)
-    y = F.linear(x, weight, bias)  # as `direct` does it
+    # in the shape of x, whose rows by themselves may be added up in another order
+    y = F.linear(x, weight, bias)
+    if not one or dtype.itemsize < 4:  # in two bytes, mv rounds partial sums
+        return add_to_rows(y, x, terms)
     row, whole = x.reshape(-1), y.view(-1)  # (in), (out)
     for A, B, scale in terms:
         whole.addmv_(B, torch.mv(A, row), alpha=scale)
