@@ -13,6 +13,8 @@ def checkpointed_function() -> tuple[Any, bool]:
     That is the innermost. Only the hooks that it sets on what autograd keeps tell of it.
     """
     hooks = saved_tensors_hooks(True)
+    if hooks is None:
+        return None, False
     for hook in hooks if isinstance(hooks, tuple) else ():
         for cell in getattr(inspect.unwrap(hook), "__closure__", None) or ():
             held = cell.cell_contents

@@ -1,9 +1,6 @@
-"""A linear call of which no gradient is asked: x W^T + b, and two products in place an addend.
+"""What branches add to a linear call of which no gradient is asked: two products each, in place.
 
-For one token, these take less time than the questions that `linears` asks about forms. They are
-what it gives, but for the order in which products are added up. In a model each call finds the
-processor's caches filled with other things, so that a frame of Python, or an object that is looked
-at, takes many times what it takes in a loop: hence few of both.
+They are what `linears` gives, but for the order in which products are added up.
 """
 
 from collections.abc import Sequence
@@ -20,20 +17,12 @@ Term = tuple[Tensor, Tensor, float]  # A (rank, in), B (out, rank) and s, of the
 FEW_RANKS = 16
 
 
-def direct(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
-    """Return x W^T + b + sum s (x A^T) B^T, (..., out), for x (..., in), all of one dtype.
+def add_to_rows(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
+    """Return y + sum s (x A^T) B^T, (..., out), written into y, for x (..., in) of y's dtype.
 
     Beside an x of two bytes an element, A and B may be float32: what they add to y is rounded once.
     """
-    # in the shape of x, whose rows by themselves may be added up in another order
-    y = F.linear(x, weight, bias)
-    width = x.shape[-1]
-    if x.numel() == width and x.dtype.itemsize > 2:  # in two bytes, mv rounds partial sums
-        row, whole = x.reshape(-1), y.view(-1)  # (in), (out)
-        for A, B, scale in terms:
-            whole.addmv_(B, torch.mv(A, row), alpha=scale)
-        return y
-    rows, block = x.reshape(-1, width), y.view(-1, y.shape[-1])  # (N, in), (N, out)
+    rows, block = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])  # (N, in), (N, out)
     for A, B, scale in terms:
         if A.dtype is not x.dtype:
             wide = block.to(A.dtype).addmm_(_half(rows.to(A.dtype), A), B.t(), alpha=scale)

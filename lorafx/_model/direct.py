@@ -1,7 +1,9 @@
 """Adapted linear calls of which no gradient is asked: when they are two products a branch.
 
-Each call reads A and B as they are then: nothing tells of what `.data` or a hook put there. So
-little is asked of them, and in a row.
+Each call reads A and B as they are then: nothing tells of what `.data` or a hook put there. For one
+token the products take less time than the questions about them, and in a model, where each layer is
+met once a token, a frame of Python costs more than what is done in it. So all is asked, and
+computed, in one frame, at once for a layer that is one linear call.
 """
 
 import functools
@@ -12,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._kernels.direct import Term, direct, wider
+from .._kernels.direct import Term, add_to_rows, wider
 from .._kernels.linears import many_rows
 from .._kernels.private import any_autocast, any_global_hook, runs_as_called
 from .._kernels.tensors import PLAIN
 from .branches import Branch
 from .factors import Factors
+
+
+_BIASES = (type(None), *PLAIN)
 
 
 class LinearForward(NamedTuple):
@@ -69,16 +74,13 @@ def leading_directly(x: Any, members: Sequence[Any]) -> list[Tensor]:
 def directly(x: Any, linear: Sequence[Any], owner: dict[str, Any] | None = None) -> Tensor | None:
     """Return x W^T + b and what the branches add, or None if there is more to do than that.
 
-    The linear call is given as (W, b, *branches), or as it stands in the state of its owner. More
-    is to do where a tensor is no Parameter there, or where something is hooked to a branch or
-    patches it, drops out, has no values yet, is spread over processes, adds to some rows of W only,
-    or where W + s B A takes less time.
+    The linear call is (W, b, *branches), or names in its owner's state. More is to do where
+    something is hooked to or set on a branch, drops out, has no values, is spread over processes,
+    adds to some rows of W only, or where W + s B A takes less time.
     """
     if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
         return None  # an exporter that is no compiler has a mode, of which `runs_as_called` tells
-    if any_autocast() or not runs_as_called() or type(x) not in PLAIN:
-        return None
-    if x.layout is not torch.strided or x.is_nested or not x.numel():
+    if any_autocast() or not runs_as_called() or any_global_hook():
         return None
     if owner is None:
         weight, bias, *branches = linear
@@ -89,51 +91,45 @@ def directly(x: Any, linear: Sequence[Any], owner: dict[str, Any] | None = None)
             return None
         weight, bias = held[first], None if second is None else held[second]
         branches = [*map(modules.get, names)]
-    dtype, one = x.dtype, x.numel() == x.size(-1)
-    if type(weight) not in PLAIN or weight.dtype is not dtype or any_global_hook():
+    if type(x) not in PLAIN or type(weight) not in PLAIN or type(bias) not in _BIASES:
         return None
-    if bias is not None and type(bias) not in PLAIN:
+    if x.layout is not torch.strided or x.is_nested or weight.dtype is not x.dtype:
         return None
-    if not one and many_rows(x, weight.numel(), sum(weight.shape)):
+    dtype, count, one = x.dtype, x.numel(), x.numel() == x.size(-1)
+    if not count or not one and many_rows(x, weight.numel(), sum(weight.shape)):
         return None
     terms: list[Term] = []
     for branch in branches:
         if type(branch) is not Branch:  # something stands around it
             return None
         state = branch.__dict__  # of hooks, those of the backward pass do nothing here
-        if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+        if (state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state
+                or state["rows"] is not None or state.get("_compiled_call_impl") is not None):
             return None
-        if state["rows"] is not None or state.get("_compiled_call_impl") is not None:
-            return None
-        selection = state["choice"].read()
+        selection, adapters = state["choice"].read(), state["_modules"]
         if selection.rows is not None:
             return None
-        adapters = state["_modules"]
         for name, share in selection.weights.items():
             factors = adapters.get(name)  # first, as in `Selection.held`
             if selection.retired:
                 factors = selection.held(branch, name)
             if factors is None:
                 continue
-            if type(factors) is not Factors:
-                return None
             state = factors.__dict__
-            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            if (type(factors) is not Factors or state["missing"]
+                    or state["dropout"] and state["training"]
+                    or state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state
+                    or state.get("_compiled_call_impl") is not None):
                 return None
-            if state["missing"] or state.get("_compiled_call_impl") is not None:
-                return None
-            if state["dropout"] and state["training"]:
-                return None
-            held = state["_parameters"]
-            A, B = held.get("A"), held.get("B")
-            if type(A) not in PLAIN or type(B) not in PLAIN:
-                return None
-            if A.dtype is not dtype and not (one and wider(A, x)) or B.dtype is not A.dtype:
+            A, B = map(state["_parameters"].get, "AB")
+            if (type(A) not in PLAIN or type(B) not in PLAIN or B.dtype is not A.dtype
+                    or A.dtype is not dtype and not (one and wider(A, x))):
                 return None
             terms.append((A, B, share * state["scale"]))
-    if not one or dtype.itemsize < 4:
-        return direct(x, weight, bias, terms)
-    y = F.linear(x, weight, bias)  # as `direct` does it
+    # in the shape of x, whose rows by themselves may be added up in another order
+    y = F.linear(x, weight, bias)
+    if not one or dtype.itemsize < 4:  # in two bytes, mv rounds partial sums
+        return add_to_rows(y, x, terms)
     row, whole = x.reshape(-1), y.view(-1)  # (in), (out)
     for A, B, scale in terms:
         whole.addmv_(B, torch.mv(A, row), alpha=scale)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 from collections import Counter
 
 import pytest
@@ -11,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lorafx
-from lorafx._kernels import direct as kernel
-from lorafx._model import direct as direct_calls
+from lorafx._model import direct as direct_calls, lower
 
 WIDTHS = (13, 7)
 
@@ -75,11 +75,15 @@ class Calls:
     def __init__(self, monkeypatch):
         self.count = 0
 
-        def counted(*operands):
-            self.count += 1
-            return kernel.direct(*operands)
+        directly = direct_calls.directly
 
-        monkeypatch.setattr(direct_calls, "direct", counted)
+        def counted(*operands):
+            result = directly(*operands)
+            self.count += result is not None
+            return result
+
+        for module in (direct_calls, lower):
+            monkeypatch.setattr(module, "directly", counted)
 
     def since(self, compute):
         before = self.count
@@ -343,19 +347,15 @@ def test_operators(x, first, second):
     assert not base.counts - adapted.counts
 
 
-def test_nothing_is_kept(monkeypatch):
-    model, x, used = injected(), X["one row"], []
-
-    def noted(x, weight, bias, terms):
-        used.append(terms[0][0])
-        return kernel.direct(x, weight, bias, terms)
-
-    monkeypatch.setattr(direct_calls, "direct", noted)
+def test_nothing_is_kept():
+    model, x = injected(), X["one row"]
     with torch.no_grad():
         model(x)
+    held = [weakref.ref(tensor) for tensor in (*lorafx.parameters(model), model.gate.frozen_weight)]
+    assign(model)
+    model.gate.register_parameter("weight", nn.Parameter(torch.randn(*WIDTHS[::-1])))
+    for tensor in lorafx.parameters(model):
+        tensor.data = tensor.data.clone()
     gc.collect()
-    before = len(model.gate.lora.__dict__), len(model.gate.lora.default.__dict__)
-    with torch.no_grad():
-        model(x)
-    assert before == (len(model.gate.lora.__dict__), len(model.gate.lora.default.__dict__))
-    assert used[0] is model.gate.lora.default.A
+    alive = [reference() is not None for reference in held]
+    assert alive == [False, True, False, True, False, True, False]
