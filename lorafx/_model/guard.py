@@ -12,7 +12,7 @@ from .._graph.dispatched import (
     is_accelerates, is_dispatched_graph, is_patched, offloads_below
 )
 from .._graph.loaded import loaded
-from .._graph.modules import LorafxModule, all_modules, hooks
+from .._graph.modules import LorafxModule, all_modules, hooks, named_modules
 from .._graph.scan import MODULE_STATE, values_in
 from .._kernels.private import compiled_call
 from .record import find_injection
@@ -112,7 +112,7 @@ def check_functions_can_be_copied(model: nn.Module) -> None:
     A copy has such a function as it is.
     """
     members = {*model.modules(), *model.parameters()}
-    for path, module in all_modules(model):
+    for path, module in named_modules(model):
         for name, part in _closures(module):
             if part in members:
                 label = f"'{path}' ({type(module).__name__})" if path else type(module).__name__

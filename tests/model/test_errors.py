@@ -419,6 +419,6 @@ def test_a_forward_bound_to_its_module_is_bound_to_the_new_one_in_a_merged_model
     model = lorafx.inject(Net())
     patched(model)
     model.v_proj.compile(backend="eager")
-    merged = lorafx.merge(model)
+    merged = lorafx.merge(torch.compile(model, backend="eager"))
     assert merged.q_proj.forward.__self__ is merged.q_proj
     assert torch.equal(merged(torch.ones(1, 4)), model(torch.ones(1, 4)))
