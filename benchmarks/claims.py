@@ -152,7 +152,7 @@ def speed_table(found: Sequence[Step]) -> str:
     body = []
     for step in found:
         middle, low, high = step.faster
-        faster = "" if step.method == FULL else f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+        faster = "1" if step.method == FULL else f"{middle:.2f} [{low:.2f}, {high:.2f}]"
         body.append([f"{step.tokens:,}", step.method, f"{step.trains:,}", size(step.memory),
                      f"{1000 * step.seconds:.1f} ms", faster])
     return aligned(header, body, left=2)

@@ -18,7 +18,7 @@ from ._kernels.weights import with_rows
 from ._model.branches import Branch, branches, factors_at
 from ._model.extract import check_in_place
 from ._model.guard import (
-    check_each_in_its_place, check_functions_can_be_copied, check_graphs_not_dispatched
+    check_each_in_its_place, check_forwards_can_be_copied, check_graphs_not_dispatched
 )
 from ._model.copies import same_kind, share
 from ._model.exported_program import takes_exported
@@ -54,7 +54,7 @@ def eject(model: M) -> M:
     """
     injection(model)
     check_graphs_not_dispatched(model)
-    check_functions_can_be_copied(model)
+    check_forwards_can_be_copied(model)
     check_can_be_copied(model)
     return _ejected(model)
 
@@ -187,7 +187,7 @@ def _prepared(
     check_each_in_its_place(model)
     chosen = weights_of(model, injection(model).active if adapters is None else adapters)
     check_graphs_not_dispatched(model)
-    check_functions_can_be_copied(model)
+    check_forwards_can_be_copied(model)
     check_can_be_copied(model)
     for adapter in chosen:
         check_in_place(model, adapter)

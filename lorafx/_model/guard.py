@@ -12,7 +12,7 @@ from .._graph.dispatched import (
     is_accelerates, is_dispatched_graph, is_patched, offloads_below
 )
 from .._graph.loaded import loaded
-from .._graph.modules import LorafxModule, all_modules, hooks
+from .._graph.modules import LorafxModule, all_modules, hooks, named_modules
 from .._graph.scan import MODULE_STATE, values_in
 from .._kernels.private import compiled_call
 from .record import find_injection
@@ -106,20 +106,20 @@ def check_graphs_not_dispatched(model: nn.Module) -> None:
                 "accelerate.hooks.remove_hook_from_submodules(model) first.")
 
 
-def check_functions_can_be_copied(model: nn.Module) -> None:
-    """Raise if a function set on a module, as its forward, reaches parts of the model by itself.
+def check_forwards_can_be_copied(model: nn.Module) -> None:
+    """Raise if a forward that was set on a module reaches parts of the model by itself.
 
     A copy has such a function as it is.
     """
     members = {*model.modules(), *model.parameters()}
-    for path, module in all_modules(model):
-        for name, part in _closures(module):
-            if part in members:
-                label = f"'{path}' ({type(module).__name__})" if path else type(module).__name__
-                raise UnsupportedModelError(
-                    f"{label} was given a function, {name}, that closes over a part of this model, "
-                    "adapters and all, which the new model would still run: take it off first (of "
-                    "a forward: del module.forward), and set it on the new model.")
+    for path, module in named_modules(model):
+        forward = vars(module).get("forward")
+        if not is_accelerates(forward) and not members.isdisjoint(_closed_over(forward)):
+            label = f"'{path}' ({type(module).__name__})" if path else type(module).__name__
+            raise UnsupportedModelError(
+                f"{label} was given a forward that closes over a part of this model, adapters and "
+                "all, which the new model would still run: take it off first (del module.forward), "
+                "and set it on the new model.")
 
 
 def _check_call(module: nn.Module, label: str) -> None:
@@ -164,13 +164,19 @@ def _closures(module: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter
               and value is not compiled_call(module)}
     values |= {f"hook {number}": hook for number, hook in enumerate(hooks(module))}
     for name, value in values.items():
-        for held in values_in(value):
-            function = _bound_to(held)[0]
-            if isinstance(function, types.FunctionType):
-                for part in values_in(function):
-                    part = _bound_to(part)[1]
-                    if isinstance(part, (nn.Module, nn.Parameter)):
-                        yield name, part
+        for part in _closed_over(value):
+            yield name, part
+
+
+def _closed_over(value: Any) -> Iterator[nn.Module | nn.Parameter]:
+    """The modules and Parameters over which a function, or one that a value holds, closes."""
+    for held in values_in(value):
+        function = _bound_to(held)[0]
+        if isinstance(function, types.FunctionType):
+            for part in values_in(function):
+                part = _bound_to(part)[1]
+                if isinstance(part, (nn.Module, nn.Parameter)):
+                    yield part
 
 
 def _bound_to(value: Any) -> tuple[Any, Any]:

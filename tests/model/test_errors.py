@@ -399,9 +399,8 @@ def _beside(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("set_on, says", [
-    (_around, "^Net was given a function, 'forward', that closes over a part of this model, .* "
-              "del module.forward"),
-    (_beside, r"^'q_proj' \(Linear\) was given a function, 'forward'"),
+    (_around, r"^Net was given a forward that closes over a part of this model, .* \(del module"),
+    (_beside, r"^'q_proj' \(Linear\) was given a forward"),
 ])
 def test_a_forward_that_a_copy_would_share_is_refused_when_one_is_made(set_on, says, tmp_path):
     model = lorafx.inject(Net())
@@ -419,6 +418,6 @@ def test_a_forward_bound_to_its_module_is_bound_to_the_new_one_in_a_merged_model
     model = lorafx.inject(Net())
     patched(model)
     model.v_proj.compile(backend="eager")
-    merged = lorafx.merge(model)
+    merged = lorafx.merge(torch.compile(model, backend="eager"))
     assert merged.q_proj.forward.__self__ is merged.q_proj
     assert torch.equal(merged(torch.ones(1, 4)), model(torch.ones(1, 4)))
