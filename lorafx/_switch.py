@@ -58,7 +58,6 @@ def activate(model: nn.Module, adapters: str | Iterable[str] | Mapping[str, floa
         record.active = before
         set_trainable(model)
         raise
-    refresh(model)
 
 
 @contextlib.contextmanager

@@ -109,11 +109,15 @@ class Branch(LorafxModule):
 
     def needs(self) -> tuple[bool, bool]:
         """If a gradient may be asked of what stands here for A, and for B."""
-        held, used = self._all_factors(), self.choice.default.weights
-        if used.keys().isdisjoint(tuple(self._modules)):
-            return self.choice.trains, self.choice.trains
-        return (any([factors.A.requires_grad for factors in held]),
-                any([factors.B.requires_grad for factors in held]))
+        default = None
+        while default is not self.choice.default:  # what is frozen is so after this has changed
+            default, held = self.choice.default, self._all_factors()
+            if default.weights.keys().isdisjoint(tuple(self._modules)):
+                found = self.choice.trains, self.choice.trains
+            else:
+                found = (any([factors.A.requires_grad for factors in held]),
+                         any([factors.B.requires_grad for factors in held]))
+        return found
 
     def nothing(self) -> tuple[Tensor, Tensor] | None:
         """A and B of two ranks that add nothing; None if no adapter was here that tells of shapes.

@@ -213,10 +213,10 @@ def _alias(tensor: Tensor, needs: bool) -> Tensor:
     """The same memory as a tensor that may be marked, and requires grad if that is needed."""
     if not needs:
         return tensor.detach()
-    if tensor.requires_grad:
-        return tensor.view_as(tensor)
-    needing = torch.zeros((), requires_grad=True)
-    alias: Tensor = _Frozen.apply(tensor, needing)  # type: ignore[no-untyped-call]
+    alias = tensor.view_as(tensor)
+    if not alias.requires_grad:  # asked of this one, as another thread may freeze the other
+        needing = torch.zeros((), requires_grad=True)
+        alias = _Frozen.apply(tensor, needing)  # type: ignore[no-untyped-call]
     return alias
 
 

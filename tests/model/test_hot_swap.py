@@ -274,7 +274,7 @@ def under_load(model, changes, times, call=None):
         done.set()
         for thread in threads:
             thread.join()
-    assert errors == []
+    assert not errors, errors
     return counts
 
 
@@ -331,6 +331,11 @@ def test_compiled(quick):
     model, changes = two_by_turns(depth=6)
     counter = CompileCounter()
     call = torch.compile(model, backend=counter, fullgraph=True)
+    assert min(under_load(model, changes, 40, call)) > 1
+    sites = ["layers.0", "layers.5"]
+    lorafx.add(model, "b", rank=3, targets=sites, dtype=torch.float64)
+    randomise(model)
+    changes = [functools.partial(lorafx.activate, model, name) for name in "ab"]
     assert min(under_load(model, changes, 40, call)) > 1
     assert counter.frame_count == 1
 
