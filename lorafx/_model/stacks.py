@@ -214,7 +214,7 @@ def _alias(tensor: Tensor, needs: bool) -> Tensor:
     if not needs:
         return tensor.detach()
     alias = tensor.view_as(tensor)
-    if not alias.requires_grad:  # asked of this one, as another thread may freeze the other
+    if alias.grad_fn is None:  # a view of what is frozen, maybe by another thread just now
         needing = torch.zeros((), requires_grad=True)
         alias = _Frozen.apply(tensor, needing)  # type: ignore[no-untyped-call]
     return alias
