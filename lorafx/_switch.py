@@ -37,7 +37,8 @@ def activate(model: nn.Module, adapters: str | Iterable[str] | Mapping[str, floa
 
     {a: wa, b: wb} adds wa s_a B_a A_a + wb s_b B_b A_b, exactly, with no cross terms. A module that
     an adapter trains whole is used as that adapter has it, whatever the weight. The other adapters
-    are frozen. An empty list leaves the base alone.
+    are frozen. An empty list leaves the base alone. Calls of the model that other threads have
+    begun go on with what was active.
 
     Raises:
         AdapterError: a name is unknown, or two of the adapters train one module whole.
@@ -61,7 +62,6 @@ def activate(model: nn.Module, adapters: str | Iterable[str] | Mapping[str, floa
         record.active = before
         set_trainable(model)
         raise
-    refresh(model)
 
 
 @contextlib.contextmanager
@@ -94,8 +94,8 @@ def using(
     """Within this context forward uses one adapter, several, weighted ones, or (None) the base.
 
     It holds in this thread or asyncio task alone, and in the backward pass of what was computed in
-    it; contexts nest. `activate` stays what holds elsewhere, and what trains. Nothing is copied or
-    compiled again.
+    it, also where another is loaded in the place of an adapter meanwhile; contexts nest. `activate`
+    stays what holds elsewhere, and what trains. Nothing is copied or compiled again.
 
     Raises:
         AdapterError: a name is unknown, or two of the adapters train one module whole.

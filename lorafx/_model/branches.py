@@ -112,15 +112,18 @@ class Branch(LorafxModule):
         It is asked at each call of a compiled program, and so of no adapters but these and those
         that train.
         """
-        active, used = self.choice.default.weights, selection.weights
-        here = of_A = of_B = False
-        for name in active if used is active else {**active, **used}:
-            factors = selection.held(self, name) if name in used else self._modules.get(name)
-            if factors is not None:
-                A, B = factors._parameters.get("A"), factors._parameters.get("B")
-                of_A = of_A or A is not None and A.requires_grad
-                of_B = of_B or B is not None and B.requires_grad
-                here = here or name in active
+        default, used = None, selection.weights
+        while default is not self.choice.default:  # what is frozen is so after this has changed
+            default = self.choice.default
+            active = default.weights
+            here = of_A = of_B = False
+            for name in active if used is active else {**active, **used}:
+                factors = selection.held(self, name) if name in used else self._modules.get(name)
+                if factors is not None:
+                    A, B = factors._parameters.get("A"), factors._parameters.get("B")
+                    of_A = of_A or A is not None and A.requires_grad
+                    of_B = of_B or B is not None and B.requires_grad
+                    here = here or name in active
         if here:
             return of_A, of_B
         return of_A or self.choice.trains, of_B or self.choice.trains

@@ -132,13 +132,20 @@ def refresh(model: nn.Module) -> None:
 
 
 def set_trainable(model: nn.Module) -> None:
-    """Let exactly the active adapters' tensors require grad."""
+    """Let exactly the active adapters' tensors require grad, and forward use these.
+
+    In this order: at no moment, for another thread, does a site where something trains have nothing
+    that does, for which a compiled program would be compiled again.
+    """
     settle(model)
     active = injection(model).active
-    for holder in holders(model):
-        for name, module in holder._modules.items():
-            if module is not None:
-                _let_train(module, name in active)
+    for trains in (True, False):
+        for holder in holders(model):
+            for name, module in holder._modules.items():
+                if module is not None and (name in active) is trains:
+                    _let_train(module, trains)
+        if trains:
+            refresh(model)
     notice_what_trains(model)
 
 

@@ -222,10 +222,10 @@ def alias(tensor: Tensor, needs: bool) -> Tensor:
     """The same memory as a tensor that may be marked, and requires grad if that is needed."""
     if not needs:
         return tensor.detach()
-    if tensor.requires_grad:
-        return tensor.view_as(tensor)
-    needing = torch.zeros((), requires_grad=True)
-    made: Tensor = _Frozen.apply(tensor, needing)  # type: ignore[no-untyped-call]
+    made = tensor.view_as(tensor)
+    if made.grad_fn is None:  # a view of what is frozen, maybe by another thread just now
+        needing = torch.zeros((), requires_grad=True)
+        made = _Frozen.apply(tensor, needing)  # type: ignore[no-untyped-call]
     return made
 
 

@@ -1,5 +1,6 @@
 """Set-ups of DDP (DistributedDataParallel), and of a model that torch.compile wraps."""
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -145,6 +146,8 @@ def what_ddp_does_not_reduce() -> float:
     """`activate` of what was frozen or not there yet is refused; the order it names is tried."""
     alone = with_another()
     lorafx.activate(alone, "other")
+    path = tempfile.mkdtemp() + "/other.safetensors"
+    lorafx.save(alone, path)
     expected = one_process(alone)
     frozen, added = DistributedDataParallel(with_another()), DistributedDataParallel(adapted())
     lorafx.add(added, "other", rank=2, targets="square")
@@ -154,6 +157,9 @@ def what_ddp_does_not_reduce() -> float:
                 lorafx.activate(model, which)
         with torch.inference_mode(), pytest.raises(lorafx.UnsupportedModelError):
             lorafx.activate(model, "other")
+        with pytest.raises(lorafx.UnsupportedModelError, match="those of what takes its place"):
+            lorafx.load(model, path, adapter="default", replace=True)
+        lorafx.load(model, path, replace=True)
         for which in ("default", []):
             lorafx.activate(model, which)
     lorafx.activate(frozen.module, "other")
