@@ -19,8 +19,8 @@ PEFT adds. No way that computes the base first can be more than PEFT / base time
 which is the last column."""
 SWITCHING = """\
 Milliseconds of single calls, with two adapters in turn; `lorafx.using` is entered and left. What
-the first forward after a switch takes more than the second is the median of differences, with its 95 %
-interval; the compiled one is a model's Python as dynamo captures it, run operator by operator."""
+the first forward after a switch takes more than the second is the median of differences, with its
+95 % interval; the compiled one is what dynamo captures, run operator by operator."""
 COMPILING = "Compiled / as it is are medians over rounds of ratios of tokens a second."
 
 
