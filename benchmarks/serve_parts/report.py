@@ -18,9 +18,9 @@ lorafx's, with 95 % intervals; of PEFT's is what lorafx adds to the base's time 
 PEFT adds. No way that computes the base first can be more than PEFT / base times as fast as PEFT,
 which is the last column."""
 SWITCHING = """\
-Milliseconds of single calls, with two adapters in turn. A forward after a switch has nothing to
-make anew: what the first takes more than the second is the median of differences, with its 95 %
-interval."""
+Milliseconds of single calls, with two adapters in turn; `lorafx.using` is entered and left. What
+the first forward after a switch takes more than the second is the median of differences, with its
+95 % interval; the compiled one is what dynamo captures, run operator by operator."""
 COMPILING = "Compiled / as it is are medians over rounds of ratios of tokens a second."
 
 
@@ -54,10 +54,10 @@ def switching_table(cases: Cases) -> str:
                 for name, row in case["results"].items()]
         lines = [f"{case['label']}, two adapters of {size(case['bytes'])}",
                  aligned(["ms", "p50", "p99"], body)]
-        for kind, found in case["forwards"].items():
-            more = interval([1000 * end for end in found["more"]], 3)
-            lines.append(f"{kind}: a forward takes {1000 * found['forward']:.1f} ms, and after a "
-                         f"switch {more} more")
+        found = case["forwards"]
+        more = interval([1000 * end for end in found["more"]], 3)
+        lines.append(f"A forward takes {1000 * found['forward']:.1f} ms, and the first after a "
+                     f"switch {more} more.")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 

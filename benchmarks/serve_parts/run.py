@@ -52,12 +52,11 @@ class Case:
 
 def grid() -> tuple[Case, ...]:
     """What is measured by default."""
-    cases = []
-    for adapters, rows in ((1, 16), (8, 16), (32, 32)):
-        cases.append(Case("decoding", 256, 6, 1, 32, adapters, rows, 20, 1))
-        cases.append(Case("prefill", 256, 6, 64, 0, adapters, rows, 8, 1))
+    cases = [Case("decoding", 256, 6, 1, 32, 8, 16, 12, 1, "bfloat16")]
+    for adapters, rows, rounds in ((1, 16, 16), (8, 16, 16), (32, 32, 8)):
+        cases.append(Case("decoding", 256, 6, 1, 32, adapters, rows, rounds, 1))
+        cases.append(Case("prefill", 256, 6, 64, 0, adapters, rows, rounds // 2, 1))
     for adapters, rows in ((8, 16), (32, 32)):
-        cases.append(Case("decoding", 256, 6, 1, 32, adapters, rows, 20, 1, "bfloat16"))
         cases.append(Case("layer", 256, 0, 1, 0, adapters, rows, 40, 20))
         cases.append(Case("layer", 256, 0, 64, 0, adapters, rows, 16, 1))
     return tuple(cases)

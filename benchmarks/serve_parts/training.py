@@ -41,7 +41,7 @@ class Training:
                 f"{self.tokens}")
 
 
-CASES = (Training(256, 6, 64, 8, 16, 12), Training(512, 4, 128, 8, 8, 8))
+CASES = (Training(256, 6, 64, 8, 16, 10), Training(512, 4, 128, 8, 8, 6))
 TINY = (Training(64, 1, 8, 3, 6, 3),)
 
 

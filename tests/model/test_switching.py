@@ -59,6 +59,26 @@ def test_the_first_compiled_forward_allocates_what_the_second_does(model, gradie
             assert held() == held()
 
 
+def test_each_adapter_has_addresses_of_its_own_that_compilers_take_for_static(model):
+    marks = []
+
+    def backend(graph, inputs):
+        for node in graph.graph.find_nodes(op="placeholder"):
+            if "_stack_" in node.name:
+                marks.append(node.meta["tensor_dict"].get("_dynamo_static_input_type"))
+        return graph
+
+    call = torch.compile(model, backend=backend, fullgraph=True)
+    found = []
+    for spec in SPECS * 2:
+        lorafx.activate(model, spec)
+        call(X)
+        found.append([tensor.data_ptr() for tensor in model[0].lora.stack[:3]])
+    assert found[:4] == found[4:] and len({tuple(addresses) for addresses in found}) == 4
+    assert found[0][0] == model[0].lora.a.A.data_ptr()
+    assert marks == ["unguarded"] * 12  # A, B and the gate of four branches
+
+
 def test_a_name_that_is_another_adapter_now_is_that(model):
     call = torch.compile(model, backend="eager", fullgraph=True)
     for spec in SPECS:
