@@ -80,6 +80,17 @@ def export(
     program = with_adapter_inputs(model, eject(model))
     _check_example(program.model, args, kwargs or {})
     exported = _traced(program, tuple(args), dict(kwargs or {}), dynamic_shapes)
+    files = _files(kind, exported, program, path)
+    if len(files) == 1:
+        write_whole(path, files[path.name])
+    else:
+        write_folder(path.parent, lambda: files)
+
+
+def _files(
+    kind: Kind, exported: ExportedProgram, program: WithAdapterInputs, path: Path
+) -> dict[str, bytes]:
+    """{name: content} of the program, after what it reads beside it."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             kind.write(exported, program, Path(folder, path.name))
@@ -88,13 +99,8 @@ def export(
         except Exception as error:
             raise UnsupportedModelError(
                 f"'{path}' cannot be a program of {kind.name}: {_reason(error)}") from error
-        # what a program reads beside it comes first
         written = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
-        files = {file.name: file.read_bytes() for file in written}
-    if len(files) == 1:
-        write_whole(path, files[path.name])
-    else:
-        write_folder(path.parent, lambda: files)
+        return {file.name: file.read_bytes() for file in written}
 
 
 def _kind_of(path: Path) -> Kind:
