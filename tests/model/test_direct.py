@@ -59,6 +59,7 @@ def truth(model, x, weights=None):
         return found(x.double())
 
 
+torch.manual_seed(0)
 X = {
     "one row": torch.randn(1, 1, 13),
     "a vector": torch.randn(13),
@@ -212,6 +213,16 @@ def test_adapters_are_chosen(calls):
     for twin in (copy.deepcopy(model), lorafx.merge(model), model.double()):
         with torch.no_grad():
             close(twin(x.to(twin.down.bias.dtype)), truth(model, x))
+
+
+def test_a_bias_that_is_trained_whole(calls):
+    model, x = injected(trainable=["gate.bias"]), X["one row"]
+    with torch.no_grad():
+        for parameter in lorafx.parameters(model):
+            parameter.add_(1)
+        found, count = calls.since(lambda: model(x))
+    assert count == 1  # of down: gate, and up with it, are as ever
+    torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_is_as_ever(calls):
