@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -13,14 +12,14 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from ._adapter.arguments import check_arguments, explain_unknown_arguments
 from ._adapter.config import LoRAConfig
 from ._adapter.names import check_name
-from ._graph.sites import SELECTORS, Site, Targets, as_list, select
+from ._graph.sites import Site, Targets, as_list, select
 from ._merge import merge
 from ._model.attach import attach, begin_injection, check_new_name, make_room, new_adapter
 from ._model.branches import branches
 from ._model.copies import share
 from ._model.exported_program import takes_exported
 from ._model.guard import check_model
-from ._model.program import Program, read_program
+from ._model.program import Program, read_program, warn_of_left_alone
 from ._model.record import check_adapter, find_injection, injection
 from ._model.reset import reset
 from ._model.roles import Resolved, with_roles
@@ -107,7 +106,7 @@ def _rewrite(
     if as_list(config.targets) or not room:
         config, roles = _without_roles(program, config, example_inputs)
         made = new_adapter(program, adapter, config)
-    _warn_of_left_alone(program, config)
+    warn_of_left_alone(program, config.targets)
     record = begin_injection(program, group, recompute)
     if roles is not None:
         roles.note(record)
@@ -125,21 +124,6 @@ def _without_roles(
     resolved = with_roles(program, config.targets, config.exclude, example_inputs)
     config = dataclasses.replace(config, targets=resolved.targets, exclude=resolved.exclude)
     return config, resolved
-
-
-def _warn_of_left_alone(program: Program, config: LoRAConfig) -> None:
-    """Warn where all linear layers were asked for, but most of the model's cannot be adapted."""
-    patterns = as_list(config.targets)
-    if not any(isinstance(pattern, str) and pattern in SELECTORS for pattern in patterns):
-        return
-    left = program.linear_layers_left_alone
-    if len(left) <= len(program.sites):
-        return
-    name, reason = next(iter(left.items()))
-    warnings.warn(
-        f"{len(left)} of the {len(left) + len(program.sites)} linear layers of this "
-        f"{type(program.model).__name__} are left alone: '{name}', since {reason}. "
-        "lorafx.summary(model).skipped has them all.", UserWarning, stacklevel=6)
 
 
 @takes_exported

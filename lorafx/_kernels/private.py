@@ -297,5 +297,5 @@ untraced: Callable[[Any], Any] = _optional(
     "torch:_disable_dynamo",
     lambda function: torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
-# What tells a compiler at which functions not to start. Without it: it starts at any.
+# What tells a compiler where not to start. Without it: it starts at any function.
 compiler_frames: Any = _optional("torch._C._dynamo:eval_frame", None)

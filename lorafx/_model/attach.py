@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from .lower import joins
 from .places import base_parameters
 from .program import Program
 from .quantised import is_packed
-from .readers import reader
+from .readers import warn
 from .reading import FROZEN_PREFIX, adapted_names
 from .record import RECORD, Injection, injection, is_cut, set_trainable
 from .regions import (
@@ -160,14 +159,12 @@ def _warn_of_compiling(program: Program, sites: Sequence[Site], adapter: Adapter
         owner = submodule(program.model, path)
         if "trained" not in owner._modules or attribute not in adapted_names(owner):
             new.append(name)
-    frame = reader("torch.utils._contextlib")
-    if new and frame is not None:
+    if new:
         places = "1 place" if len(new) == 1 else f"{len(new)} places"
-        warnings.warn_explicit(
+        warn(
             f"This model was compiled, and will be again at its next call, since adapter "
             f"{adapter.name!r} comes to {places} where none could be, such as '{new[0]}': to make "
-            "room for later adapters, name their sites in lorafx.inject(..., capacity=...).",
-            UserWarning, frame.f_code.co_filename, frame.f_lineno)
+            "room for later adapters, name their sites in lorafx.inject(..., capacity=...).")
 
 
 class _Needed(NamedTuple):

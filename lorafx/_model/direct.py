@@ -106,13 +106,11 @@ def directly(x: Any, linear: Sequence[Any], owner: dict[str, Any] | None = None)
         if (state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state
                 or state["rows"] is not None or state.get("_compiled_call_impl") is not None):
             return None
-        selection, adapters = state["choice"].read(), state["_modules"]
+        selection, adapters = state["choice"].read(), state["_modules"]  # before `retired`
         if selection.rows is not None:
             return None
         for name, share in selection.weights.items():
-            factors = adapters.get(name)  # first, as in `Selection.held`
-            if selection.retired:
-                factors = selection.held(branch, name)
+            factors = selection.held(branch, name) if selection.retired else adapters.get(name)
             if factors is None:
                 continue
             state = factors.__dict__

@@ -16,7 +16,7 @@ from .._adapter.names import ranges_of, split_block
 from .._graph.dispatched import value_of
 from .._graph.modules import Place, paths_of, submodule, users_modules
 from .._graph.rules import linear_call
-from .._graph.sites import Site, blocks_matching, sort_key
+from .._graph.sites import SELECTORS, Site, Targets, as_list, blocks_matching, sort_key
 from .._graph.trace import tracing
 from .._graph.watch import Unsound
 from .._kernels.weights import rows_at
@@ -24,6 +24,7 @@ from .fsdp import settle
 from .homes import home
 from .places import Weight, Weights, base_buffers, base_parameters, places_of, tensor_at
 from .quantised import is_packed, why_not_linear
+from .readers import warn
 from .refusals import is_unsupported_torch_layer, unsupported_layer, why_not_site, why_packed
 from .regions import why_not_region
 from .uses import (
@@ -233,3 +234,18 @@ def _sites(weight: Weight, usage: Usage) -> list[Site]:
         blocks=equal or ({} if transposed or experts else usage.blocks))
     blocks = [site.block(name) for name in names]
     return [block for block in blocks if block is not None] or [site]
+
+
+def warn_of_left_alone(program: Program, targets: Targets) -> None:
+    """Warn where all linear layers were asked for, but most of the model's cannot be adapted."""
+    patterns = as_list(targets)
+    if not any(isinstance(pattern, str) and pattern in SELECTORS for pattern in patterns):
+        return
+    left = program.linear_layers_left_alone
+    if len(left) <= len(program.sites):
+        return
+    name, reason = next(iter(left.items()))
+    warn(
+        f"{len(left)} of the {len(left) + len(program.sites)} linear layers of this "
+        f"{type(program.model).__name__} are left alone: '{name}', since {reason}. "
+        "lorafx.summary(model).skipped has them all.")

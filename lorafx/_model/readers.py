@@ -4,6 +4,7 @@ import enum
 import functools
 import sys
 import types
+import warnings
 
 import torch
 from torch import nn
@@ -62,6 +63,13 @@ def module_of(frame: types.FrameType | None) -> str:
     """Return the name of the module whose code a frame runs."""
     name: str = "" if frame is None else frame.f_globals.get("__name__", "")
     return name
+
+
+def warn(message: str) -> None:
+    """Warn the code that called lorafx."""
+    frame = reader(torch.inference_mode.__call__.__module__)  # which decorates what it called
+    if frame is not None:
+        warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
 
 
 def can_spread() -> bool:
