@@ -19,7 +19,7 @@ from ._model.fit import fit
 from ._model.guard import check_model
 from ._model.older_names import adapter_of_today
 from ._model.program import Program, read_program
-from ._model.record import find_injection, injection
+from ._model.record import check_adapter, find_injection, injection
 from ._model.replacing import check_replaced, replace as put_in_place
 from ._model.together import first_of_all
 from ._model.training import capture
@@ -63,8 +63,8 @@ def load(
     Raises:
         FormatError: the file is missing or damaged.
         MismatchError: it was made for another model.
-        AdapterError: the model holds an adapter of that name, and `replace` is false; or what it
-            trains whole another active one trains too.
+        AdapterError: the model holds an adapter of that name, and `replace` is false, or none, and
+            it is true; or what it trains whole another active one trains too.
         UnsupportedModelError: DistributedDataParallel reduces gradients of what it would replace.
 
     Example:
@@ -97,7 +97,8 @@ def _way_in(model: nn.Module, name: str, replace: bool) -> Callable[[Program, Ad
     check_name(name)
     if find_injection(model) is None:
         check_model(model)
-    elif replace and name in injection(model).configs:
+    elif replace:
+        check_adapter(model, name)
         check_replaced(model, name)
         return put_in_place
     else:

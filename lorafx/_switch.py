@@ -95,10 +95,13 @@ def using(
 
     It holds in this thread or asyncio task alone, and in the backward pass of what was computed in
     it, also where another is loaded in the place of an adapter meanwhile; contexts nest. `activate`
-    stays what holds elsewhere, and what trains. Nothing is copied or compiled again.
+    stays what holds elsewhere, in threads that are started here too, and what trains. Nothing is
+    copied or compiled again. A generator enters it anew for each step: between steps it would hold
+    for whoever runs then.
 
     Raises:
-        AdapterError: a name is unknown, or two of the adapters train one module whole.
+        AdapterError: a name is unknown, two of the adapters train one module whole; or it is left
+            in another order, thread or task than entered.
 
     Example:
         >>> import torch, lorafx
@@ -122,11 +125,14 @@ def rows(
 
     With x (N, ..., in) at a linear call, N rows are named, and row n adds what its adapters do:
     y_n + sum w s (x_n A^T) B^T. Where x has a multiple of N rows, as beams make it, each is meant
-    as many times in a row. It holds where `using` does. In training each adapter's gradients are
-    those of its rows, and adapters without rows have none.
+    as many times in a row: name them all where they stand otherwise, as `torch.cat([x, x])` of
+    guidance does (`2 * adapters`). It holds where `using` does. In training each adapter's
+    gradients are those of its rows, and adapters without rows have none.
 
     Raises:
         AdapterError: a name is unknown, or an adapter trains modules whole, which all rows use.
+        ValueError: rows cannot be told at a linear call, as where batch and sequence are one
+            (GPT-2, experts) or the sequence comes first.
 
     Example:
         >>> import torch, lorafx
@@ -205,6 +211,9 @@ def parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Para
 
 def remove(model: nn.Module, adapter: str) -> None:
     """Forget an adapter and free its tensors; if it was active, the other active ones stay so.
+
+    Raises:
+        AdapterError: the model has no such adapter, or it is used within `using` or `rows`.
 
     Example:
         >>> import torch, lorafx

@@ -162,8 +162,8 @@ def _warn_of_compiling(program: Program, sites: Sequence[Site], adapter: Adapter
     if new:
         places = "1 place" if len(new) == 1 else f"{len(new)} places"
         warn(
-            f"This model was compiled, and will be again at its next call, since adapter "
-            f"{adapter.name!r} comes to {places} where none could be, such as '{new[0]}': to make "
+            "This model was compiled, and will be again at its next call: an adapter comes to "
+            f"{places} where none could be, such as '{new[0]}': to make "
             "room for later adapters, name their sites in lorafx.inject(..., capacity=...).")
 
 

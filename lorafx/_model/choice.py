@@ -49,6 +49,25 @@ class Selection:
         self.__init__(**state)  # type: ignore[misc]
 
 
+class _Context:
+    """A selection that holds, and the call of a checkpointed function that chose it, if any."""
+
+    __slots__ = ("selection", "function", "before", "out_of_turn")
+
+    def __init__(
+        self, selection: Selection, function: Any = None, before: "_Context | None" = None
+    ) -> None:
+        self.selection, self.function, self.before = selection, function, before
+        self.out_of_turn = False  # True once it was left where or when it was not the innermost
+
+    def outer(self) -> "_Context | None":
+        """What holds when this is left."""
+        before = self.before
+        while before is not None and before.out_of_turn:
+            before = before.before
+        return before
+
+
 class Choice:
     """What all branches of a model ask which adapters to use.
 
@@ -63,8 +82,7 @@ class Choice:
     def _start(self, weights: Mapping[str, float]) -> None:
         self.lock = threading.RLock()  # held while adapters go, and where selections are made
         self._alive: weakref.WeakSet[Selection] = weakref.WeakSet()
-        # the selection, and the call of a checkpointed function that chose it, if any
-        self._here: contextvars.ContextVar[tuple[Selection, Any] | None] = contextvars.ContextVar(
+        self._here: contextvars.ContextVar[_Context | None] = contextvars.ContextVar(
             "lorafx", default=None)
         self._entered: list[Selection] = []  # in all threads and tasks
         self._functions: weakref.WeakKeyDictionary[Any, Selection] = weakref.WeakKeyDictionary()
@@ -135,7 +153,7 @@ class Choice:
         """
         if self._here.get() is not None:
             return None
-        return self._here.set((selection or self.read(), None))
+        return self._here.set(_Context(selection or self.read()))
 
     def unpin(self, pinned: Any) -> None:
         """End what `pin` began."""
@@ -147,15 +165,21 @@ class Choice:
         function, again = checkpointed_function()
         if function is not None and not again:
             here = self._here.get()
-            self._functions.setdefault(function, here[0] if here else self.default)
+            self._functions.setdefault(function, here.selection if here else self.default)
         self._chose_with_gradients |= torch.is_grad_enabled()
         self._entered.append(selection)
-        token = self._here.set((selection, function))
+        context = _Context(selection, function, self._here.get())
+        self._here.set(context)
         try:
             yield
         finally:
-            self._here.reset(token)
             self._entered.remove(selection)
+            if self._here.get() is context:
+                self._here.set(context.outer())
+            else:
+                context.out_of_turn = True
+        if context.out_of_turn:
+            raise AdapterError(OUT_OF_TURN)
 
     def check_not_entered(self, adapter: str) -> None:
         """Raise if a context uses this adapter, which would find it no more."""
@@ -166,13 +190,13 @@ class Choice:
     def read(self) -> Selection:
         """The selection that holds here."""
         here = self._here.get()
-        selection, chosen_in = here or (self.default, None)
+        selection = self.default if here is None else here.selection
         function, again = checkpointed_function()
         if function is None:
             if self._chose_with_gradients and here is None and is_in_backward():
                 raise AdapterError(UNKNOWN_FORWARD)
             return selection
-        if chosen_in is function:
+        if here is not None and here.function is function:
             return selection
         if again:
             return self._functions.get(function, selection)
@@ -181,6 +205,10 @@ class Choice:
     now: Any = property(Anew(read).__getitem__)  # the same, for what a compiler reads
 
 
+OUT_OF_TURN = (
+    "lorafx.using or lorafx.rows was left in another order, thread or task than it was entered, as "
+    "by generators that are stepped by turns: what was computed in it may have used other "
+    "adapters. Enter it anew for each step.")
 UNKNOWN_FORWARD = (
     "A forward runs in a backward pass, and it cannot be told which adapters it used the first "
     "time, as lorafx.using may have chosen them: checkpoint with use_reentrant=False.")

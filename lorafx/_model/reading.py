@@ -12,6 +12,7 @@ from .._errors import UnsupportedModelError
 from .._graph.dispatched import value_of
 from .._kernels.addend import Addend
 from .._kernels.compiling import is_compiling
+from .._kernels.mixed import Gates
 from .._kernels.private import is_transforming
 from .._kernels.weights import whole, with_rows
 from .adapted_weight import NARROW, AdaptedWeight
@@ -142,14 +143,15 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     matrix = base_or_trained(owner, attribute)
     # there is no W while another is registered, and factors may have no memory then
     beside = [] if matrix is None else branches_beside(owner, attribute)
-    if compiling and beside and matrix.dtype in NARROW:
+    addends: list[Addend] = []
+    narrow = beside and matrix.dtype in NARROW
+    for branch in () if compiling and narrow else beside:
+        addends += branch.addends(matrix, stored=True)
+    if compiling and (narrow or any([isinstance(addend.gates, Gates) for addend in addends])):
         # the compiler cannot make the tensor: its graph ends here
         outside = torch.compiler.disable(  # type: ignore[no-untyped-call]
-            adapted, reason="Python reads an adapted weight of a narrow dtype")
+            adapted, reason="Python reads an adapted weight of a narrow dtype, or for rows")
         return outside(owner, attribute)  # type: ignore[no-any-return]
-    addends: list[Addend] = []
-    for branch in beside:
-        addends += branch.addends(matrix, stored=True)
     if not addends:
         watched = answer is Answer.ADAPTED and not compiling and not is_transforming()
         return _unwritable(owner, attribute, matrix) if watched else matrix  # type: ignore

@@ -83,7 +83,7 @@ def test_a_place_without_room_is_announced(tmp_path):
     call = torch.compile(model, backend=counter, fullgraph=True)
     call(X)
     lorafx.add(model, "b", targets=["up", "k"])
-    with pytest.raises(UserWarning, match="'c' comes to 1 place where none could be, such as 'exp"):
+    with pytest.raises(UserWarning, match="comes to 1 place where none could be, such as 'exp"):
         lorafx.add(model, "c", targets="experts")
     assert lorafx.adapters(model) == ["default", "before", "b"]  # all or nothing
     with pytest.warns(UserWarning, match="inject.*capacity="):

@@ -84,6 +84,28 @@ def test_rows_change():
     assert counter.frame_count == 1
 
 
+class Reads(nn.Module):
+    """Python reads its weight, since the loop is none of a graph's."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        for function in (torch.tanh,):
+            x = function(x)
+        return nn.functional.linear(x, self.w)
+
+
+def test_rows_where_python_reads_a_weight():
+    model = lorafx.inject(Reads(), targets="w", adapter="a")
+    lorafx.add(model, "b")
+    randomise(model)
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(3, 5, 8)
+    with lorafx.rows(model, ["a", None, "b"]):
+        torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
+
+
 def test_dropout_is_of_training():
     model = randomise(lorafx.inject(nn.Linear(64, 64), rank=2, dropout=0.5))
     call = torch.compile(model, backend="eager", fullgraph=True)

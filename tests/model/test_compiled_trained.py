@@ -118,7 +118,7 @@ def test_what_comes_first_is_announced():
     call = torch.compile(model, backend="eager", fullgraph=True)
     call(IDS)
     lorafx.add(model, "c", trainable="classifier.weight")
-    with pytest.warns(UserWarning, match="'d' comes to 1 place .* such as 'scale'"):
+    with pytest.warns(UserWarning, match="an adapter comes to 1 place .* such as 'scale'"):
         lorafx.add(model, "d", trainable=["scale", "classifier"])
     lorafx.activate(model, "d")
     check_training(model.eval(), call)

@@ -373,5 +373,6 @@ def test_without_one_to_replace(file_of):
     path = file_of["as it was"]
     model = lorafx.load(lorafx.eject(made()), path, replace=True)
     assert torch.equal(model(X), of(path))
-    lorafx.load(model, path, adapter="d", replace=True)
-    assert lorafx.adapters(model) == ["a", "d"]
+    with pytest.raises(lorafx.AdapterError, match="no adapter 'd'"):
+        lorafx.load(model, path, adapter="d", replace=True)
+    assert lorafx.adapters(model) == ["a"]

@@ -1,6 +1,7 @@
 """What a thread or a task uses of a model's adapters, and rows of a batch."""
 
 import asyncio
+import contextvars
 import copy
 import pickle
 import threading
@@ -31,6 +32,34 @@ def of(model, spec, x=X):
     twin = copy.deepcopy(model)
     lorafx.activate(twin, [] if spec is None else spec)
     return twin(x).detach()
+
+
+def steps(model, spec):
+    with lorafx.using(model, spec):
+        yield model(X)
+        yield model(X)
+
+
+def test_generators_by_turns_are_an_error_and_leave_nothing_behind(model):
+    before = model(X)
+    one, other = steps(model, "b"), steps(model, "c")
+    for generator in (one, other, one, other):
+        next(generator)
+    with pytest.raises(lorafx.AdapterError, match="anew for each step"):
+        next(one)
+    assert next(other, None) is None
+    assert torch.equal(model(X), before)
+    lorafx.remove(model, "b")
+
+
+def test_a_context_that_is_left_elsewhere_is_an_error_and_leaves_nothing_behind(model):
+    before, generator = model(X), steps(model, "b")
+    for _ in range(2):
+        contextvars.copy_context().run(next, generator)
+    with pytest.raises(lorafx.AdapterError, match="in another order, thread or task"):
+        contextvars.copy_context().run(next, generator)
+    assert torch.equal(model(X), before)
+    lorafx.remove(model, "b")
 
 
 @pytest.mark.parametrize("spec", SPECS)
