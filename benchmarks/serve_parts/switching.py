@@ -103,7 +103,7 @@ def first_forwards(switch: Call, forward: Callable[[], Any], rounds: int) -> dic
         after(switch, forward)
     found = numpy.array([after(switch, forward) for _ in range(rounds)])
     switching, first, second = found.T
-    return {"more": bootstrap(lambda one, two: float(numpy.median(one - two)), first, second),
+    return {"more": bootstrap(lambda one, two: numpy.median(one - two, axis=-1), first, second),
             "forward": float(numpy.median(second)), "times": found.tolist()}
 
 
