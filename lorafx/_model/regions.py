@@ -27,7 +27,7 @@ from .readers import Answer, answer, can_spread
 from .reading import FROZEN_PREFIX, STANDING_PREFIX, adapted_names, branches_beside, followers
 from .rebinding import watch_registered
 from .record import RECORD
-from .root import Root
+from .root import Root, forward_of_torch
 from .shards import check_meshes
 from .trained import Trained
 
@@ -256,7 +256,7 @@ def make_class(
     plain = issubclass(base, user_class)  # as of a plain nn.Module
     bases: tuple[type, ...] = (base,) if plain else (_Unannounced, user_class, base)
     if is_root:
-        bases = (Root, *bases)
+        bases, contents = (Root, *bases), forward_of_torch(user_class) | contents
     made: type[Adapted] = types.new_class(
         user_class.__name__, bases, exec_body=lambda own: own.update(contents))
     return made

@@ -1,10 +1,13 @@
 """The call of an injected model: it uses, to its end, the adapters that held when it began."""
 
+import functools
 from typing import Any
 
 import torch
+from torch import nn
 
 from .._errors import AdapterError
+from .._graph.functions import package
 from .._kernels.compiling import not_compiled_by_itself
 from .choice import Selection
 from .record import RECORD
@@ -45,6 +48,22 @@ class Root:
         twin = super()._replicate_for_data_parallel()  # type: ignore[misc]
         twin.__dict__[_CHOSEN] = Selection(selection.weights, selection.rows)
         return twin
+
+
+def forward_of_torch(cls: type[nn.Module]) -> dict[str, Any]:
+    """A forward of ours around one that is torch's, {} for a user's.
+
+    torch.compile takes a module whose forward is torch's whole, and would trace its call.
+    """
+    theirs: Any = cls.forward
+    if package(theirs) != "torch":
+        return {}
+
+    @functools.wraps(theirs)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return theirs(self, *args, **kwargs)
+
+    return {"forward": forward}
 
 
 class GraphCall:

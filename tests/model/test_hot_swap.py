@@ -369,6 +369,15 @@ def test_what_does_not_fit_changes_nothing(file_of, tmp_path):
         lorafx.load(model, file_of["as it was"], adapter="b")
 
 
+def test_a_compiled_model_of_torchs_own_class(quick):
+    base = nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)]).double()
+    model = lorafx.inject(base, rank=2, adapter="a", dtype=torch.float64)
+    lorafx.add(model, "b", rank=3)
+    randomise(model)
+    changes = [lambda: lorafx.activate(model, "a"), lambda: lorafx.activate(model, "b")]
+    under_load(model, changes, 100, torch.compile(model, backend="eager"))
+
+
 def test_without_one_to_replace(file_of):
     path = file_of["as it was"]
     model = lorafx.load(lorafx.eject(made()), path, replace=True)
