@@ -291,8 +291,7 @@ def compiler_pass() -> tuple[Any, Callable[..., bytes]]:
     return CustomGraphPass, get_hash_for_files
 
 
-# What a compiler leaves alone, and all that it calls. Without it: torch.compiler.disable, which
-# takes a second to import.
+# What a compiler leaves alone, with all that it calls. Without it: the public one, slow to import.
 untraced: Callable[[Any], Any] = _optional(
     "torch:_disable_dynamo",
     lambda function: torch.compiler.disable(function))  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ from .attach import attach, begin_injection
 from .copies import share
 from .program import read_program
 from .program_writer import ProgramWriter, branch_calls, branches_in, ties
-from .record import find_injection, refresh, set_trainable
+from .record import find_injection, set_trainable
 from .trained import Trained
 
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ def module_of(program: "ExportedProgram") -> nn.Module:
     assert record is not None
     record.active = dict.fromkeys(pairs, 1.0)
     set_trainable(module)
-    refresh(module)
     return module
 
 

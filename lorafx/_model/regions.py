@@ -17,8 +17,8 @@ from .._graph.dispatched import rebind
 from .._graph.functions import why_not_defined
 from .._graph.modules import LorafxModule
 from .branches import spread
-from .fsdp import change_class, own_class, state_without_fsdp
 from .direct import LinearForward
+from .fsdp import change_class, own_class, state_without_fsdp
 from .generated import (
     adapted_property, compiled, frozen_property, resetting_base, standing_property
 )
