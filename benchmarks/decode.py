@@ -23,6 +23,7 @@ import torch
 from common.machine import in_words, machine
 from common.progress import progress
 from common.tables import aligned, interval
+from common.timing import threads
 from decode_parts.run import BASE, CASES, LORAFX, MERGED, NOISE, PEFT, TINY, measure
 
 LEGEND = """\
@@ -70,15 +71,11 @@ def readme(results: Mapping[str, Any]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print the table and write the file; returns what it holds."""
     began, options = time.perf_counter(), parse(argv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         cases = progress(TINY if options.tiny else CASES, unit="case")
         found = [measure(case, options.rounds or case.rounds) for case in cases]
         results = {"machine": machine(torch.device("cpu")),
                    "seconds": time.perf_counter() - began, "cases": found}
-    finally:
-        torch.set_num_threads(threads)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(results, indent=1))
     print(f"{table(found)}\n\n{LEGEND}\n{results['seconds']:.0f} s in all.")

@@ -27,6 +27,7 @@ import torch
 
 from common.machine import machine
 from common.progress import progress
+from common.timing import threads
 from serve_parts import compiled, report, rule, run, switching, training
 
 # {kind of case: what it is measured by}
@@ -53,9 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Measure, print the tables and write the file; returns what it holds."""
     began, options = time.perf_counter(), parse(argv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         if options.rule:
             print(rule.table())
             return None
@@ -66,8 +65,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
             results[kind] = [module.measure(case, options.rounds or case.rounds)
                              for case in progress(chosen, unit="case")]
         results["seconds"] = time.perf_counter() - began
-    finally:
-        torch.set_num_threads(threads)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(results, indent=1))
     for kind, (table, legend) in report.TABLES.items():

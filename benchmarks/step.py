@@ -5,13 +5,14 @@ under bfloat16 also float32, its default), a forward patched by hand, and lorafx
 joined branches; each eager and compiled. All have the same base weights, A, B (random, B not zero),
 data, layers and loss, and compute dX through every layer, in one process. First each passes a gate:
 outputs, dX, dA and dB against a float64 reference, or its row is void. Then they are timed in
-interleaved rounds; shown are medians of ratios to the frozen base's time in the same round.
+interleaved rounds; shown are medians of ratios to the frozen base's time in the same round: by the
+processor's time in one thread, or by the clock in the cells of two.
 
     python benchmarks/step.py [--full] [--only WORD ...] [--rounds N] [--json FILE] [--png FILE]
     python benchmarks/step.py --readme out/step.json out/merge.json
     python benchmarks/step.py --rule
 
-The default takes about eight minutes on two idle CPU cores. `--full`, every model by tokens,
+The default takes about twelve minutes on two idle CPU cores. `--full`, every model by tokens,
 ranks and targets, takes many hours there: choose cells with `--only`. On a GPU all is in bfloat16,
 and compiled means with CUDA graphs.
 """

@@ -81,19 +81,17 @@ class Training:
 def steps(config: Config, counts: tuple[int, ...], rounds: int) -> list[Step]:
     """All methods at each number of tokens, in one thread."""
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     base, found = MiniMind(config), []
     for count in counts:
         tokens = torch.randint(config.vocabulary, (max(count // 256, 1), min(count, 256)))
         made = {name: Training(base, targets, tokens) for name, targets in METHODS.items()}
-        for training in made.values():
-            training.step()
-        times = timing.interleaved({name: each.seconds for name, each in made.items()}, rounds)
+        with timing.threads(1):
+            for training in made.values():
+                training.step()
+            times = timing.interleaved({name: each.seconds for name, each in made.items()}, rounds)
         for name, training in made.items():
             faster = timing.ratio(times[FULL], times[name])
             seconds = timing.median(times[name])
             found.append(
                 Step(count, name, training.trains, training.memory(), seconds, faster))
-    torch.set_num_threads(threads)
     return found

@@ -1,9 +1,10 @@
 """Times in interleaved rounds, and ratios of them with 95 % intervals."""
 
+import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -34,7 +35,10 @@ def interleaved(calls: Mapping[str, Callable[[], float]], rounds: int) -> dict[s
 
 
 def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """The time of one call, the mean of some that follow each other."""
+    """The time of one call, the mean of some that follow each other.
+
+    Where one thread computes, that is its processor time, to which other processes add nothing.
+    """
     if device.type == "cuda":
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
@@ -43,10 +47,22 @@ def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> floa
         last.record()
         last.synchronize()
         return first.elapsed_time(last) / 1000 / repeats
-    began = time.perf_counter()
+    clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
+    began = clock()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - began) / repeats
+    return (clock() - began) / repeats
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within this, so many threads compute what an operator is asked for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def thread_seconds(call: Callable[[], Any], repeats: int) -> float:

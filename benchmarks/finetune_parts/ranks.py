@@ -117,17 +117,6 @@ def together(way: str, device: str, batch: int) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute with so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; where it is sharded, every process asks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -10,10 +10,11 @@ from torch import Tensor
 
 import lorafx
 from common.minimind import MiniMind
+from common.timing import threads
 from finetune_parts.bench import (
     FULL_RATE, Bench, close, config, equal, fresh_base, frozen, parameters, save_whole, snapshot)
 from finetune_parts.keep import AdapterKeeper
-from finetune_parts.ranks import threads, whole
+from finetune_parts.ranks import whole
 from finetune_parts.training import Run, evaluate, train
 
 # An adapter has learned if its held-out loss is this much, in nats per byte, below the base's.

@@ -13,7 +13,7 @@ from step_parts.gate import Result, reference
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One comparison.
+    """One comparison, by the processor's time in one thread, or by the clock in several.
 
     `layers=0` means as many as the model has, `forward_rounds=0` that forward alone is not timed.
     `sample` is the least time, in seconds, of what is timed as one: several steps where one is
@@ -31,6 +31,7 @@ class Cell:
     rounds: int = 12
     forward_rounds: int = 6
     sample: float = 0.1
+    threads: int = 1
 
     @property
     def label(self) -> str:
@@ -39,15 +40,17 @@ class Cell:
         cut = self.layers not in (0, family.layers)
         part = f" ({self.layers} of {family.layers} layers)" if cut else ""
         dtype = str(self.dtype).removeprefix("torch.")
+        threads = f", {self.threads} threads" if self.threads > 1 else ""
         return (f"{self.model}{part}, {self.batch * self.length:,} tokens, rank {self.rank}, "
-                f"{self.targets}, {dtype}, {'compiled' if self.compiled else 'eager'}")
+                f"{self.targets}, {dtype}, {'compiled' if self.compiled else 'eager'}{threads}")
 
 
 MINIMIND = "MiniMind 26M"
 # The first is the one that the headline is about. Widths are whole; some have fewer layers, and few
 # tokens, for time.
 DEFAULT = (
-    Cell(MINIMIND, rounds=11, forward_rounds=3),
+    Cell(MINIMIND, rounds=7, forward_rounds=3),
+    Cell(MINIMIND, rounds=9, forward_rounds=0, threads=2),
     Cell(MINIMIND, 1, 128, 4, "square", layers=2, sample=0.05),
     Cell("encoder, BERT-base", 2, 128, layers=1, sample=0.05),
     Cell("Llama layer, 1024", 1, 256, 64, sample=0.05),

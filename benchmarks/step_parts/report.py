@@ -114,7 +114,8 @@ def readme(step: Mapping[str, Any], merged: Mapping[str, Any] | None = None) -> 
         "output and gradient has been compared with float64. "
         f"{in_words(step['machine'], 'peft')}, in {step['seconds']:.0f} s, this is what each adds "
         "to the frozen base's step (the base again shows the noise), and what lorafx adds as a "
-        "share of what PEFT adds, with its 95 % interval:",
+        "share of what PEFT adds, with its 95 % interval, by the processor's time in one thread, "
+        "or by the clock where threads are named:",
         overview(cells), "The first of these:", table(cells[0], README_COLUMNS)]
     compiled = [cell for cell in cells if cell["compiled"]]
     if compiled:

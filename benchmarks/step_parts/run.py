@@ -16,7 +16,7 @@ from common.contenders import (
     BASE, CONTENDERS, NOISE, PAIRS, Contender, Method, compiled, make_contender, names_for)
 from common.counting import Operators, held_bytes
 from common.models import loss_of
-from common.timing import interleaved, median, ratio, seconds, share
+from common.timing import interleaved, median, ratio, seconds, share, threads
 from step_parts.cells import Cell, Task, task
 from step_parts.gate import clear, errors, result, step, verdict
 
@@ -37,11 +37,12 @@ def measure(cell: Cell, device: torch.device, backend: str = "inductor",
     torch.compiler.reset()
     given = task(cell, device)
     rows: dict[str, Row] = {name: {"void": ""} for name in names_for(cell.dtype)}
-    contenders = prepare_all(given, rows, methods, backend)
     shares = []
-    if BASE in contenders:
-        times = compare(given, contenders, rows)
-        shares = [shown for pair in PAIRS if (shown := added(times, *pair))]
+    with threads(cell.threads):
+        contenders = prepare_all(given, rows, methods, backend)
+        if BASE in contenders:
+            times = compare(given, contenders, rows)
+            shares = [shown for pair in PAIRS if (shown := added(times, *pair))]
     dtype = str(cell.dtype).removeprefix("torch.")
     return {"label": cell.label, **dataclasses.asdict(cell), "dtype": dtype,
             "sites": len(given.adapters.values), "rows": rows, "shares": shares}
