@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -110,11 +112,45 @@ def rows_of(tensor: Tensor) -> int:
     return math.prod(tensor.shape[:-1])
 
 
+def rows_beside(tensor: Tensor, weight: Tensor, axis: int) -> int:
+    """The rows, along this axis, of what one matrix of a weight multiplies, or makes.
+
+    A stack of matrices, as of groups or of experts, has a stack of rows for each.
+    """
+    if tensor.ndim < 2:
+        return 1
+    matrices = 1
+    if weight.ndim == tensor.ndim:
+        for size, stride in zip(weight.shape[:-2], weight.stride()):
+            matrices *= size if stride else 1
+    elements = matrices * tensor.shape[axis]
+    return tensor.numel() // elements if elements else 0
+
+
 def has_rows(tensor: Tensor, rows: int) -> bool:
-    """True if the first dimensions of a tensor are so many rows."""
-    product = 1
-    for size in tensor.shape:
-        product *= size
-        if product == rows:
-            return True
-    return product == rows
+    """True if adjacent dimensions of a tensor are so many rows."""
+    shapes = [tensor.shape, *(tensor.shape[start:-1] for start in range(1, tensor.ndim - 1))]
+    return any(rows in itertools.accumulate(shape, operator.mul, initial=1) for shape in shapes)
+
+
+def rows_in(call: OperatorCall, values: Sequence[Value], result: Tensor) -> set[int]:
+    """The numbers of rows of the values of an operator's operands, or their sum if it stacks them.
+
+    What is empty has no rows to lose.
+    """
+    parts = [value for tensor, value in zip(call.given, call.values) if tensor.numel()]
+    if call.name == "cat" and all(parts):
+        counts = [value.rows for value in parts if value is not None]
+        if all(counts) and sum(counts) == rows_of(result):
+            return {sum(counts)}
+    return {value.rows for value in values if value.sources}
+
+
+def reads_rows(tensor: Tensor, rows: int) -> bool:
+    """True if each row of a view is one of the rows of which its storage has so many."""
+    if not rows or tensor.ndim < 2:
+        return False
+    width = tensor.untyped_storage().nbytes() // tensor.element_size() // rows
+    steps = (tensor.storage_offset(), *tensor.stride()[:-1])
+    is_whole = tensor.shape[-1] == width and tensor.stride(-1) == 1
+    return is_whole and not any(step % width for step in steps)

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from .._kernels.private import TorchDispatchMode, storage_key, tree_iter, writes
 from .flow import Attention, Flow, Logits, Scores, Value, attention_of, union
 from .operator_calls import (
-    OperatorCall, carries, elements, has_rows, has_storage, logits_of, moved, rows_of, written
+    OperatorCall, carries, elements, has_rows, has_storage, logits_of, moved, reads_rows,
+    rows_beside, rows_in, rows_of, written
 )
 
 
@@ -85,9 +86,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def layer(self, site: str, read: Tensor, result: Tensor) -> None:
         """Note the linear call that a layer makes by itself."""
-        value = self._of(read) or Value()
-        self._set(result, self.flow.linear_call(
-            frozenset({site}), value, rows_of(read), rows_of(result)))
+        value, rows = self._of(read) or Value(), rows_of(read)
+        self._set(result, self._linear_call(frozenset({site}), read, value, rows, rows))
 
     def returned(self, result: Any) -> None:
         """Note what the model returned."""
@@ -143,7 +143,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flow.selecting |= made.sources
         if call.name in SUMS and len(values) > 1:
             self.flow.sums.append((values[0].sources, values[-1].sources))
-        rows = {value.rows for value in values if value.sources}
+        rows = rows_in(call, values, result)
         if len(rows) == 1 and call.name not in MIXING and has_rows(result, min(rows)):
             made = dataclasses.replace(made, rows=min(rows))
         return dataclasses.replace(
@@ -162,10 +162,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if a.weights and b.weights:
             return Value(weights=a.weights | b.weights)
         if a.weights or b.weights:
-            weight, read = (left, right) if a.weights else (right, left)
-            sites = (a if a.weights else b).weights
-            value = b if a.weights else a
-            return self.flow.linear_call(sites, value, rows_of(read), rows_of(result))
+            weight, read, axis = (left, right, -2) if a.weights else (right, left, -1)
+            return self._linear_call(
+                a.weights | b.weights, read, b if a.weights else a,
+                rows_beside(read, weight, axis), rows_beside(result, weight, axis))
         made = dataclasses.replace(union([a, b]), scores=())
         if not a.sources or not b.sources:
             return made
@@ -183,6 +183,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         column = result.stride(-1) if right.ndim > 1 else None
         row = result.stride(-1 if column is None else -2) if left.ndim > 1 else None
         return dataclasses.replace(made, scores=(Scores(a.sources, b.sources, row, column),))
+
+    def _linear_call(
+        self, sites: frozenset[str], read: Tensor, value: Value, rows: int, result_rows: int
+    ) -> Value:
+        """The value of what these sites make of so many rows of a tensor of this value."""
+        is_row_wise = rows == value.rows != 0 or reads_rows(read, value.rows)
+        return self.flow.linear_call(sites, value, is_row_wise, result_rows)
 
     def _softmax(self, call: OperatorCall, result: Tensor) -> Value:
         """The value of a softmax: weights of an attention, or a choice between other things."""

@@ -1,7 +1,8 @@
 """Which linear calls of a flow serve attention, make feed-forward blocks, or give the logits."""
 
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .flow import Attention, Flow, LinearCall
@@ -81,45 +82,65 @@ class RoleCalls:
         return read
 
     def _outputs(self) -> int:
-        """The calls that read attention's result, maybe gated by what reads its input."""
+        """The calls that read attention's result, maybe gated by what reads its input.
+
+        With those of a second factor, which read nothing else before the sum.
+        """
         found = 0
         for bit, call in self.flow.calls.items():
             attentions = call.reads & self._attentions
             beside = call.reads & ~attentions
             if attentions and not beside & ~self._calls:
-                if self._inputs(beside) <= self._inputs(attentions):
+                known = _union(self._inputs(attentions))
+                for one in bits(attentions):
+                    known |= _operands(self.flow.attentions[one])
+                if not _union(self._inputs(beside)) & ~known:
+                    found |= bit
+        for bit, call in self.flow.calls.items():
+            if call.is_linear and call.reads and not call.reads & ~found:
+                attentions = _union(self._inputs(call.reads)) & self._attentions
+                source = _union(self._inputs(attentions))
+                if self._adds_to(_Block(call.reads | bit, bit, source), source):
                     found |= bit
         return found
 
     def _blocks(self, bit: int, end: LinearCall) -> list["_Block"]:
         """What may be a feed-forward block, or one in a narrow width with the calls around it."""
-        found, ups = [], self._ups(bit, end)
+        found = []
+        ups, source = self._ups(bit, end)
         if ups:
-            found.append(_Block(ups | bit, bit, *self._inputs(ups)))
+            found.append(_Block(ups | bit, bit, source))
         downs = end.reads & ~self._choosing
         if not downs or downs & ~self._calls or (downs | bit) & self.outputs:
             return found
-        inner = 0
+        inner, sources = 0, set()
         for down in bits(downs):
-            ups = self._ups(down, self.flow.calls[down])
+            ups, source = self._ups(down, self.flow.calls[down])
             if not ups:
                 return found
             inner |= ups
-        inputs = self._inputs(inner)
-        if len(inputs) == 1:
-            [source] = inputs
+            sources.add(source)
+        if len(sources) == 1:
             calls, first = inner | downs | bit, self.flow.calls.get(source)
             if first is not None and not source & self.outputs:
                 calls, source = calls | source, first.reads
             found.append(_Block(calls, bit, source))
         return found
 
-    def _ups(self, bit: int, down: LinearCall) -> int:
-        """The calls whose results, row by row, are all that a call reads; they read one value."""
+    def _ups(self, bit: int, down: LinearCall) -> tuple[int, int]:
+        """The calls whose results, row by row, are all that a call reads, and the value they read.
+
+        With those of a first factor, which only they read, beside others that read that value.
+        No calls, if they read several.
+        """
         ups = down.reads
         if not ups or ups & ~self._calls or not down.is_row_wise or (ups | bit) & self.outputs:
-            return 0
-        return ups if len(self._inputs(ups)) == 1 else 0
+            return 0, 0
+        inputs = self._inputs(ups)
+        for read in inputs & self.flow.calls.keys():
+            if self.flow.calls[read].reads in inputs and self._only_read_by(read, ups):
+                ups, inputs = ups | read, inputs - {read}
+        return (ups, inputs.pop()) if len(inputs) == 1 else (0, 0)
 
     def _adds_to(self, block: "_Block", wanted: int) -> bool:
         """True if the result of a block is added to what comes from one of these sources."""
@@ -168,9 +189,14 @@ class RoleCalls:
         return sum(reading or calls)
 
     def _beside(self, key: int, value: int) -> int:
-        """The calls for key that read what one for value does; all, if none does."""
+        """The calls for key that read what one for value does, or so their first factor; or all."""
         inputs = self._inputs(value)
-        return sum(bit for bit in bits(key) if self.flow.calls[bit].reads in inputs) or key
+        found = 0
+        for bit in bits(key):
+            reads = self.flow.calls[bit].reads
+            if reads in inputs or self._inputs(reads) & inputs and reads in self.flow.calls:
+                found |= bit
+        return found or key
 
     def _add_latents(self, attention: Attention) -> None:
         """Add the calls that only projections of this attention read, as those of low rank do.
@@ -191,9 +217,12 @@ class RoleCalls:
                     if latent in self._inputs(part):
                         setattr(self, role, getattr(self, role) | latent)
 
-    def _only_read_by(self, latent: int, projections: int, attention: Attention) -> bool:
+    def _only_read_by(
+        self, latent: int, readers: int, attention: Attention | None = None
+    ) -> bool:
+        """True if only these calls, one attention, and what selects tokens for it read a result."""
         for bit, call in self.flow.calls.items():
-            if call.reads & latent and not bit & (projections | self.flow.selecting):
+            if call.reads & latent and not bit & (readers | self.flow.selecting):
                 return False
         return all(other is attention or not _operands(other) & latent
                    for other in self.flow.attentions.values())
@@ -215,6 +244,10 @@ def bits(mask: int) -> list[int]:
         found.append(low)
         mask ^= low
     return found
+
+
+def _union(masks: Iterable[int]) -> int:
+    return functools.reduce(operator.or_, masks, 0)
 
 
 def _operands(attention: Attention) -> int:
