@@ -54,12 +54,14 @@ class Value:
     Attributes:
         sources: bits of `Flow`.
         rows: the number of rows of the linear calls from which only functions of single rows led
-            here; 0 if rows were mixed, picked or lost.
+            here; 0 if rows were mixed or lost.
+        stacks: how many matrices of a stack of weights multiplied so many rows each.
         weights: the sites from whose weights alone it was computed; none of an activation.
     """
 
     sources: int = 0
     rows: int = 0
+    stacks: int = 1
     scores: tuple[Scores, ...] = ()
     logits: Logits = Logits.NO
     weights: frozenset[str] = frozenset()
@@ -120,12 +122,12 @@ class Flow:
         return 1 << (self._bits - 1)
 
     def linear_call(
-        self, sites: frozenset[str], read: Value, is_row_wise: bool, result_rows: int
+        self, sites: frozenset[str], read: Value, is_row_wise: bool, rows: int, stacks: int
     ) -> Value:
-        """The value of x W^T for weights of these sites, x being what was read."""
+        """The value of x W^T for weights of these sites, x being so many rows that were read."""
         bit, is_linear = self.bit(), read.logits is Logits.YES
         self.calls[bit] = LinearCall(sites, read.sources, is_row_wise, is_linear, len(self.sums))
-        return Value(bit, result_rows, logits=Logits.YES)
+        return Value(bit, rows, stacks, logits=Logits.YES)
 
     def attention(self, attention: Attention) -> Value:
         """The value of softmax(query key^T) value."""

@@ -20,6 +20,11 @@ PASSING = frozenset("""
     _softmax _log_softmax
 """.split())
 
+# A row of their result may depend on many rows, even where its shape says nothing of that.
+MIXING = frozenset({"convolution", "cumsum", "cumprod", "logcumsumexp", "roll", "flip"})
+# They pick rows, or put them together.
+MOVING = frozenset({"cat", "index", "index_select", "index_add"})
+
 
 @dataclasses.dataclass(frozen=True)
 class OperatorCall:
@@ -89,7 +94,8 @@ def written(old: Value | None, new: Value) -> Value:
         return new
     both = union([old, new])
     rows = new.rows if old.rows in (0, new.rows) and old.sources | new.sources else 0
-    return dataclasses.replace(both, rows=rows, logits=min(old.logits, new.logits))
+    logits = min(old.logits, new.logits)
+    return dataclasses.replace(both, rows=rows, stacks=new.stacks, logits=logits)
 
 
 def has_storage(tensor: Tensor) -> bool:
@@ -112,38 +118,37 @@ def rows_of(tensor: Tensor) -> int:
     return math.prod(tensor.shape[:-1])
 
 
-def rows_beside(tensor: Tensor, weight: Tensor, axis: int) -> int:
-    """The rows, along this axis, of what one matrix of a weight multiplies, or makes.
-
-    A stack of matrices, as of groups or of experts, has a stack of rows for each.
-    """
-    if tensor.ndim < 2:
-        return 1
+def matrices_beside(tensor: Tensor, weight: Tensor) -> int:
+    """How many matrices of a weight, as of groups or experts, have rows of a tensor each."""
     matrices = 1
     if weight.ndim == tensor.ndim:
         for size, stride in zip(weight.shape[:-2], weight.stride()):
             matrices *= size if stride else 1
-    elements = matrices * tensor.shape[axis]
-    return tensor.numel() // elements if elements else 0
+    return matrices
 
 
 def has_rows(tensor: Tensor, rows: int) -> bool:
-    """True if adjacent dimensions of a tensor are so many rows."""
-    shapes = [tensor.shape, *(tensor.shape[start:-1] for start in range(1, tensor.ndim - 1))]
-    return any(rows in itertools.accumulate(shape, operator.mul, initial=1) for shape in shapes)
+    """True if the first dimensions of a tensor are so many rows."""
+    return rows in itertools.accumulate(tensor.shape, operator.mul, initial=1)
 
 
-def rows_in(call: OperatorCall, values: Sequence[Value], result: Tensor) -> set[int]:
-    """The numbers of rows of the values of an operator's operands, or their sum if it stacks them.
+def rows_in(call: OperatorCall, result: Tensor) -> tuple[int, int]:
+    """The rows of an operator's result that are functions of single rows, and their stacks.
 
-    What is empty has no rows to lose.
+    What picks, stacks or puts whole rows has those of its result. What is empty has none to lose.
     """
-    parts = [value for tensor, value in zip(call.given, call.values) if tensor.numel()]
-    if call.name == "cat" and all(parts):
-        counts = [value.rows for value in parts if value is not None]
-        if all(counts) and sum(counts) == rows_of(result):
-            return {sum(counts)}
-    return {value.rows for value in values if value.sources}
+    found, are_whole = set(), call.name in MOVING
+    for tensor, value in zip(call.given, call.values):
+        if value is not None and value.sources and tensor.numel():
+            found.add((value.rows, value.stacks))
+            is_read = value.rows == rows_of(tensor) or reads_rows(tensor, value.rows)
+            are_whole = are_whole and is_read and tensor.shape[-1:] == result.shape[-1:]
+    if are_whole and found:
+        return rows_of(result), 1
+    for rows, stacks in found if len(found) == 1 and call.name not in MIXING else ():
+        if has_rows(result, rows) or has_rows(result, rows * stacks):
+            return rows, stacks
+    return 0, 1
 
 
 def reads_rows(tensor: Tensor, rows: int) -> bool:

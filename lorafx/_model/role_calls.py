@@ -22,10 +22,12 @@ class RoleCalls:
         self._calls, self._attentions = sum(flow.calls), sum(flow.attentions)
         self._choosing = flow.weighing | flow.selecting
         self.outputs, self.mlp, ends = self._outputs(), 0, 0
+        self.outputs |= self._second_outputs()
         others: list[_Block] = []
         for bit, call in flow.calls.items():
             blocks = self._blocks(bit, call)
-            found = [block for block in blocks if self._adds_to(block, block.source)]
+            found = [block for block in blocks
+                     if self._adds_to(block, block.source | self._began(block.source))]
             for block in found[:1]:
                 self.mlp |= block.calls & ~self._choosing | bit
                 ends |= bit
@@ -82,10 +84,7 @@ class RoleCalls:
         return read
 
     def _outputs(self) -> int:
-        """The calls that read attention's result, maybe gated by what reads its input.
-
-        With those of a second factor, which read nothing else before the sum.
-        """
+        """The calls that read attention's result, maybe gated by what reads its input."""
         found = 0
         for bit, call in self.flow.calls.items():
             attentions = call.reads & self._attentions
@@ -96,16 +95,28 @@ class RoleCalls:
                     known |= _operands(self.flow.attentions[one])
                 if not _union(self._inputs(beside)) & ~known:
                     found |= bit
-        for bit, call in self.flow.calls.items():
-            if call.is_linear and call.reads and not call.reads & ~found:
-                attentions = _union(self._inputs(call.reads)) & self._attentions
-                source = _union(self._inputs(attentions))
-                if self._adds_to(_Block(call.reads | bit, bit, source), source):
-                    found |= bit
         return found
 
+    def _second_outputs(self) -> int:
+        """The calls that are outputs with the one that they read, before the sum."""
+        found = 0
+        for bit, call in self.flow.calls.items():
+            began = self._began(call.reads)
+            if call.is_linear and self._adds_to(_Block(call.reads | bit, bit, began), began):
+                found |= bit
+        return found
+
+    def _began(self, sources: int) -> int:
+        """What attention began with, if these sources are all outputs of it."""
+        if sources & ~self.outputs:
+            return 0
+        return _union(self._inputs(_union(self._inputs(sources)) & self._attentions))
+
     def _blocks(self, bit: int, end: LinearCall) -> list["_Block"]:
-        """What may be a feed-forward block, or one in a narrow width with the calls around it."""
+        """What may be a feed-forward block, or one in a narrow width with the calls around it.
+
+        What is routed is put together in ways that need not keep rows in sight.
+        """
         found = []
         ups, source = self._ups(bit, end)
         if ups:
@@ -113,16 +124,20 @@ class RoleCalls:
         downs = end.reads & ~self._choosing
         if not downs or downs & ~self._calls or (downs | bit) & self.outputs:
             return found
-        inner, sources = 0, set()
+        if not end.is_row_wise and downs == end.reads:
+            return found
+        inner, sources, are_row_wise = 0, set(), True
         for down in bits(downs):
             ups, source = self._ups(down, self.flow.calls[down])
             if not ups:
                 return found
             inner |= ups
             sources.add(source)
+        for up in bits(inner):
+            are_row_wise = are_row_wise and self.flow.calls[up].is_row_wise
         if len(sources) == 1:
             calls, first = inner | downs | bit, self.flow.calls.get(source)
-            if first is not None and not source & self.outputs:
+            if first is not None and are_row_wise and not source & self.outputs:
                 calls, source = calls | source, first.reads
             found.append(_Block(calls, bit, source))
         return found
@@ -153,29 +168,30 @@ class RoleCalls:
         return False
 
     def _open(self, blocks: Sequence["_Block"]) -> int:
-        """The calls of blocks of no role whose result is added to what they were computed from.
+        """The calls of blocks of no role whose result is added to what all of it comes through.
 
-        That is not what they began with, as where attention is before a block in one layer.
+        That is not what they began with, as where a recurrence is before a block in one layer.
         """
         known = self.outputs | self.mlp | self.query | self.key | self.value | self._choosing
         found = 0
         for block in blocks:
-            if not block.calls & known and self._adds_to(block, self._before(block.source)):
+            if not block.calls & known and self._adds_to(block, self._through(block.source)):
                 found |= block.calls
         return found
 
-    def _before(self, sources: int) -> int:
-        """These sources and all from which they were computed."""
-        found, new = 0, sources
-        while new:
-            found |= new
-            read = 0
-            for bit in bits(new & self._calls):
-                read |= self.flow.calls[bit].reads
-            for bit in bits(new & self._attentions):
-                read |= _operands(self.flow.attentions[bit])
-            new = read & ~found
-        return found
+    @functools.cached_property
+    def _ways(self) -> dict[int, int]:
+        """Each call and attention, and all that each way to it goes through."""
+        reads = {bit: call.reads for bit, call in self.flow.calls.items()}
+        for bit, attention in self.flow.attentions.items():
+            reads[bit] = _operands(attention)
+        ways: dict[int, int] = {}
+        for bit in sorted(reads):  # as they ran
+            ways[bit] = bit | _common(ways.get(source, source) for source in bits(reads[bit]))
+        return ways
+
+    def _through(self, sources: int) -> int:
+        return _common(self._ways.get(source, source) for source in bits(sources))
 
     def _projections(self, sources: int) -> int:
         """The linear calls that give an attention these sources, none if it reads the stream.
@@ -248,6 +264,12 @@ def bits(mask: int) -> list[int]:
 
 def _union(masks: Iterable[int]) -> int:
     return functools.reduce(operator.or_, masks, 0)
+
+
+def _common(masks: Iterable[int]) -> int:
+    """The bits that all masks have; none, if there are no masks."""
+    found = list(masks)
+    return functools.reduce(operator.and_, found) if found else 0
 
 
 def _operands(attention: Attention) -> int:

@@ -104,16 +104,17 @@ MIXERS = {
                   "layers.2.mixer(up_proj=m down_proj=m) layers.3.mixer(gate=- fc1_latent_proj=m "
                   "fc2_latent_proj=m experts(up_proj=m down_proj=m) "
                   f"shared_experts(up_proj=m down_proj=m))) {HEAD}",
-    # attention and feed-forward in a row, then `linear`, before one residual connection
+    # attention, a feed-forward block and what makes its result narrower, in one residual
+    # connection
     "zamba": "model(layers.0.mamba(in_proj=- x_proj_weight=- dt_proj_weight=- out_proj=-) "
              f"layers.1.shared_transf(self_attn({QKVO}) feed_forward({GATED})) "
-             "layers.*(linear=- mamba_decoder.mamba(in_proj=- x_proj_weight=- dt_proj_weight=- "
+             "layers.*(linear=m mamba_decoder.mamba(in_proj=- x_proj_weight=- dt_proj_weight=- "
              f"out_proj=-))) {HEAD}",
     "zamba2": f"model(layers.0.mamba({IN_OUT}) layers.1.shared_transformer(self_attn({QKVO} "
               "linear_q_adapter_list.*.*=q linear_k_adapter_list.*.*=k "
               "linear_v_adapter_list.*.*=v) feed_forward(gate_up_proj=m down_proj=m "
               "gate_up_proj_adapter_list.*.*=m)) "
-              f"layers.*(linear=- mamba_decoder.mamba({IN_OUT}))) {HEAD}",
+              f"layers.*(linear=m mamba_decoder.mamba({IN_OUT}))) {HEAD}",
     "lfm2": f"model(layers.0.conv({IN_OUT}) "
             "layers.1.self_attn(q_proj=q k_proj=k v_proj=v out_proj=o) "
             f"layers.*.feed_forward(w1=m w2=m w3=m)) {HEAD}",
