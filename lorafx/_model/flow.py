@@ -54,12 +54,14 @@ class Value:
     Attributes:
         sources: bits of `Flow`.
         rows: the number of rows of the linear calls from which only functions of single rows led
-            here; 0 if rows were mixed, picked or lost.
+            here; 0 if rows were mixed or lost.
+        stacks: how many matrices of a stack of weights multiplied so many rows each.
         weights: the sites from whose weights alone it was computed; none of an activation.
     """
 
     sources: int = 0
     rows: int = 0
+    stacks: int = 1
     scores: tuple[Scores, ...] = ()
     logits: Logits = Logits.NO
     weights: frozenset[str] = frozenset()
@@ -71,12 +73,14 @@ class LinearCall:
 
     Attributes:
         is_row_wise: whether each row read is a function of one row of each source's result.
+        is_linear: whether it reads the result of linear calls, maybe scaled, shifted or picked.
         sums_before: how many sums ran before it.
     """
 
     sites: frozenset[str]
     reads: int
     is_row_wise: bool
+    is_linear: bool
     sums_before: int
 
 
@@ -117,12 +121,13 @@ class Flow:
         self._bits += 1
         return 1 << (self._bits - 1)
 
-    def linear_call(self, sites: frozenset[str], read: Value, rows: int, result_rows: int) -> Value:
-        """The value of x W^T for weights of these sites, x being what was read."""
-        bit = self.bit()
-        is_row_wise = read.rows == rows != 0
-        self.calls[bit] = LinearCall(sites, read.sources, is_row_wise, len(self.sums))
-        return Value(bit, result_rows, logits=Logits.YES)
+    def linear_call(
+        self, sites: frozenset[str], read: Value, is_row_wise: bool, rows: int, stacks: int
+    ) -> Value:
+        """The value of x W^T for weights of these sites, x being so many rows that were read."""
+        bit, is_linear = self.bit(), read.logits is Logits.YES
+        self.calls[bit] = LinearCall(sites, read.sources, is_row_wise, is_linear, len(self.sums))
+        return Value(bit, rows, stacks, logits=Logits.YES)
 
     def attention(self, attention: Attention) -> Value:
         """The value of softmax(query key^T) value."""
@@ -145,6 +150,7 @@ def attention_of(weights: Sequence[Scores], contracted: int | None, value: int) 
     """The attention that multiplies these scores, after a softmax, and a value of these sources.
 
     The keys are along the axis that the product contracts, and the softmax is mostly over them.
+    Where one value is both, as of a fused projection, there is nothing to tell apart.
     """
     by_contraction: dict[tuple[int, int], set[Axis]] = defaultdict(set)
     by_softmax: dict[tuple[int, int], set[Axis]] = defaultdict(set)
@@ -154,7 +160,7 @@ def attention_of(weights: Sequence[Scores], contracted: int | None, value: int) 
     query = key = unsure = 0
     for (left, right), axes in by_contraction.items():
         known = axes - {Axis.LOST} or by_softmax[left, right]
-        if known == {Axis.COLUMNS}:
+        if known == {Axis.COLUMNS} or left == right:
             query, key = query | left, key | right
         elif known == {Axis.ROWS}:
             query, key = query | right, key | left

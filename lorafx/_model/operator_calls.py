@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +19,11 @@ PASSING = frozenset("""
     add sub rsub mul div _to_copy clone copy index index_select gather cat stack where masked_fill
     _softmax _log_softmax
 """.split())
+
+# A row of their result may depend on many rows, even where its shape says nothing of that.
+MIXING = frozenset({"convolution", "cumsum", "cumprod", "logcumsumexp", "roll", "flip"})
+# They pick rows, or put them together.
+MOVING = frozenset({"cat", "index", "index_select", "index_add"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +94,8 @@ def written(old: Value | None, new: Value) -> Value:
         return new
     both = union([old, new])
     rows = new.rows if old.rows in (0, new.rows) and old.sources | new.sources else 0
-    return dataclasses.replace(both, rows=rows, logits=min(old.logits, new.logits))
+    logits = min(old.logits, new.logits)
+    return dataclasses.replace(both, rows=rows, stacks=new.stacks, logits=logits)
 
 
 def has_storage(tensor: Tensor) -> bool:
@@ -110,11 +118,44 @@ def rows_of(tensor: Tensor) -> int:
     return math.prod(tensor.shape[:-1])
 
 
+def matrices_beside(tensor: Tensor, weight: Tensor) -> int:
+    """How many matrices of a weight, as of groups or experts, have rows of a tensor each."""
+    matrices = 1
+    if weight.ndim == tensor.ndim:
+        for size, stride in zip(weight.shape[:-2], weight.stride()):
+            matrices *= size if stride else 1
+    return matrices
+
+
 def has_rows(tensor: Tensor, rows: int) -> bool:
     """True if the first dimensions of a tensor are so many rows."""
-    product = 1
-    for size in tensor.shape:
-        product *= size
-        if product == rows:
-            return True
-    return product == rows
+    return rows in itertools.accumulate(tensor.shape, operator.mul, initial=1)
+
+
+def rows_in(call: OperatorCall, result: Tensor) -> tuple[int, int]:
+    """The rows of an operator's result that are functions of single rows, and their stacks.
+
+    What picks, stacks or puts whole rows has those of its result. What is empty has none to lose.
+    """
+    found, are_whole = set(), call.name in MOVING
+    for tensor, value in zip(call.given, call.values):
+        if value is not None and value.sources and tensor.numel():
+            found.add((value.rows, value.stacks))
+            is_read = value.rows == rows_of(tensor) or reads_rows(tensor, value.rows)
+            are_whole = are_whole and is_read and tensor.shape[-1:] == result.shape[-1:]
+    if are_whole and found:
+        return rows_of(result), 1
+    for rows, stacks in found if len(found) == 1 and call.name not in MIXING else ():
+        if has_rows(result, rows) or has_rows(result, rows * stacks):
+            return rows, stacks
+    return 0, 1
+
+
+def reads_rows(tensor: Tensor, rows: int) -> bool:
+    """True if each row of a view is one of the rows of which its storage has so many."""
+    if not rows or tensor.ndim < 2:
+        return False
+    width = tensor.untyped_storage().nbytes() // tensor.element_size() // rows
+    steps = (tensor.storage_offset(), *tensor.stride()[:-1])
+    is_whole = tensor.shape[-1] == width and tensor.stride(-1) == 1
+    return is_whole and not any(step % width for step in steps)

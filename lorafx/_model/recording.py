@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from .._kernels.private import TorchDispatchMode, storage_key, tree_iter, writes
 from .flow import Attention, Flow, Logits, Scores, Value, attention_of, union
 from .operator_calls import (
-    OperatorCall, carries, elements, has_rows, has_storage, logits_of, moved, rows_of, written
+    OperatorCall, carries, elements, has_storage, logits_of, matrices_beside, moved, reads_rows,
+    rows_in, rows_of, written
 )
 
 
@@ -30,8 +31,6 @@ PRODUCTS = {
 SOFTMAXES = frozenset({"_softmax", "_safe_softmax", "softmax"})
 SELECTIONS = frozenset({"topk", "sort", "argsort", "argmax", "multinomial"})
 SUMS = frozenset({"add", "index_add", "scatter_add", "addcmul"})
-# A row of their result may depend on many rows, even where its shape says nothing of that.
-MIXING = frozenset({"convolution", "cumsum", "cumprod", "logcumsumexp", "roll", "flip"})
 # Of their operands' shapes alone.
 FACTORIES = frozenset("""
     zeros_like ones_like empty_like full_like rand_like randn_like
@@ -85,9 +84,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def layer(self, site: str, read: Tensor, result: Tensor) -> None:
         """Note the linear call that a layer makes by itself."""
-        value = self._of(read) or Value()
-        self._set(result, self.flow.linear_call(
-            frozenset({site}), value, rows_of(read), rows_of(result)))
+        value, rows = self._of(read) or Value(), rows_of(read)
+        self._set(result, self._linear_call(frozenset({site}), read, value, rows))
 
     def returned(self, result: Any) -> None:
         """Note what the model returned."""
@@ -143,11 +141,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flow.selecting |= made.sources
         if call.name in SUMS and len(values) > 1:
             self.flow.sums.append((values[0].sources, values[-1].sources))
-        rows = {value.rows for value in values if value.sources}
-        if len(rows) == 1 and call.name not in MIXING and has_rows(result, min(rows)):
-            made = dataclasses.replace(made, rows=min(rows))
+        rows, stacks = rows_in(call, result)
         return dataclasses.replace(
-            made, scores=moved(call, made.scores, result), logits=logits_of(call, values))
+            made, rows=rows, stacks=stacks, scores=moved(call, made.scores, result),
+            logits=logits_of(call, values))
 
     def _weight(self, call: OperatorCall, values: Sequence[Value]) -> Value:
         """The value of what is computed from weights alone."""
@@ -162,10 +159,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if a.weights and b.weights:
             return Value(weights=a.weights | b.weights)
         if a.weights or b.weights:
-            weight, read = (left, right) if a.weights else (right, left)
-            sites = (a if a.weights else b).weights
-            value = b if a.weights else a
-            return self.flow.linear_call(sites, value, rows_of(read), rows_of(result))
+            weight, read, axis = (left, right, -2) if a.weights else (right, left, -1)
+            stacks = matrices_beside(read, weight)
+            rows = read.numel() // max(read.shape[axis] * stacks, 1) if read.ndim > 1 else 1
+            return self._linear_call(
+                a.weights | b.weights, read, b if a.weights else a, rows, stacks)
         made = dataclasses.replace(union([a, b]), scores=())
         if not a.sources or not b.sources:
             return made
@@ -183,6 +181,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         column = result.stride(-1) if right.ndim > 1 else None
         row = result.stride(-1 if column is None else -2) if left.ndim > 1 else None
         return dataclasses.replace(made, scores=(Scores(a.sources, b.sources, row, column),))
+
+    def _linear_call(
+        self, sites: frozenset[str], read: Tensor, value: Value, rows: int, stacks: int = 1
+    ) -> Value:
+        """The value of what these sites make of so many rows of a tensor of this value."""
+        is_row_wise = rows == value.rows != 0 or reads_rows(read, value.rows)
+        return self.flow.linear_call(sites, value, is_row_wise, rows, stacks)
 
     def _softmax(self, call: OperatorCall, result: Tensor) -> Value:
         """The value of a softmax: weights of an attention, or a choice between other things."""

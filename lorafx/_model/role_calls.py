@@ -1,7 +1,8 @@
 """Which linear calls of a flow serve attention, make feed-forward blocks, or give the logits."""
 
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .flow import Attention, Flow, LinearCall
@@ -21,10 +22,12 @@ class RoleCalls:
         self._calls, self._attentions = sum(flow.calls), sum(flow.attentions)
         self._choosing = flow.weighing | flow.selecting
         self.outputs, self.mlp, ends = self._outputs(), 0, 0
+        self.outputs |= self._second_outputs()
         others: list[_Block] = []
         for bit, call in flow.calls.items():
             blocks = self._blocks(bit, call)
-            found = [block for block in blocks if self._adds_to(block, block.source)]
+            found = [block for block in blocks
+                     if self._adds_to(block, block.source | self._began(block.source))]
             for block in found[:1]:
                 self.mlp |= block.calls & ~self._choosing | bit
                 ends |= bit
@@ -87,39 +90,72 @@ class RoleCalls:
             attentions = call.reads & self._attentions
             beside = call.reads & ~attentions
             if attentions and not beside & ~self._calls:
-                if self._inputs(beside) <= self._inputs(attentions):
+                known = _union(self._inputs(attentions))
+                for one in bits(attentions):
+                    known |= _operands(self.flow.attentions[one])
+                if not _union(self._inputs(beside)) & ~known:
                     found |= bit
         return found
 
+    def _second_outputs(self) -> int:
+        """The calls that are outputs with the one that they read, before the sum."""
+        found = 0
+        for bit, call in self.flow.calls.items():
+            began = self._began(call.reads)
+            if call.is_linear and self._adds_to(_Block(call.reads | bit, bit, began), began):
+                found |= bit
+        return found
+
+    def _began(self, sources: int) -> int:
+        """What attention began with, if these sources are all outputs of it."""
+        if sources & ~self.outputs:
+            return 0
+        return _union(self._inputs(_union(self._inputs(sources)) & self._attentions))
+
     def _blocks(self, bit: int, end: LinearCall) -> list["_Block"]:
-        """What may be a feed-forward block, or one in a narrow width with the calls around it."""
-        found, ups = [], self._ups(bit, end)
+        """What may be a feed-forward block, or one in a narrow width with the calls around it.
+
+        What is routed is put together in ways that need not keep rows in sight.
+        """
+        found = []
+        ups, source = self._ups(bit, end)
         if ups:
-            found.append(_Block(ups | bit, bit, *self._inputs(ups)))
+            found.append(_Block(ups | bit, bit, source))
         downs = end.reads & ~self._choosing
         if not downs or downs & ~self._calls or (downs | bit) & self.outputs:
             return found
-        inner = 0
+        if not end.is_row_wise and downs == end.reads:
+            return found
+        inner, sources, are_row_wise = 0, set(), True
         for down in bits(downs):
-            ups = self._ups(down, self.flow.calls[down])
+            ups, source = self._ups(down, self.flow.calls[down])
             if not ups:
                 return found
             inner |= ups
-        inputs = self._inputs(inner)
-        if len(inputs) == 1:
-            [source] = inputs
+            sources.add(source)
+        for up in bits(inner):
+            are_row_wise = are_row_wise and self.flow.calls[up].is_row_wise
+        if len(sources) == 1:
             calls, first = inner | downs | bit, self.flow.calls.get(source)
-            if first is not None and not source & self.outputs:
+            if first is not None and are_row_wise and not source & self.outputs:
                 calls, source = calls | source, first.reads
             found.append(_Block(calls, bit, source))
         return found
 
-    def _ups(self, bit: int, down: LinearCall) -> int:
-        """The calls whose results, row by row, are all that a call reads; they read one value."""
+    def _ups(self, bit: int, down: LinearCall) -> tuple[int, int]:
+        """The calls whose results, row by row, are all that a call reads, and the value they read.
+
+        With those of a first factor, which only they read, beside others that read that value.
+        No calls, if they read several.
+        """
         ups = down.reads
         if not ups or ups & ~self._calls or not down.is_row_wise or (ups | bit) & self.outputs:
-            return 0
-        return ups if len(self._inputs(ups)) == 1 else 0
+            return 0, 0
+        inputs = self._inputs(ups)
+        for read in inputs & self.flow.calls.keys():
+            if self.flow.calls[read].reads in inputs and self._only_read_by(read, ups):
+                ups, inputs = ups | read, inputs - {read}
+        return (ups, inputs.pop()) if len(inputs) == 1 else (0, 0)
 
     def _adds_to(self, block: "_Block", wanted: int) -> bool:
         """True if the result of a block is added to what comes from one of these sources."""
@@ -132,29 +168,30 @@ class RoleCalls:
         return False
 
     def _open(self, blocks: Sequence["_Block"]) -> int:
-        """The calls of blocks of no role whose result is added to what they were computed from.
+        """The calls of blocks of no role whose result is added to what all of it comes through.
 
-        That is not what they began with, as where attention is before a block in one layer.
+        That is not what they began with, as where a recurrence is before a block in one layer.
         """
         known = self.outputs | self.mlp | self.query | self.key | self.value | self._choosing
         found = 0
         for block in blocks:
-            if not block.calls & known and self._adds_to(block, self._before(block.source)):
+            if not block.calls & known and self._adds_to(block, self._through(block.source)):
                 found |= block.calls
         return found
 
-    def _before(self, sources: int) -> int:
-        """These sources and all from which they were computed."""
-        found, new = 0, sources
-        while new:
-            found |= new
-            read = 0
-            for bit in bits(new & self._calls):
-                read |= self.flow.calls[bit].reads
-            for bit in bits(new & self._attentions):
-                read |= _operands(self.flow.attentions[bit])
-            new = read & ~found
-        return found
+    @functools.cached_property
+    def _ways(self) -> dict[int, int]:
+        """Each call and attention, and all that each way to it goes through."""
+        reads = {bit: call.reads for bit, call in self.flow.calls.items()}
+        for bit, attention in self.flow.attentions.items():
+            reads[bit] = _operands(attention)
+        ways: dict[int, int] = {}
+        for bit in sorted(reads):  # as they ran
+            ways[bit] = bit | _common(ways.get(source, source) for source in bits(reads[bit]))
+        return ways
+
+    def _through(self, sources: int) -> int:
+        return _common(self._ways.get(source, source) for source in bits(sources))
 
     def _projections(self, sources: int) -> int:
         """The linear calls that give an attention these sources, none if it reads the stream.
@@ -168,9 +205,14 @@ class RoleCalls:
         return sum(reading or calls)
 
     def _beside(self, key: int, value: int) -> int:
-        """The calls for key that read what one for value does; all, if none does."""
+        """The calls for key that read what one for value does, or so their first factor; or all."""
         inputs = self._inputs(value)
-        return sum(bit for bit in bits(key) if self.flow.calls[bit].reads in inputs) or key
+        found = 0
+        for bit in bits(key):
+            reads = self.flow.calls[bit].reads
+            if reads in inputs or self._inputs(reads) & inputs and reads in self.flow.calls:
+                found |= bit
+        return found or key
 
     def _add_latents(self, attention: Attention) -> None:
         """Add the calls that only projections of this attention read, as those of low rank do.
@@ -191,9 +233,12 @@ class RoleCalls:
                     if latent in self._inputs(part):
                         setattr(self, role, getattr(self, role) | latent)
 
-    def _only_read_by(self, latent: int, projections: int, attention: Attention) -> bool:
+    def _only_read_by(
+        self, latent: int, readers: int, attention: Attention | None = None
+    ) -> bool:
+        """True if only these calls, one attention, and what selects tokens for it read a result."""
         for bit, call in self.flow.calls.items():
-            if call.reads & latent and not bit & (projections | self.flow.selecting):
+            if call.reads & latent and not bit & (readers | self.flow.selecting):
                 return False
         return all(other is attention or not _operands(other) & latent
                    for other in self.flow.attentions.values())
@@ -215,6 +260,16 @@ def bits(mask: int) -> list[int]:
         found.append(low)
         mask ^= low
     return found
+
+
+def _union(masks: Iterable[int]) -> int:
+    return functools.reduce(operator.or_, masks, 0)
+
+
+def _common(masks: Iterable[int]) -> int:
+    """The bits that all masks have; none, if there are no masks."""
+    found = list(masks)
+    return functools.reduce(operator.and_, found) if found else 0
 
 
 def _operands(attention: Attention) -> int:
