@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from .private import any_autocast, at_end_of_backward, is_keeping_by_hooks, no_autocast
-from .recipes import Recipe, recipe_of
+from .recipes import Recipe, check_memory, recipe_of
+
+_DEFAULT = 1e-5  # eps, which torch's norms take without being given one
 
 MOST_KINDS = 256  # of x at one site of which is known whether recipes give it
 
@@ -37,12 +39,12 @@ class Proven:
     """Which recipes gave the x of a site.
 
     `guesses` are what a norm's eps may be, which its node does not tell: the small numbers that a
-    model holds; also torch's default. Copies, and what is read from a file, know no recipe: they
-    may run elsewhere.
+    model holds; torch's default is tried too. Copies, and what is read from a file, know no recipe:
+    they may run elsewhere.
     """
 
     def __init__(self, guesses: Iterable[float] = ()) -> None:
-        self.guesses = tuple(sorted({1e-5, *guesses}))
+        self.guesses = tuple(sorted(set(guesses)))
         self._proofs: dict[Any, Proof | None] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -50,15 +52,18 @@ class Proven:
 
     def proof(self, recipe: Recipe, x: Tensor) -> Proof | None:
         """The proof, or None if there is none; it is tried if that is not known yet."""
-        if recipe.key not in self._proofs:
-            if len(self._proofs) >= MOST_KINDS:
-                self._proofs.clear()
-            self._proofs[recipe.key] = _proof(recipe, x, self.guesses)
-        return self._proofs[recipe.key]
+        try:
+            return self._proofs[recipe.key]
+        except KeyError:
+            proof = _proof(recipe, x, self.guesses)
+        if len(self._proofs) >= MOST_KINDS:
+            self._proofs.clear()
+        self._proofs[recipe.key] = proof
+        return proof
 
 
 @torch.no_grad()
-def _proof(recipe: Recipe, x: Tensor, guesses: Iterable[float]) -> Proof | None:
+def _proof(recipe: Recipe, x: Tensor, guesses: tuple[float, ...]) -> Proof | None:
     tensors = recipe.tensors()
     if any([_share_memory(tensor, x) for tensor in tensors]):
         return None  # nothing is saved
@@ -67,8 +72,13 @@ def _proof(recipe: Recipe, x: Tensor, guesses: Iterable[float]) -> Proof | None:
             return Proof()
         if not recipe.guesses:
             return None
-        found = [guess for guess in guesses if _gives(recipe, tensors, guess, x)]
-    return Proof(found[0]) if len(found) == 1 else None  # of two, x does not tell which is right
+        found = [guess for guess in {_DEFAULT, *guesses} if _gives(recipe, tensors, guess, x)]
+        if len(found) != 1:
+            return None  # of two, x does not tell which is right
+        others = () if found[0] in guesses else (_DEFAULT / 2, _DEFAULT * 2)
+        if any([_gives(recipe, tensors, other, x) for other in others]):
+            return None  # it may be any number
+    return Proof(found[0])
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
@@ -90,7 +100,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _bits(tensor: Tensor) -> Tensor:
     """The elements as integers: equal only if they are the same, be they zeros or not numbers."""
-    return tensor.detach().contiguous().view(_INTEGERS[tensor.dtype.itemsize])
+    return tensor.detach().contiguous().view(_INTEGERS[min(tensor.dtype.itemsize, 8)])
 
 
 class _Value:
@@ -158,7 +168,9 @@ class Again:
                     "one of the variables needed for gradient computation has been modified by an "
                     f"inplace operation: a {tensor.dtype} tensor of shape {tuple(tensor.shape)}, "
                     "from which the input of an adapted linear call is computed again, is at "
-                    f"version {tensor._version}; expected version {version} instead.")
+                    f"version {tensor._version}; expected version {version} instead. Write into it "
+                    "after the backward pass, or keep that input: inject(..., recompute=False).")
+        check_memory(self._tensors)
         return self._value.get(self._tensors, self._proof).view(packed)
 
 

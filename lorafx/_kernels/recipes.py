@@ -1,6 +1,6 @@
 """How one value is computed again: a tree of rows, from the tensors that autograd keeps anyway."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -40,8 +40,10 @@ class Recipe:
         self.shape, self.stride = value.shape, value.stride()
 
     def tensors(self) -> list[Tensor]:
-        """What is kept; an error of torch's if it was changed since, or freed."""
-        return [getattr(node, f"_saved_{name}") for node, name in self.places]
+        """What is kept; RuntimeError if it was changed since, or freed."""
+        tensors = [getattr(node, f"_saved_{name}") for node, name in self.places]
+        check_memory(tensors)
+        return tensors
 
     def computed(self, tensors: list[Tensor], guess: float | None = None) -> Tensor:
         """The value from these tensors, laid out as it was; perhaps by a guessed number."""
@@ -88,6 +90,16 @@ def recipe_of(value: Tensor) -> Recipe | None:
     # AttributeError: this torch's node has no such attribute.
     except (NoRecipe, RuntimeError, AttributeError):
         return None
+
+
+def check_memory(tensors: Iterable[Tensor]) -> None:
+    """RuntimeError for one whose memory is let go of, as FSDP does with a norm's weight."""
+    for tensor in tensors:
+        if not tensor.untyped_storage().nbytes() and tensor.numel():
+            raise RuntimeError(
+                f"the memory of a {tensor.dtype} tensor of shape {tuple(tensor.shape)}, from which "
+                "the input of an adapted linear call is computed again, was freed before the "
+                "backward pass: free it later, or keep that input: inject(..., recompute=False).")
 
 
 def _names(tree: Step) -> Iterator[str]:

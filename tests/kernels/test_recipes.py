@@ -52,7 +52,7 @@ CASES = {
     "LogSoftmaxBackward0": lambda z: z.log_softmax(-1),
     "ScaledDotProductFlashAttentionForCpuBackward0": attention,
     "NativeLayerNormBackward0": norm,
-    "NativeDropoutBackward0": lambda z: torch.native_dropout(z.exp(), 0.4, True)[0],
+    "NativeDropoutBackward0": lambda z: torch.native_dropout(z.exp().unsqueeze(1).expand(6, 4, 8), 0.4, True)[0],
     "ToCopyBackward0": lambda z: z.exp().bfloat16(),
     "CloneBackward0": lambda z: z.exp().t().contiguous(),
     "AliasBackward0": lambda z: torch.ops.aten.alias(z.exp()),
@@ -246,6 +246,22 @@ def test_a_layer_norm_needs_no_eps(affine, dtype, wide):
                 same(recipe.computed(recipe.tensors()), x.detach())
 
 
+def test_dropout_of_few_elements_may_drop_none_in_training():
+    """What one mask that all rows share proves does not hold for the next."""
+    proven, all_kept = Proven(), []
+    for seed in (0, 0, 1, 2, 3, 4):
+        torch.manual_seed(seed)
+        z = torch.randn(40, 8, requires_grad=True) * 1
+        gate, mask = torch.native_dropout(z[:1].exp(), 0.1, True)
+        all_kept.append(bool(mask.all()))
+        x = z.exp() + gate
+        recipe = recipe_of(x)
+        if proven.proof(recipe, x) is not None:
+            with torch.no_grad():
+                same(recipe.computed(recipe.tensors()), x.detach())
+    assert not all_kept[0] and any(all_kept)
+
+
 GUESSED = {
     "torch's default": (1e-5, (), True), "the model's": (1e-12, (1e-12,), True),
     "unknown": (1e-6, (1e-12,), False), "one of two that x does not tell": (
@@ -262,6 +278,15 @@ def test_the_eps_of_rounded_statistics_is_a_guess_that_gives_x(eps, numbers, fou
     if proof is not None:
         with torch.no_grad():
             same(recipe.computed(recipe.tensors(), proof.guess), x.detach())
+
+
+def test_torch_s_eps_is_none_where_x_does_not_tell_it():
+    """Of what varies much, any eps gives x; of what comes later, only the right one."""
+    z = (torch.randn(700, 256) * 30).bfloat16().requires_grad_() * 1
+    x = F.layer_norm(z, (256,), torch.ones(256).bfloat16(), eps=1e-6)
+    assert Proven().proof(recipe_of(x), x) is None
+    x = F.layer_norm(z, (256,), torch.ones(256).bfloat16(), eps=1e-5)
+    assert Proven([1e-5]).proof(recipe_of(x), x) == Proof(1e-5)  # which the model holds
 
 
 def test_steps_tell_functions_apart():

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import lorafx
 from tests.sharded.fsdp2_files import shard
 from tests.support.sharded import (
-    Decoder, Layer, adapted, batches, largest_difference, loss_of, one_process,
+    WIDTH, Decoder, Layer, adapted, batches, largest_difference, loss_of, one_process,
     reduces_the_adapter_only, train)
 from tests.support.torchrun import setup
 
@@ -83,6 +83,38 @@ def checkpointed_after_sharding() -> float:
         return model
 
     return compared(sharded)
+
+
+class NormsLast(Layer):
+    """A layer that ends in a norm, whose weight is freed when the next linear call keeps its x."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.last = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(super().forward(x))
+        return y
+
+
+class OfNormsLast(Decoder):
+    """Such layers, and a head that reads what the last gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(NormsLast(WIDTH) for _ in self.layers)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+@setup
+def layers_that_end_in_a_norm() -> float:
+    return compared(model=lambda: adapted(seeded(OfNormsLast)))
 
 
 class Checkpointed(Decoder):

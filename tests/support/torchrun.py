@@ -23,6 +23,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.internals import replace_internal
+
 Setup = Callable[[], Any]
 SETUPS: dict[str, dict[str, Setup]] = {}  # {module: {name: set-up}}, as far as they are imported
 ROOT = Path(__file__).parents[2]
@@ -98,6 +100,7 @@ def main(folder: Path, environment: dict[str, str], modules: Sequence[str],
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     results: dict[str, Any] = {}
+    replace_internal(pytest.MonkeyPatch(), "kept_below", 0)
     for name, function in chosen(modules, names).items():
         print(f"[{dist.get_rank()}] {name}", file=sys.stderr, flush=True)
         torch.manual_seed(0)
