@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from ._errors import ConfigError, FormatError, UnsupportedModelError
 from ._kernels.private import tree_iter
 from ._merge import eject
-from ._model.adapter_inputs import WithAdapterInputs, with_adapter_inputs
+from ._model.adapter_inputs import WithAdapterInputs, by_keyword, with_adapter_inputs
 from ._storage.durable import write_folder, write_whole
 
 
@@ -51,9 +51,9 @@ def export(
             inputs are those of A and B, and of forward's arguments; without an adapter it is the
             base; `lorafx.save(model, "french.onnx_adapter")` writes what onnxruntime's
             LoraAdapter loads. `.aoti.pt2`: compiled for this machine's kind, to be loaded by
-            `torch._inductor.aoti_load_package`; its inputs have no default: the base is an adapter
-            of zeros, whose shapes are the JSON in `.get_metadata()["adapter"]`. Missing folders are
-            made.
+            `torch._inductor.aoti_load_package` and called as `program(*args, **kwargs, **adapter)`;
+            the base is an adapter of zeros, which `.get_metadata()["adapter"]` describes in JSON
+            (its inputs can have no default). Missing folders are made.
         args, kwargs: an example of what forward takes.
         dynamic_shapes: {argument: what may vary, as for `torch.export.export`}; by default each
             size of each tensor may that the model lets vary and that is above 1 in the example.
@@ -170,10 +170,13 @@ def _write_pt2(exported: ExportedProgram, program: WithAdapterInputs, path: Path
 
 
 def _write_aoti(exported: ExportedProgram, program: WithAdapterInputs, path: Path) -> None:
+    """Not with A and B as constants: torch would read those of another rank as of the first."""
     import torch._inductor
-    adapter = {name: list(zeros.shape) for name, zeros in program.adapter.items()}
+    adapter = {}
+    for name, zeros in program.adapter.items():
+        adapter[name] = {"shape": list(zeros.shape), "dtype": str(zeros.dtype)[len("torch."):]}
     torch._inductor.aoti_compile_and_package(
-        exported, package_path=str(path),
+        by_keyword(exported), package_path=str(path),
         inductor_configs={"aot_inductor.metadata": {"adapter": json.dumps(adapter)}})
 
 

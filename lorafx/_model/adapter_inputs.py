@@ -1,8 +1,9 @@
 """A model as a program of its inputs and of an adapter's tensors, which torch.export traces."""
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,17 @@ from .._adapter.adapter import Adapter, Pair
 from .._adapter.config import LoRAConfig, factor_dtype
 from .._adapter.names import dotted, split_block
 from .._errors import AdapterError, UnsupportedModelError
-from .._kernels.private import is_namedtuple
+from .._kernels.private import is_namedtuple, tree_structure
 from .attach import attach, begin_injection
 from .branches import branches, factors_at
 from .factors import Factors
 from .places import places_of, tensor_at
 from .program import read_program
+from .program_writer import ProgramWriter
 from .record import injection, trained_modules
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 ADAPTER = "inputs"  # the name of the only adapter in such a program
 RANK = 2  # of the example: torch.export takes sizes of 0 and 1 for constants
@@ -84,6 +89,32 @@ def with_adapter_inputs(model: nn.Module, base: nn.Module) -> WithAdapterInputs:
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     cls = type("WithAdapterInputs", (WithAdapterInputs,), {"forward": forward})
     made: WithAdapterInputs = cls(base)
+    return made
+
+
+def by_keyword(program: "ExportedProgram") -> "ExportedProgram":
+    """f(..., **adapter) = program(adapter, ...).
+
+    AOTInductor takes the tensors of a dict in the order in which they come, whatever their names
+    are, but keyword arguments by their names.
+    """
+    from torch.export.graph_signature import InputKind
+    writer = ProgramWriter(program)
+    (adapter, *args), kwargs = program.example_inputs
+    given = tuple(args), {**kwargs, **adapter}
+    specs, nodes = writer.signature.input_specs, writer.graph.find_nodes(op="placeholder")
+    first = [spec.kind for spec in specs].index(InputKind.USER_INPUT)
+    after, last = nodes[-1].next, first + len(adapter)
+    for node in nodes[first:last]:
+        after.prepend(node)
+    specs[:] = specs[:first] + specs[last:] + specs[first:last]
+    root = writer.calls[0]
+    names = [f"_{number}" for number in range(len(args) + len(given[1]))]
+    call = dataclasses.replace(
+        root.signature, in_spec=tree_structure(given), forward_arg_names=names)
+    writer.calls[0] = dataclasses.replace(root, signature=call)
+    made = writer.made()
+    made.example_inputs = given
     return made
 
 
