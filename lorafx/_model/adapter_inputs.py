@@ -3,10 +3,12 @@
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from .._adapter.adapter import Adapter, Pair
 from .._adapter.config import LoRAConfig, factor_dtype
@@ -20,9 +22,6 @@ from .places import places_of, tensor_at
 from .program import read_program
 from .program_writer import ProgramWriter
 from .record import injection, trained_modules
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
 
 ADAPTER = "inputs"  # the name of the only adapter in such a program
 RANK = 2  # of the example: torch.export takes sizes of 0 and 1 for constants
@@ -92,13 +91,12 @@ def with_adapter_inputs(model: nn.Module, base: nn.Module) -> WithAdapterInputs:
     return made
 
 
-def by_keyword(program: "ExportedProgram") -> "ExportedProgram":
+def by_keyword(program: ExportedProgram) -> ExportedProgram:
     """f(..., **adapter) = program(adapter, ...).
 
     AOTInductor takes the tensors of a dict in the order in which they come, whatever their names
     are, but keyword arguments by their names.
     """
-    from torch.export.graph_signature import InputKind
     writer = ProgramWriter(program)
     (adapter, *args), kwargs = program.example_inputs
     given = tuple(args), {**kwargs, **adapter}
