@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.export.graph_signature import InputKind, TensorArgument
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from ._errors import ConfigError, FormatError, UnsupportedModelError
 from ._kernels.private import tree_iter
 from ._merge import eject
-from ._model.adapter_inputs import WithAdapterInputs, with_adapter_inputs
-from ._storage.durable import write_folder, write_whole
+from ._model.adapter_inputs import (
+    WithAdapterInputs, by_keyword, check_takes_inputs, with_adapter_inputs
+)
+from ._storage.durable import check_path, write_folder, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Kind:
 
 def export(
     model: nn.Module, path: str | os.PathLike[str], args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> None:
     """Write one program for the base and all of its adapters, which runs without its Python.
 
@@ -51,18 +54,20 @@ def export(
             inputs are those of A and B, and of forward's arguments; without an adapter it is the
             base; `lorafx.save(model, "french.onnx_adapter")` writes what onnxruntime's
             LoraAdapter loads. `.aoti.pt2`: compiled for this machine's kind, to be loaded by
-            `torch._inductor.aoti_load_package`; its inputs have no default: the base is an adapter
-            of zeros, whose shapes are the JSON in `.get_metadata()["adapter"]`. Missing folders are
-            made.
+            `torch._inductor.aoti_load_package` and called as `program(*args, **kwargs, **adapter)`;
+            the base is an adapter of zeros, which `.get_metadata()["adapter"]` describes in JSON
+            (its inputs can have no default). Missing folders are made.
         args, kwargs: an example of what forward takes.
-        dynamic_shapes: {argument: what may vary, as for `torch.export.export`}; by default each
-            size of each tensor may that the model lets vary and that is above 1 in the example.
+        dynamic_shapes: {argument: what may vary, as for `torch.export.export`}, or what may for
+            each argument in turn; by default each size of each tensor may that the model lets vary
+            and that is above 1 in the example.
 
     Raises:
         FormatError: no such kind, or a package that writes it is not installed.
         NotInjectedError, AdapterError: the model has no adapter.
         ConfigError: forward cannot be called with `args` and `kwargs`.
-        UnsupportedModelError: torch cannot trace the model, or the kind has no such operator.
+        UnsupportedModelError: torch cannot trace the model, it returns what is no tensor and no
+            number, or the kind has no such operator or, as ONNX, no state that forward writes.
         OSError: the disk failed. The file is written whole or, after any error, not at all.
 
     Example:
@@ -75,11 +80,13 @@ def export(
         >>> torch.allclose(program(french, x), model(x) + 8 * x.sum(1, keepdim=True), atol=1e-5)
         True
     """
-    path = Path(path)
+    path, kwargs = Path(path), {} if kwargs is None else kwargs
     kind = _kind_of(path)
-    program = with_adapter_inputs(model, eject(model))
-    _check_example(program.model, args, kwargs or {})
-    exported = _traced(program, tuple(args), dict(kwargs or {}), dynamic_shapes)
+    check_takes_inputs(model)
+    base = eject(model)
+    _check_example(base, args, kwargs)
+    program = with_adapter_inputs(model, base, kwargs)
+    exported = _traced(program, tuple(args), dict(kwargs), dynamic_shapes)
     files = _files(kind, exported, program, path)
     if len(files) == 1:
         write_whole(path, files[path.name])
@@ -104,6 +111,7 @@ def _files(
 
 
 def _kind_of(path: Path) -> Kind:
+    check_path(path)
     for kind in KINDS:
         if path.name.endswith(kind.ending):
             if path.is_dir():
@@ -115,6 +123,10 @@ def _kind_of(path: Path) -> Kind:
 
 def _check_example(base: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise unless forward can be called with these."""
+    if not isinstance(args, (tuple, list)) or not isinstance(kwargs, Mapping):
+        raise ConfigError(
+            "args is a tuple and kwargs a dict of what forward takes, such as (x,), not a "
+            f"{type(args).__name__} and a {type(kwargs).__name__}.")
     try:
         inspect.signature(base.forward).bind(*args, **kwargs)
     except TypeError as error:
@@ -124,28 +136,41 @@ def _check_example(base: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
 
 
 def _traced(
-    program: WithAdapterInputs, args: tuple[Any, ...], kwargs: dict[str, Any],
-    dynamic_shapes: Mapping[str, Any] | None,
+    program: WithAdapterInputs, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any,
 ) -> ExportedProgram:
     """The program that torch.export traces, of any rank at each site."""
     given = program.adapter, *args
-    shapes: dict[str, Any] = {}
     try:
-        if dynamic_shapes is None:
-            collection: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-            for value in tree_iter((args, kwargs)):
-                if isinstance(value, Tensor) and value.ndim:
-                    collection[value] = {axis: Dim.AUTO for axis in range(value.ndim)}
-            shapes |= collection.dynamic_shapes(program, given, kwargs)
-        else:
-            shapes |= dynamic_shapes
-        shapes["adapter"] = _ranks(program.adapter)
+        shapes = _sizes(program, given, kwargs, dynamic_shapes)
         with torch.no_grad():
             return torch.export.export(program, given, kwargs, dynamic_shapes=shapes, strict=False)
+    except (ConfigError, UnsupportedModelError):
+        raise
     except Exception as error:
         raise UnsupportedModelError(
             f"torch.export cannot trace this {type(program.model).__name__}: "
             f"{_reason(error)}") from error
+
+
+def _sizes(
+    program: WithAdapterInputs, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any,
+) -> dict[str, Any]:
+    """{argument of the program: which of its sizes may vary}, as torch.export takes it."""
+    first, *names = inspect.signature(program.forward).bind(*args, **kwargs).arguments
+    if dynamic_shapes is None:
+        collection: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+        for value in tree_iter((args[1:], kwargs)):
+            if isinstance(value, Tensor) and value.ndim:
+                collection[value] = {axis: Dim.AUTO for axis in range(value.ndim)}
+        shapes = collection.dynamic_shapes(program, args, kwargs)
+    elif isinstance(dynamic_shapes, Mapping):
+        shapes = {name: dynamic_shapes[name] for name in names if name in dynamic_shapes}
+    else:
+        shapes = dict(zip(names, dynamic_shapes))
+    if dynamic_shapes is not None and not len(shapes) == len(names) == len(dynamic_shapes):
+        raise ConfigError("dynamic_shapes says of each argument which sizes vary, or None: those "
+                          f"that args and kwargs give are {', '.join(names) or 'none'}.")
+    return {**shapes, first: _ranks(program.adapter)}
 
 
 def _ranks(adapter: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
@@ -153,7 +178,7 @@ def _ranks(adapter: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
     shapes: dict[str, dict[int, Any]] = {}
     for number, name in enumerate(adapter):
         if name.endswith("A"):
-            rank, ndim = Dim(f"rank_{number}", min=0), adapter[name].ndim
+            rank, ndim = Dim(f"lora_rank_{number}", min=0), adapter[name].ndim
             shapes[name], shapes[name[:-1] + "B"] = {ndim - 2: rank}, {ndim - 1: rank}
     return shapes
 
@@ -170,10 +195,13 @@ def _write_pt2(exported: ExportedProgram, program: WithAdapterInputs, path: Path
 
 
 def _write_aoti(exported: ExportedProgram, program: WithAdapterInputs, path: Path) -> None:
+    """Not with A and B as constants: torch would read those of another rank as of the first."""
     import torch._inductor
-    adapter = {name: list(zeros.shape) for name, zeros in program.adapter.items()}
+    adapter = {}
+    for name, zeros in program.adapter.items():
+        adapter[name] = {"shape": list(zeros.shape), "dtype": str(zeros.dtype)[len("torch."):]}
     torch._inductor.aoti_compile_and_package(
-        exported, package_path=str(path),
+        by_keyword(exported), package_path=str(path),
         inductor_configs={"aot_inductor.metadata": {"adapter": json.dumps(adapter)}})
 
 
@@ -193,7 +221,11 @@ def _write_onnx(exported: ExportedProgram, program: WithAdapterInputs, path: Pat
     names = [*program.adapter, *given[len(program.adapter):]]
     made = torch.onnx.export(exported, input_names=names, output_names=_output_names(exported),
                              dynamo=True, verbose=False)
-    assert made is not None
+    assert made is not None and made.exported_program is not None
+    for output in made.exported_program.graph_signature.output_specs:
+        if output.kind is not OutputKind.USER_OUTPUT:
+            raise ValueError(f"forward writes into '{output.target or output.arg.name}', which "
+                             "would be lost after each call")
     graph = made.model.graph
     for value in graph.inputs:
         if value.name in program.adapter:  # an input that has a default is an initializer too
@@ -215,8 +247,10 @@ def _paths(outputs: Any, path: str) -> Iterator[str]:
         below = f"{path}.{key}" if path else str(key)
         if isinstance(value, (dict, list, tuple)):
             yield from _paths(value, below)
-        else:
+        elif isinstance(value, str):  # the name of a tensor; None is no output
             yield below
+        elif value is not None:
+            raise ValueError(f"forward returns the number {value}, and ONNX has tensors alone")
 
 
 KINDS = (

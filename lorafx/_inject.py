@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from ._adapter.arguments import check_arguments, explain_unknown_arguments
@@ -25,8 +26,7 @@ from ._model.reset import reset
 from ._model.roles import Resolved, with_roles
 from ._switch import activate
 
-
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module | ExportedProgram)
 
 
 @explain_unknown_arguments()
@@ -86,6 +86,7 @@ def inject(
         rank, alpha, targets, exclude, dropout, rslora, rank_pattern or {}, alpha_pattern or {},
         tuple(as_list(trainable)), init, dtype, rounding, share_dropout)
     check_name(adapter)
+    assert not isinstance(model, ExportedProgram)  # takes_exported saw to that
     check_model(model)
     twin = share(model)
     _rewrite(read_program(twin), adapter, config, capacity, group, recompute, example_inputs)
@@ -128,7 +129,7 @@ def _without_roles(
 
 @takes_exported
 def sites(
-    model: nn.Module, targets: Targets = "linear", *, example_inputs: Any = None
+    model: nn.Module | ExportedProgram, targets: Targets = "linear", *, example_inputs: Any = None
 ) -> list[Site]:
     """Return the sites that `inject` would adapt for these targets: a dry run, changing nothing.
 
@@ -142,7 +143,7 @@ def sites(
     site has its `role`; what has none that lorafx knows has None.
 
     Args:
-        model: any nn.Module, injected or not.
+        model: any nn.Module or ExportedProgram, injected or not.
         targets: as for `inject`.
         example_inputs: a tuple of the arguments of the model's forward, or a dict of its keyword
             arguments. A copy of the base runs on a copy of them, in eval, without gradients.
@@ -161,6 +162,7 @@ def sites(
         >>> [site.name for site in found]
         ['linear1', 'linear2']
     """
+    assert not isinstance(model, ExportedProgram)  # takes_exported saw to that
     if find_injection(model) is None:
         check_model(model)
     program = read_program(model)

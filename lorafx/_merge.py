@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from ._adapter.config import FLOATS, short_repr
 from ._adapter.losses import check_errors, check_max_error
@@ -32,7 +33,7 @@ from ._model.shards import gathered_beside
 from ._model.unpack import Unpacking, declare_plain, is_quantised
 
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module | ExportedProgram)
 
 
 @takes_exported
@@ -52,17 +53,18 @@ def eject(model: M) -> M:
         >>> type(lorafx.eject(lorafx.inject(model))) is torch.nn.Linear
         True
     """
+    assert not isinstance(model, ExportedProgram)  # takes_exported saw to that
     injection(model)
     check_graphs_not_dispatched(model)
     check_forwards_can_be_copied(model)
     check_can_be_copied(model)
-    return _ejected(model)
+    return _ejected(model)  # type: ignore[return-value]
 
 
-def _ejected(model: M) -> M:
+def _ejected(model: nn.Module) -> nn.Module:
     """The original of a model that can be copied."""
     record = injection(model)
-    model = unwrapped(model)  # type: ignore[assignment]
+    model = unwrapped(model)
     twin = share(model, ejecting=True)
     for path, module in named_modules(model):
         if is_plain_graph(module):
@@ -128,6 +130,7 @@ def merge(
         >>> torch.allclose(lorafx.merge(model)(x), model(x))
         True
     """
+    assert not isinstance(model, ExportedProgram)  # takes_exported saw to that
     check_max_error(max_error)
     twin, to_fold = _prepared(model, adapters, untie)
     if max_error is not None:
@@ -139,7 +142,7 @@ def merge(
 @takes_exported
 @torch.inference_mode(False)
 def merge_error(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     adapters: str | Iterable[str] | Mapping[str, float] | None = None,
     dtype: torch.dtype | None = None,
     *,
@@ -173,6 +176,7 @@ def merge_error(
         >>> 0.9 < error < 1.01  # too small an addend for bfloat16
         True
     """
+    assert not isinstance(model, ExportedProgram)  # takes_exported saw to that
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError("dtype must be float16, bfloat16, float32, float64 or None, not "
                           f"{short_repr(dtype)}.")

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from ._adapter.adapter import Adapter
 from ._adapter.names import check_name
@@ -27,7 +28,7 @@ from ._model.untie import untie as untie_in
 from ._switch import activate, only_active
 
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module | ExportedProgram)
 
 
 @takes_exported
@@ -75,6 +76,7 @@ def load(
         >>> lorafx.adapters(lorafx.load(base, path))
         ['default']
     """
+    assert not isinstance(model, ExportedProgram)  # takes_exported saw to that
     found, made_for = read_adapter(path, adapter, model, allow_nonfinite, part, alpha)
     found = dataclasses.replace(found, name=found.name if adapter is None else adapter)
     fresh, put = find_injection(model) is None, _way_in(model, found.name, replace)
@@ -108,7 +110,7 @@ def _way_in(model: nn.Module, name: str, replace: bool) -> Callable[[Program, Ad
 
 @takes_exported
 def save(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     path: str | os.PathLike[str],
     adapter: str | None = None,
     *,
@@ -148,6 +150,7 @@ def save(
         >>> model = lorafx.inject(torch.nn.Linear(4, 4))
         >>> lorafx.save(model, tempfile.mkdtemp() + "/out/lora/demo_4.pth")
     """
+    assert not isinstance(model, ExportedProgram)  # takes_exported saw to that
     adapter = only_active(model, adapter, "save writes one adapter")
     found = extract(model, adapter)
     if optimizer is not None or step is not None:

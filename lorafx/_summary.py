@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from ._adapter.names import split_block
 from ._graph.modules import submodule
@@ -184,7 +185,7 @@ def _html_table(
 
 
 @takes_exported
-def summary(model: nn.Module, *, norms: bool = True) -> Summary:
+def summary(model: nn.Module | ExportedProgram, *, norms: bool = True) -> Summary:
     """Return what an injected model is: its sites, its parameters, what was left alone and why.
 
     Args:
@@ -208,6 +209,7 @@ def summary(model: nn.Module, *, norms: bool = True) -> Summary:
         skipped:
           1: a convolution (Conv1d), which lorafx does not adapt yet
     """
+    assert not isinstance(model, ExportedProgram)  # takes_exported saw to that
     with in_shape(model):
         return _summary(model, norms)
 

@@ -4,11 +4,11 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from ._adapter.names import dotted
 from ._errors import AdapterError
 from ._graph.dispatched import offloaded_parameters
-from ._graph.loaded import is_exported
 from ._graph.modules import all_modules, named_modules
 from ._model.exported_program import named_factors, takes_exported
 from ._model.factors import OFFLOADED
@@ -21,7 +21,7 @@ from ._model.replacing import drop_empty, retiring
 
 
 @takes_exported
-def adapters(model: nn.Module) -> list[str]:
+def adapters(model: nn.Module | ExportedProgram) -> list[str]:
     """Return the names of the adapters that an injected model holds, in the order they came.
 
     Example:
@@ -29,6 +29,7 @@ def adapters(model: nn.Module) -> list[str]:
         >>> lorafx.adapters(lorafx.inject(torch.nn.Linear(4, 4), adapter="french"))
         ['french']
     """
+    assert not isinstance(model, ExportedProgram)  # takes_exported saw to that
     return list(injection(model).configs)
 
 
@@ -158,7 +159,7 @@ def rows(
 
 
 def named_parameters(
-    model: nn.Module, adapter: str | None = None
+    model: nn.Module | ExportedProgram, adapter: str | None = None
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield (name in state_dict, tensor) of the active adapters, or of one.
 
@@ -173,7 +174,7 @@ def named_parameters(
         >>> [name for name, _ in lorafx.named_parameters(lorafx.inject(torch.nn.Linear(4, 4)))]
         ['lora.default.A', 'lora.default.B']
     """
-    if is_exported(model):
+    if isinstance(model, ExportedProgram):
         yield from named_factors(model, adapter)
         return
     if adapter is not None:
@@ -198,7 +199,9 @@ def named_parameters(
                     yield dotted(path, f"{name}.{key}"), parameter
 
 
-def parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
+def parameters(
+    model: nn.Module | ExportedProgram, adapter: str | None = None
+) -> Iterator[nn.Parameter]:
     """Yield the tensors to give an optimizer: those of `named_parameters`.
 
     Example:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter, check_finite, validate
 from .._errors import ConfigError, FormatError
-from .._storage.durable import write_folder, write_whole
+from .._storage.durable import check_path, write_folder, write_whole
 from .._storage.files import read_part, read_safetensors
 from . import (
     exported, kohya, kohya_write, minimind, mlx, native, peft_folder, peft_read, peft_write,
@@ -211,8 +211,7 @@ def _recognised(path: Path) -> tuple[Format, AdapterFile]:
 
 def _accepting(path: Path) -> list[Format]:
     """The formats that a path may be of, which are all read as the first is; else FormatError."""
-    if "\0" in str(path):
-        raise FormatError(f"No path has a NUL character, as {str(path)!r} has.")
+    check_path(path)
     rows = [row for row in FORMATS if row.accepts(path)]
     if not rows:
         written = [row for row in FORMATS if row.encode is not None and not row.asked_for_as]

@@ -227,10 +227,10 @@ def _tree_iter(tree: Any) -> Iterable[Any]:
     return leaves
 
 
-tree_map: Callable[[Callable[[Any], Any], Any], Any] = _optional(
-    "torch.utils._pytree:tree_map", _tree_map)
+tree_map: Callable[..., Any] = _optional("torch.utils._pytree:tree_map", _tree_map)
 tree_iter: Callable[[Any], Iterable[Any]] = _optional("torch.utils._pytree:tree_iter", _tree_iter)
-
+tree_structure: Callable[[Any], Any] = _optional(
+    "torch.utils._pytree:tree_structure", _lacking("torch.utils._pytree", "AOTInductor"))
 # Without it: a named tuple is a tuple.
 is_namedtuple: Callable[[Any], bool] = _optional(
     "torch.utils._pytree:is_namedtuple_instance", lambda value: False)

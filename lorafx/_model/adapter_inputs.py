@@ -1,25 +1,31 @@
 """A model as a program of its inputs and of an adapter's tensors, which torch.export traces."""
 
+import contextlib
+import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from .._adapter.adapter import Adapter, Pair
 from .._adapter.config import LoRAConfig, factor_dtype
 from .._adapter.names import dotted, split_block
 from .._errors import AdapterError, UnsupportedModelError
-from .._kernels.private import is_namedtuple
+from .._kernels.private import is_namedtuple, tree_structure
 from .attach import attach, begin_injection
 from .branches import branches, factors_at
 from .factors import Factors
 from .places import places_of, tensor_at
 from .program import read_program
+from .program_writer import ProgramWriter
 from .record import injection, trained_modules
 
 ADAPTER = "inputs"  # the name of the only adapter in such a program
+VALUES = (Tensor, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 RANK = 2  # of the example: torch.export takes sizes of 0 and 1 for constants
 
 
@@ -56,46 +62,100 @@ class WithAdapterInputs(nn.Module):
                 factors._parameters[half] = None
 
 
-def with_adapter_inputs(model: nn.Module, base: nn.Module) -> WithAdapterInputs:
+def with_adapter_inputs(
+    model: nn.Module, base: nn.Module, keywords: Iterable[str]
+) -> WithAdapterInputs:
     """Return the program of an injected model; `base`, its original, becomes a part of it.
 
-    The program's forward takes `adapter`, and then what the model's takes, by the same names.
+    The program's forward takes the adapter, and then what the model's takes, by the same names:
+    `keywords` are those of its arguments that are given by name.
     """
-    _check_adapters(model)
     dtypes, shapes = input_dtypes(model), input_shapes(model, RANK)
     program = read_program(base)
     pairs: dict[str, Pair] = {}
-    for site in program.sites:
-        if site.name in shapes:
-            device = program.home(site, has_values=True)
-            A, B = (torch.zeros(shape, dtype=dtypes[site.name], device=device)
-                    for shape in shapes[site.name])
-            pairs[site.name] = Pair(A, B, 1.0)
+    for name, (in_shape, out_shape) in shapes.items():
+        site = program.site(name)  # if it is none any more, `attach` says so
+        device = None if site is None else program.home(site, has_values=True)
+        A, B = (torch.zeros(shape, dtype=dtypes[name], device=device)
+                for shape in (in_shape, out_shape))
+        pairs[name] = Pair(A, B, 1.0)
     begin_injection(program, group=False, recompute=False)
     attach(program, Adapter(ADAPTER, LoRAConfig(RANK, targets=[*pairs]), pairs))
     injection(base).choice.choose({ADAPTER: 1.0})
-    base.eval().requires_grad_(False)
+    with contextlib.suppress(NotImplementedError):  # of a program's module, which is in no mode
+        base.eval()
+    base.requires_grad_(False)
 
     def forward(self: WithAdapterInputs, adapter: Any, *args: Any, **kwargs: Any) -> Any:
         return self.run(adapter, args, kwargs)
 
-    own = [*inspect.signature(forward).parameters.values()][:2]
-    parameters = [*own, *inspect.signature(base.forward).parameters.values()]
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    forward.__signature__ = _signature(base.forward, keywords)  # type: ignore[attr-defined]
     cls = type("WithAdapterInputs", (WithAdapterInputs,), {"forward": forward})
     made: WithAdapterInputs = cls(base)
     return made
 
 
+def _signature(forward: Callable[..., Any], keywords: Iterable[str]) -> inspect.Signature:
+    """(self, adapter, ...) of a program, with the names that `**kwargs` would take among them.
+
+    torch.export lets no sizes vary in what has no name of its own.
+    """
+    taken = inspect.signature(forward).parameters
+    first = "adapter"
+    while first in taken:
+        first += "_"
+    positional = inspect.Parameter.POSITIONAL_ONLY
+    parameters = [inspect.Parameter(name, positional) for name in ("self", first)]
+    parameters += [each for each in taken.values() if each.kind is not each.VAR_KEYWORD]
+    for name in keywords:
+        if name not in taken:
+            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY))
+    return inspect.Signature(parameters)
+
+
+def by_keyword(program: ExportedProgram) -> ExportedProgram:
+    """f(..., **adapter) = program(adapter, ...).
+
+    AOTInductor takes the tensors of a dict in the order in which they come, whatever their names
+    are, but keyword arguments by their names.
+    """
+    writer = ProgramWriter(program)
+    (adapter, *args), kwargs = program.example_inputs
+    given = tuple(args), {**kwargs, **adapter}
+    specs, nodes = writer.signature.input_specs, writer.graph.find_nodes(op="placeholder")
+    first = [spec.kind for spec in specs].index(InputKind.USER_INPUT)
+    after, last = nodes[-1].next, first + len(adapter)
+    for node in nodes[first:last]:
+        after.prepend(node)
+    specs[:] = specs[:first] + specs[last:] + specs[first:last]
+    root = writer.calls[0]
+    names = [f"_{number}" for number in range(len(args) + len(given[1]))]
+    call = dataclasses.replace(
+        root.signature, in_spec=tree_structure(given), forward_arg_names=names)
+    writer.calls[0] = dataclasses.replace(root, signature=call)
+    made = writer.made()
+    made.example_inputs = given
+    return made
+
+
 def plain(output: Any) -> Any:
-    """What a model returns without the classes of its code: named fields are a dict's, if any."""
+    """What a model returns without the classes of its code: named fields are a dict's, if any.
+
+    Raises UnsupportedModelError of what is no tensor and no number.
+    """
     if is_namedtuple(output):
         output = output._asdict()
     if isinstance(output, Mapping):
         return {key: plain(value) for key, value in output.items() if value is not None}
     if isinstance(output, (tuple, list)):
-        return type(output)(map(plain, output))
-    return output
+        kind = list if isinstance(output, list) else tuple
+        return kind(map(plain, output))
+    if output is None or isinstance(output, VALUES):
+        return output
+    raise UnsupportedModelError(
+        f"The model returns a {type(output).__name__}, and an exported program returns tensors and "
+        "numbers, in dicts, lists and tuples: let args and kwargs be such that it does not (those "
+        "of transformers take use_cache=False), or wrap it in a module that returns its tensors.")
 
 
 def input_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
@@ -127,7 +187,7 @@ def _factors(model: nn.Module) -> Iterator[tuple[str, Factors]]:
                 break
 
 
-def _check_adapters(model: nn.Module) -> None:
+def check_takes_inputs(model: nn.Module) -> None:
     """Raise unless a model has adapters, all of them of A and B alone."""
     if not injection(model).configs:
         raise AdapterError("This model has no adapter, so that nothing says which sites take one "

@@ -1,6 +1,6 @@
 """Programs of torch.export as modules that lorafx rewrites, and what became of these as programs.
 
-A program's graph with its weights put back, `module_of`, is a module like any other. `program_of`
+A program's graph with its weights put back, `_module_of`, is a module like any other. `_program_of`
 writes what was done to it into the program. All else of that stays as it is, node for node: which
 sizes may vary, the structure of inputs and outputs, what is mutated, constants.
 """
@@ -9,14 +9,14 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from .._adapter.adapter import Adapter, Pair
 from .._adapter.config import LoRAConfig
 from .._errors import AdapterError, UnsupportedModelError
-from .._graph.loaded import is_exported
 from .._graph.modules import named_modules, submodule
 from .attach import attach, begin_injection
 from .copies import share
@@ -24,9 +24,6 @@ from .program import read_program
 from .program_writer import ProgramWriter, branch_calls, branches_in, ties
 from .record import find_injection, set_trainable
 from .trained import Trained
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,21 +36,22 @@ def takes_exported(verb: F) -> F:
 
     @functools.wraps(verb)
     def through_module(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if not is_exported(model):
+        if not isinstance(model, ExportedProgram):
             return verb(model, *args, **kwargs)
-        result = verb(module_of(model), *args, **kwargs)
-        return program_of(model, result) if isinstance(result, nn.Module) else result
+        bare = _without_branches(model)
+        result = verb(_module_of(model, bare), *args, **kwargs)
+        return _program_of(bare, result) if isinstance(result, nn.Module) else result
 
     return through_module  # type: ignore[return-value]
 
 
-def module_of(program: "ExportedProgram") -> nn.Module:
+def _module_of(program: ExportedProgram, bare: ExportedProgram) -> nn.Module:
     """A module that computes what the program does, injected if that has branches.
 
-    The program's Parameters are not touched, whatever is done to it.
+    `bare` is the program without these. Its Parameters are not touched, whatever is done to it.
     """
     marks = {mark.pair: mark for mark, _ in branches_in(program.graph)}
-    module = _unlifted(_without_branches(program))
+    module = _unlifted(bare)
     if not marks:
         return module
     module = share(module)
@@ -73,7 +71,7 @@ def module_of(program: "ExportedProgram") -> nn.Module:
     return module
 
 
-def _unlifted(program: "ExportedProgram") -> fx.GraphModule:
+def _unlifted(program: ExportedProgram) -> fx.GraphModule:
     """A program with its weights put back, each node reading them under its own module's names.
 
     torch.export lets all that read one tensor read it under one of its names.
@@ -88,21 +86,21 @@ def _unlifted(program: "ExportedProgram") -> fx.GraphModule:
             submodule(module, owner)._parameters[attribute] = tensor
         for name in names:
             for user in list(read[name].users):
-                own = [other for other in names if other.rpartition(".")[0] == _module_of(user)]
+                own = [other for other in names if other.rpartition(".")[0] == _owner_of(user)]
                 if len(own) == 1 and own[0] != name:
                     user.replace_input_with(read[name], read[own[0]])
     module.recompile()
     return module
 
 
-def _module_of(node: fx.Node) -> str:
+def _owner_of(node: fx.Node) -> str:
     """The path of the module whose forward made a node; `@1` is said of its second call."""
     stack = [*node.meta.get("nn_module_stack", {}).values()]
     return re.sub(r"@\d+", "", stack[-1][0]) if stack else ""
 
 
 def named_factors(
-    program: "ExportedProgram", adapter: str | None
+    program: ExportedProgram, adapter: str | None
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """(name in state_dict, tensor) of the A and B of a program, all or one adapter's."""
     owners = {mark.pair: mark.adapter for mark, _ in branches_in(program.graph)}
@@ -115,10 +113,10 @@ def named_factors(
             yield name, program.state_dict[name]
 
 
-def program_of(program: "ExportedProgram", module: nn.Module) -> "ExportedProgram":
-    """The program that computes what its module now does."""
+def _program_of(bare: ExportedProgram, module: nn.Module) -> ExportedProgram:
+    """The program that computes what its module now does; `bare` is it without branches."""
     _check_fits(module)
-    writer = ProgramWriter(_without_branches(program))
+    writer = ProgramWriter(bare)
     writer.take_tensors(module)
     writer.read_apart(module)
     record = find_injection(module)
@@ -153,7 +151,7 @@ def _check_fits(module: nn.Module) -> None:
                     "the program's: exclude that site.")
 
 
-def _without_branches(program: "ExportedProgram") -> "ExportedProgram":
+def _without_branches(program: ExportedProgram) -> ExportedProgram:
     """The program as it was before; the same if it has none."""
     found = branches_in(program.graph)
     if not found:

@@ -11,18 +11,17 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram, default_decompositions
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from .._errors import UnsupportedModelError
 from .._graph.modules import named_modules, submodule
 from .._kernels.addend import Addend
 from .._kernels.private import storage_key
 from .branches import Branch, branches
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
 
 MARK = "lorafx"  # in `meta["custom"]`: what the node belongs to
 
@@ -55,7 +54,7 @@ def branch_calls(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Branch]]:
             yield node, called
 
 
-def ties(program: "ExportedProgram") -> list[list[str]]:
+def ties(program: ExportedProgram) -> list[list[str]]:
     """The names of each parameter that has several."""
     found: dict[Any, list[str]] = defaultdict(list)
     for name in program.graph_signature.parameters:
@@ -78,7 +77,7 @@ def _copied(call: Any) -> Any:
 class ProgramWriter:
     """A program that is made from another; that stays as it is."""
 
-    def __init__(self, program: "ExportedProgram") -> None:
+    def __init__(self, program: ExportedProgram) -> None:
         self.program = program
         self.graph = copy.deepcopy(program.graph)
         for node, original in zip(self.graph.nodes, program.graph.nodes):
@@ -91,7 +90,7 @@ class ProgramWriter:
         inputs = zip(self.signature.input_specs, self.graph.find_nodes(op="placeholder"))
         self.inputs = {spec.target: node for spec, node in inputs if spec.target is not None}
 
-    def made(self) -> "ExportedProgram":
+    def made(self) -> ExportedProgram:
         program = self.program
         return type(program)(
             program.graph_module, self.graph, self.signature, self.state,
@@ -147,7 +146,6 @@ class ProgramWriter:
 
     def _own_nodes(self, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         """{node of the module's graph: the same one here}."""
-        from torch.export.graph_signature import InputKind
         named = {node.name: node for node in self.graph.nodes}
         users = [named[spec.arg.name] for spec in self.signature.input_specs
                  if spec.kind is InputKind.USER_INPUT]
@@ -161,7 +159,6 @@ class ProgramWriter:
 
     def _parameter(self, name: str, tensor: Tensor) -> None:
         """A new input, the last of those that are parameters."""
-        from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
         specs, inputs = self.signature.input_specs, self.graph.find_nodes(op="placeholder")
         place = sum(spec.kind is InputKind.PARAMETER for spec in specs)
         with self.graph.inserting_before(inputs[place]):
@@ -205,7 +202,6 @@ class ProgramWriter:
 
     @functools.cached_property
     def _decompositions(self) -> dict[Any, Any]:
-        from torch.export import default_decompositions
         return dict(default_decompositions())
 
     def _replace(self, old: fx.Node, new: fx.Node, but_for: set[fx.Node]) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from .._adapter.config import LoRAConfig, is_number
 from .._adapter.names import dotted, have_rows_in_common
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
-from .._graph.loaded import is_exported
 from .._graph.modules import named_modules, outermost, unwrapped, users_modules
 from .branches import Branch
 from .choice import Choice
@@ -75,7 +75,7 @@ def injection(model: nn.Module) -> Injection:
 
 def find_injection(model: nn.Module) -> Injection | None:
     """The record of an injected model, or None for any other."""
-    if is_exported(model):
+    if isinstance(model, ExportedProgram):
         raise UnsupportedModelError(_EXPORTED)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"A model is an nn.Module, not a {type(model).__name__}.")

@@ -15,6 +15,12 @@ from .._errors import FormatError
 from .locks import lock, locked_folder, unlock
 
 
+def check_path(path: Path) -> None:
+    """Raise unless a file could have this path."""
+    if "\0" in str(path):
+        raise FormatError(f"No path has a NUL character, as {str(path)!r} has.")
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that, whatever happens, the old or the new one is there, whole, on the disk.
 

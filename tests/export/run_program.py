@@ -4,6 +4,7 @@ Of each folder in the arguments: the program, `inputs.pt` with what it is called
 adapters; `outputs.pt` gets {adapter or "base": outputs for each input}.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -18,16 +19,18 @@ def torch_program(folder):
         from torch._inductor import aoti_load_package
 
         program = aoti_load_package(str(folder / "model.aoti.pt2"))
-        shapes = json.loads(program.get_metadata()["adapter"])
-        zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        described = json.loads(program.get_metadata()["adapter"]).items()
+        zeros = {name: torch.zeros(tensor["shape"], dtype=getattr(torch, tensor["dtype"]))
+                 for name, tensor in described}
+        run = lambda adapter, given: program(**given, **adapter)  # noqa: E731
     else:
         loaded = torch.export.load(folder / "model.pt2")
         program, zeros = loaded.module(), loaded.example_inputs[0][0]
+        run = lambda adapter, given: program(adapter, **given)  # noqa: E731
     adapters = {"base": zeros}
     for path in folder.glob("*.safetensors"):
         adapters[path.stem] = safetensors.torch.load_file(path)
-    return {name: lambda given, adapter=adapter: program(adapter, **given)
-            for name, adapter in adapters.items()}
+    return {name: functools.partial(run, adapter) for name, adapter in adapters.items()}
 
 
 def onnx_program(folder):

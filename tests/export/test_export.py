@@ -46,6 +46,20 @@ def test_a_path_that_cannot_be_written(tmp_path):
         lorafx.export(adapted(), tmp_path / "file" / "m.pt2", (X,))
 
 
+def test_a_path_of_no_file():
+    with pytest.raises(lorafx.FormatError, match="No path has a NUL character"):
+        lorafx.export(adapted(), "a\0.pt2", (X,))
+
+
+def test_a_program_instead_of_a_model(tmp_path):
+    program = torch.export.export(layers(), (X,))
+    refused(tmp_path / "m.pt2", lorafx.UnsupportedModelError,
+            r"start from its module, lorafx\.inject\(program\.module", program)
+    model = randomise(lorafx.inject(program.module(), targets="linear"))
+    lorafx.export(model, tmp_path / "m.pt2", (X,))
+    check(tmp_path, model, (X,), {})
+
+
 def test_a_model_without_adapters(tmp_path):
     refused(tmp_path / "m.pt2", lorafx.NotInjectedError, "lorafx.inject", layers())
     model = adapted()
@@ -102,6 +116,93 @@ def test_a_missing_example(tmp_path):
     refused(tmp_path / "m.pt2", lorafx.ConfigError,
             "example of what the forward of this Sequential takes.*missing.*'input'", args=())
     refused(tmp_path / "m.pt2", lorafx.ConfigError, "too many positional", args=(X, X))
+    refused(tmp_path / "m.pt2", lorafx.ConfigError, "such as .x,., not a Tensor and", args=X)
+
+
+def test_which_sizes_vary(tmp_path):
+    rows = {0: torch.export.Dim("rows", max=9)}
+    for wrong in ({}, {"x": rows}, [rows, rows]):
+        with pytest.raises(lorafx.ConfigError, match="dynamic_shapes says of each .*are input"):
+            lorafx.export(adapted(), tmp_path / "m.pt2", (X,), dynamic_shapes=wrong)
+    for right in ({"input": rows}, [rows], ((rows[0], None),)):
+        lorafx.export(adapted(), tmp_path / "m.pt2", (X,), dynamic_shapes=right)
+        *_, found = torch.export.load(tmp_path / "m.pt2").range_constraints.values()
+        assert found.upper == 9
+
+
+class Unlike(nn.Module):
+    """With rows that are adapted by themselves, and arguments that have no name of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.out = nn.Linear(4, 9), nn.Linear(9, 4)
+
+    def forward(self, adapter, *others, **more):
+        return self.out(self.rows(adapter)) + others[0] * more["factor"]
+
+
+def test_rows_and_arguments_of_any_name(tmp_path):
+    model = lorafx.inject(Unlike(), targets=["rows[0:4]", "out"], adapter="a")
+    lorafx.add(model, "b", rank=1, targets="rows[2:9]")
+    model = randomise(model)
+    lorafx.export(model, tmp_path / "m.pt2", (X, X), {"factor": X})
+    check(tmp_path, model, (X, X), {"factor": X})
+    check(tmp_path, model, (X[:1], X[:1]), {"factor": X[:1]})
+    assert torch.export.load(tmp_path / "m.pt2").example_inputs[0][0].keys() == {
+        f"{site}.lora.{half}" for site in ("rows[0:4]", "rows[2:9]", "out") for half in "AB"}
+
+
+def check(folder, model, args, kwargs):
+    """The program computes what the model does, with each of its adapters."""
+    program = torch.export.load(folder / "m.pt2").module()
+    for adapter in lorafx.adapters(model):
+        path = folder / f"{adapter}.safetensors"
+        lorafx.save(model, path, adapter, format="exported")
+        lorafx.activate(model, adapter)
+        found = program(safetensors.torch.load_file(path), *args, **kwargs)
+        torch.testing.assert_close(found, model(*args, **kwargs), rtol=1e-5, atol=1e-5)
+
+
+class Returns(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.change = change
+
+    def forward(self, x):
+        return self.change(self, self.layer(x))
+
+
+def count(model, y):
+    model.calls.add_(1)
+    return y + model.calls
+
+
+class Cache:
+    pass
+
+
+def test_what_a_program_cannot_return(tmp_path):
+    model = lorafx.inject(Returns(lambda model, y: [y, Cache()]))
+    refused(tmp_path / "m.pt2", lorafx.UnsupportedModelError,
+            "The model returns a Cache, and .* tensors and numbers.*use_cache=False", model)
+
+
+def test_what_onnx_would_lose(tmp_path):
+    pytest.importorskip("onnxscript")
+    for change, match in [(count, r"forward writes into 'model\.calls', which would be lost"),
+                          (lambda model, y: (y, 5), "forward returns the number 5, and ONNX has")]:
+        model = lorafx.inject(Returns(change))
+        refused(tmp_path / "m.onnx", lorafx.UnsupportedModelError, match, model)
+
+
+def test_names_of_outputs_that_are_not_all_tensors(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    model = lorafx.inject(Returns(lambda model, y: (y, None, {"z": y + 1})))
+    lorafx.export(model, tmp_path / "m.onnx", (X,))
+    assert [out.name for out in onnx.load(tmp_path / "m.onnx").graph.output] == ["0", "2.z"]
 
 
 @pytest.mark.parametrize("package, path", [
