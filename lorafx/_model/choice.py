@@ -77,6 +77,7 @@ class Choice:
 
     def __init__(self) -> None:
         self.trains = False  # True once something was active, which trains, or has room
+        self.drops = False  # True once an adapter was there that drops out in training
         self._start({})
 
     def _start(self, weights: Mapping[str, float]) -> None:
@@ -97,10 +98,10 @@ class Choice:
         self._kept: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"default": self.default, "trains": self.trains}
+        return {"default": self.default, "trains": self.trains, "drops": self.drops}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.trains = state["trains"]
+        self.trains, self.drops = state["trains"], state["drops"]
         self._start(state["default"].weights)
 
     def _new(

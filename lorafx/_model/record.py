@@ -128,6 +128,7 @@ def refresh(model: nn.Module) -> None:
     """Make every branch and every trained module follow the record."""
     record = injection(model)
     record.choice.trains |= bool(record.active)
+    record.choice.drops |= any([config.dropout for config in record.configs.values()])
     record.choice.choose(record.live)
 
 

@@ -118,6 +118,84 @@ def test_dropout_is_of_training():
         model.train()
 
 
+RATES = {"a": 0.5, "b": 0.2, "c": 0.0}
+RANKS = {"a": 64, "b": 48, "c": 1}
+SIZES = {"a": 1.0, "b": 16.0, "c": 256.0}  # of what each adds, so that a sum tells of each
+
+
+def of_known_masks():
+    """With x = 1, adapter n adds to output i whether its mask kept element i, / (1 - p), s_n."""
+    model = lorafx.inject(nn.Linear(64, 64), rank=64, adapter="a", dropout=RATES["a"])
+    for name in "bc":
+        lorafx.add(model, name, rank=RANKS[name], dropout=RATES[name])
+    with torch.no_grad():
+        for name, size in SIZES.items():
+            model.lora.get_submodule(name).A.copy_(torch.eye(RANKS[name], 64))
+            model.lora.get_submodule(name).B.copy_(size * torch.eye(64, RANKS[name]))
+    return model
+
+
+def check_masks(model, added, used):
+    """One row: the sum of masks of these {adapter: weight}, each of its own, of its own rate."""
+    for name in sorted(used, key=SIZES.get, reverse=True):
+        kept = used[name] * SIZES[name] / (1 - RATES[name])
+        mask = added > kept / 2
+        added = added - kept * mask
+        share = mask[:, :RANKS[name]].double().mean()
+        assert not mask[:, RANKS[name]:].any()
+        wanted, count = 1 - RATES[name], mask[:, :RANKS[name]].numel()
+        assert abs(share - wanted) <= 5 * (wanted * (1 - wanted) / count) ** 0.5
+    torch.testing.assert_close(added, torch.zeros_like(added), rtol=0, atol=1e-3)
+
+
+def test_each_drops_out_for_itself():
+    """One program for single adapters, one for several at once, one for rows, one in eval."""
+    model, x = of_known_masks(), torch.ones(90, 64)
+    counter = CompileCounter()
+    call = torch.compile(model, backend=counter, fullgraph=True)
+    base = model.frozen_weight.sum(1) + model.bias
+    frames = []
+    several = [["a", "b"], {"c": 1, "a": 0.5}, ["a", "b", "c"], {"b": 2, "a": 1}]
+    for uses in (["a", "b", "c", []], several):
+        for use in uses:
+            lorafx.activate(model, use)
+            used = use if isinstance(use, dict) else dict.fromkeys(use, 1.0)
+            model.zero_grad()
+            added = call(x) - base
+            check_masks(model, added.detach(), used)
+            if used:
+                added.sum().backward()
+                gradients = [(p.grad * p).sum() for n, p in lorafx.named_parameters(model)
+                             if n.endswith("B")]
+                torch.testing.assert_close(sum(gradients), added.sum(), rtol=1e-4, atol=0)
+        frames.append(counter.frame_count)
+    for specs in (["a", None, {"b": 1, "c": 1}], [{"a": 1, "b": 1}, "c", "a"], ["b"] * 3):
+        with lorafx.rows(model, specs):
+            added = call(x.view(3, 30, 64)) - base
+        for row, spec in zip(added, specs):
+            used = spec if isinstance(spec, dict) else dict.fromkeys(spec or [], 1.0)
+            check_masks(model, row.detach(), used)
+    frames.append(counter.frame_count)
+    model.eval()
+    for use in ("a", ["a", "b", "c"]):
+        lorafx.activate(model, use)
+        torch.testing.assert_close(call(x), eager(model, x))
+    assert [*frames, counter.frame_count] == [1, 2, 3, 4]
+
+
+def test_dropout_with_the_compiler_itself():
+    model, x = of_known_masks(), torch.ones(90, 64)
+    call, base = torch.compile(model, fullgraph=True), model.frozen_weight.sum(1) + model.bias
+    lorafx.activate(model, ["a", "b"])
+    call(x).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for used in ({"b": 1.0, "a": 3.0}, dict.fromkeys("abc", 1.0)):
+            lorafx.activate(model, used)
+            added = call(x) - base
+            check_masks(model, added.detach(), used)
+            added.sum().backward()
+
+
 def test_training_goes_on():
     model = made()
     twin = copy.deepcopy(model)
