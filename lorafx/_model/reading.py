@@ -75,8 +75,9 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
         if standing is not None and not standing:
             return tensor
         if standing is not None:
-            whole, numbers, rows = standing
+            whole, used, numbers, rows = standing
             whole = whole.to(tensor.dtype)
+            whole = whole if used is None else torch.where(used, whole, tensor)
             return whole if rows is None else whole.index_copy(0, numbers, rows.to(tensor.dtype))
     for copies, name in () if tensor is None else trained_beside(owner, attribute):
         found, ranges = _trained_tensor(copies, name, tensor), copies.rows.get(name)
