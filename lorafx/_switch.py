@@ -77,10 +77,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
         True
     """
     record = injection(model)
+    none = record.choice.selection({})
     record.disabled += 1
     refresh(model)
     try:
-        with record.choice.choosing(record.choice.selection({})):
+        with record.choice.choosing(none):
             yield
     finally:
         record.disabled -= 1

@@ -12,7 +12,7 @@ from torch import nn
 
 from .._errors import AdapterError
 from .._kernels.checkpoints import checkpointed_function
-from .._kernels.compiling import Anew
+from .._kernels.compiling import Anew, end_program
 from .._kernels.private import is_in_backward
 
 
@@ -121,6 +121,7 @@ class Choice:
         self, weights: Mapping[str, float], rows: Sequence[Mapping[str, float]] | None = None
     ) -> Selection:
         """The same again for what was chosen a short while ago, with what was made for it."""
+        end_program()
         each = [tuple(row.items()) for row in rows or ()]
         key = tuple(weights.items()), rows is None, tuple(each)
         with self.lock:

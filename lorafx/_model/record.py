@@ -12,6 +12,7 @@ from .._adapter.names import dotted, have_rows_in_common
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.loaded import is_exported
 from .._graph.modules import named_modules, outermost, unwrapped, users_modules
+from .._kernels.compiling import end_program
 from .branches import Branch
 from .choice import Choice
 from .fsdp import notice_what_trains, settle
@@ -138,6 +139,7 @@ def set_trainable(model: nn.Module) -> None:
     In this order: at no moment, for another thread, does a site where something trains have nothing
     that does, for which a compiled program would be compiled again.
     """
+    end_program()
     settle(model)
     active = injection(model).active
     for trains in (True, False):

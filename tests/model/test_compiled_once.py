@@ -1,5 +1,6 @@
 """A compiled model takes any adapters without being compiled again."""
 
+import contextlib
 import copy
 
 import pytest
@@ -231,3 +232,38 @@ def test_what_trains_without_being_active():
         for y in (call(X), eager(model, X)):
             y.sum().backward()
     assert all(torch.count_nonzero(parameter.grad) for parameter in ours)
+
+
+@pytest.mark.parametrize("uses", [
+    lambda model: lorafx.using(model, "b"), lorafx.disabled,
+    lambda model: lorafx.rows(model, ROWS),
+    lambda model: contextlib.nullcontext(lorafx.activate(model, "b"))])
+def test_what_chooses_ends_a_program(uses):
+    torch.compiler.reset()  # a function that ended once is not tried again
+    model = made()
+
+    def chosen(x):
+        with uses(model):
+            return model(x)
+
+    wanted = chosen(X)
+    lorafx.activate(model, "a")
+    whole = torch.compile(chosen, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="which are active when it begins: comp"):
+        whole(X)
+    assert lorafx.summary(model).headline() == lorafx.summary(made()).headline()
+    torch.testing.assert_close(torch.compile(chosen, backend="eager")(X), wanted)
+
+
+def test_layers_of_a_graph_module():
+    """Torch takes what hangs below modules of its own for constant in shape, unless told not to."""
+    model = lorafx.inject(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8))), rank=2)
+    lorafx.add(model, "b", rank=5)
+    randomise(model)
+    counter = CompileCounter()
+    call = torch.compile(model, backend=counter, fullgraph=True)
+    with torch._dynamo.config.patch(force_nn_module_property_static_shapes=False):
+        for use in ("default", "b", ["default", "b"], []):
+            lorafx.activate(model, use)
+            torch.testing.assert_close(call(X), eager(model, X))
+    assert counter.frame_count == 1
