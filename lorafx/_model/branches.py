@@ -70,7 +70,7 @@ class Branch(LorafxModule):
             compiling = is_compiling()
             stack = self.stack if compiling and not is_sharded(beside) else None
             if stack is None:
-                selection = self.choice.now if compiling else self.choice.read()
+                selection = self.choice.now
                 weights, rows = selection.weights, selection.rows
                 if rows is not None and not compiling:
                     stack = stack_of(self, selection, compiled=False)

@@ -204,7 +204,13 @@ class Choice:
             return self._functions.get(function, selection)
         return self._functions.setdefault(function, selection)  # to its end, as it runs again
 
-    now: Any = property(Anew(read).__getitem__)  # the same, for what a compiler reads
+    _anew: Any = property(Anew(read).__getitem__)
+
+    @property
+    def now(self) -> Selection:
+        """The same, for what a compiler or exporter may trace."""
+        traced = torch.compiler.is_dynamo_compiling()
+        return self._anew if traced else self.read()  # type: ignore[no-any-return]
 
 
 OUT_OF_TURN = (

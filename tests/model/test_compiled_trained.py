@@ -151,3 +151,11 @@ def test_rows_of_a_weight(dtype):
         with torch.no_grad():
             model.embedding.frozen_weight.mul_(2)
     assert counter.frame_count == 1
+
+
+def test_an_exported_program_has_what_is_used_here():
+    model = made(2, ["classifier", "embedding[1:4]"]).eval()
+    with lorafx.using(model, "a1"):
+        program = torch.export.export(model, (IDS,), strict=True)
+        torch.testing.assert_close(program.module()(IDS), model(IDS))
+    assert not program.constants and "classifier.trained.a1.weight" in program.state_dict
