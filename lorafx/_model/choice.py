@@ -210,7 +210,7 @@ class Choice:
     def now(self) -> Selection:
         """The same, for what a compiler or exporter may trace."""
         traced = torch.compiler.is_dynamo_compiling()
-        return self._anew if traced else self.read()  # type: ignore[no-any-return]
+        return self._anew if traced else self.read()
 
 
 OUT_OF_TURN = (
