@@ -196,6 +196,22 @@ def weights_of(
     return {adapter: float(weight) for adapter, weight in weights.items()}
 
 
+def used_here(model: nn.Module, doing: str) -> dict[str, float]:
+    """{adapter: weight} of what forward uses here: what a context chose, or is active.
+
+    AdapterError where that cannot be told so.
+    """
+    selection = injection(model).choice.read()
+    if selection.rows is not None:
+        raise AdapterError(f"{doing} is asked within lorafx.rows, where each row of a batch uses "
+                           "adapters of its own: leave that, or name adapters.")
+    if selection.retired:
+        raise AdapterError(
+            f"{doing} is asked where forward still uses {[*selection.retired][0]!r} as it was when "
+            "lorafx.using was entered, and it has been replaced since: leave that first.")
+    return dict(selection.weights)
+
+
 def check_adapter(model: nn.Module, adapter: str) -> None:
     """Raise unless the model holds this adapter."""
     configs = injection(model).configs
