@@ -27,7 +27,7 @@ from ._model.flat import check_can_be_copied
 from ._model.folding import ToFold, fold, losses, tensors
 from ._model.places import base_parameters, places_of
 from ._model.reading import original_name
-from ._model.record import RECORD, injection, trained_modules, weights_of
+from ._model.record import RECORD, injection, trained_modules, used_here, weights_of
 from ._model.regions import is_plain_graph
 from ._model.shards import gathered_beside
 from ._model.unpack import Unpacking, declare_plain, is_quantised
@@ -110,7 +110,8 @@ def merge(
 
     Args:
         model: an injected model.
-        adapters: what to fold, as for `lorafx.activate`; the active adapters by default.
+        adapters: what to fold, as for `lorafx.activate`; by default what forward uses here, so
+            within `lorafx.using` what that chose, elsewhere the active adapters.
         untie: give an adapted weight that something else reads (a head tied to an embedding) a
             tensor of its own.
         requantize: store the sum of a weight that is quantised in the same way again. The new
@@ -157,7 +158,7 @@ def merge_error(
 
     Args:
         model: an injected model.
-        adapters: what would be folded, as for `lorafx.merge`; the active adapters by default.
+        adapters: what would be folded, as for `lorafx.merge`, and by default as there.
         dtype: ask of a base that was cast to this dtype; by default of the base as it is.
         requantize: ask of `merge(model, requantize=True)`, whose quantised weights keep their own
             way of storing, whatever `dtype` is.
@@ -189,7 +190,8 @@ def _prepared(
 ) -> tuple[nn.Module, ToFold]:
     """The original with what these adapters trained whole, and what is to be added to it."""
     check_each_in_its_place(model)
-    chosen = weights_of(model, injection(model).active if adapters is None else adapters)
+    here = used_here(model, "A merge") if adapters is None else adapters
+    chosen = weights_of(model, here)
     check_graphs_not_dispatched(model)
     check_forwards_can_be_copied(model)
     check_can_be_copied(model)

@@ -13,8 +13,9 @@ from ._model.extract import extract_here
 from ._model.fit import fit
 from ._model.flat import Layout, in_shape
 from ._model.program import read_program
+from ._model.record import injection
 from ._model.training import live_tensors, load_state, part_in, state_to_load
-from ._switch import only_active
+from ._switch import only_one
 
 
 @torch.inference_mode(False)
@@ -60,7 +61,7 @@ def resume(
         >>> lorafx.resume(model, optimizer, path)
         3
     """
-    adapter = only_active(model, adapter, "resume continues one adapter")
+    adapter = only_one(model, adapter, injection(model).active, "resume continues one adapter")
     source = f"'{os.fspath(path)}'"
     found, made_for = read_adapter(path, model=model)
     found = part_in(model, adapter, found)

@@ -20,12 +20,12 @@ from ._model.fit import fit
 from ._model.guard import check_model
 from ._model.older_names import adapter_of_today
 from ._model.program import Program, read_program
-from ._model.record import check_adapter, find_injection, injection
+from ._model.record import check_adapter, find_injection, injection, used_here
 from ._model.replacing import check_replaced, replace as put_in_place
 from ._model.together import first_of_all
 from ._model.training import capture
 from ._model.untie import untie as untie_in
-from ._switch import activate, only_active
+from ._switch import activate, only_one
 
 
 M = TypeVar("M", bound=nn.Module | ExportedProgram)
@@ -131,7 +131,8 @@ def save(
         path: its ending says the format: `.safetensors` (lorafx's own, all of the adapter), `.pth`
             or `.pt` (MiniMind's: float16, the scale folded into B), `.onnx_adapter` (onnxruntime's,
             likewise in float32), or none: PEFT's folder. Missing folders are made.
-        adapter: which one; by default the only active one.
+        adapter: which one; by default the only one that forward uses here: within `lorafx.using`
+            the one that was chosen, elsewhere the active one.
         format: "diffusers", "kohya" or "exported" (`.safetensors`; the last is what the programs of
             `lorafx.export` take), "mlx" (a folder), where the ending does not say it.
         part: for these, which part of a pipeline the model is, as for `lorafx.load`: its name is
@@ -151,7 +152,8 @@ def save(
         >>> lorafx.save(model, tempfile.mkdtemp() + "/out/lora/demo_4.pth")
     """
     assert not isinstance(model, ExportedProgram)  # takes_exported saw to that
-    adapter = only_active(model, adapter, "save writes one adapter")
+    active = used_here(model, "What to save") if adapter is None else ()
+    adapter = only_one(model, adapter, active, "save writes one adapter")
     found = extract(model, adapter)
     if optimizer is not None or step is not None:
         found = dataclasses.replace(found, training=capture(model, adapter, optimizer, step))

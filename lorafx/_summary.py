@@ -16,7 +16,7 @@ from ._model.exported_program import takes_exported
 from ._model.flat import in_shape
 from ._model.overview import joined_sites, relative_name, relative_norm, surroundings
 from ._model.program import Program, read_program
-from ._model.record import injection
+from ._model.record import injection, used_here
 from ._model.regions import Region, users_class
 
 
@@ -188,6 +188,8 @@ def _html_table(
 def summary(model: nn.Module | ExportedProgram, *, norms: bool = True) -> Summary:
     """Return what an injected model is: its sites, its parameters, what was left alone and why.
 
+    Active are the adapters that forward uses here: within `lorafx.using` what that chose.
+
     Args:
         model: an injected model.
         norms: give |sum w s B A| / |W| of each site, for which every adapted weight is read once.
@@ -195,6 +197,7 @@ def summary(model: nn.Module | ExportedProgram, *, norms: bool = True) -> Summar
 
     Raises:
         NotInjectedError: the model was not made by lorafx.
+        AdapterError: it is asked within `lorafx.rows`, where rows use adapters of their own.
 
     Example:
         >>> import torch, lorafx
@@ -215,7 +218,7 @@ def summary(model: nn.Module | ExportedProgram, *, norms: bool = True) -> Summar
 
 
 def _summary(model: nn.Module, norms: bool) -> Summary:
-    record = injection(model)
+    record, active = injection(model), used_here(model, "A summary")
     program = read_program(model)
     joined: dict[str, tuple[str, ...]] = {}
     for group in joined_sites(model):
@@ -223,7 +226,7 @@ def _summary(model: nn.Module, norms: bool) -> Summary:
             joined[name] = tuple(other for other in group if other != name)
     rows = []
     for name, branch in branches(model).items():
-        row = _row(program, name, branch, joined.get(name, ()), norms)
+        row = _row(program, name, branch, joined.get(name, ()), active if norms else None)
         if row is not None:
             rows.append(row)
     code: dict[type, str] = {}
@@ -238,14 +241,18 @@ def _summary(model: nn.Module, norms: bool) -> Summary:
     for name, why in record.without_role.items():
         if name not in adapted:
             skipped[name] = why
-    return Summary(rows, dict(record.active), trainable, total, skipped, record.breaks,
+    return Summary(rows, active, trainable, total, skipped, record.breaks,
                    "\n".join(code.values()))
 
 
 def _row(
-    program: Program, name: str, branch: Branch, joined: tuple[str, ...], norms: bool
+    program: Program, name: str, branch: Branch, joined: tuple[str, ...],
+    active: Mapping[str, float] | None,
 ) -> SiteRow | None:
-    """The row of a site, or None if no adapter is there (they were removed)."""
+    """The row of a site, or None if no adapter is there (they were removed).
+
+    It has the norm of what the active adapters add, where these are given.
+    """
     model, record = program.model, injection(program.model)
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
@@ -267,5 +274,5 @@ def _row(
         experts=stack[0] if stack else None,
         parameters=sum(A.numel() + B.numel() for A, B in shapes),
         place=f"{'break' if is_break else 'region'} {kind}", joined=joined,
-        relative_norm=relative_norm(branch, place, record.active) if norms else None,
+        relative_norm=None if active is None else relative_norm(branch, place, active),
         role=record.roles.get(name))

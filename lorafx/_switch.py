@@ -1,7 +1,7 @@
 """The adapters of a model, and the active ones: forward adds sum w s (x A^T) B^T over these."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -78,10 +78,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
         True
     """
     record = injection(model)
+    none = record.choice.selection({})
     record.disabled += 1
     refresh(model)
     try:
-        with record.choice.choosing(record.choice.selection({})):
+        with record.choice.choosing(none):
             yield
     finally:
         record.disabled -= 1
@@ -96,8 +97,10 @@ def using(
 
     It holds in this thread or asyncio task alone, and in the backward pass of what was computed in
     it, also where another is loaded in the place of an adapter meanwhile; contexts nest. `activate`
-    stays what holds elsewhere, in threads that are started here too, and what trains. Nothing is
-    copied or compiled again. A generator enters it anew for each step: between steps it would hold
+    stays what holds elsewhere, in threads that are started here too, and what trains. `merge`,
+    `merge_error`, `summary`, `draw`, `save` and torch.export mean what is used here, too, where
+    they are not told which; `parameters` and `resume`, what trains. Nothing is copied or compiled
+    again. A generator enters it anew for each step: between steps it would hold
     for whoever runs then.
 
     Raises:
@@ -236,14 +239,15 @@ def remove(model: nn.Module, adapter: str) -> None:
     drop_empty(model)
 
 
-def only_active(model: nn.Module, adapter: str | None, doing: str) -> str:
+def only_one(
+    model: nn.Module, adapter: str | None, active: Collection[str], doing: str
+) -> str:
     """Return the adapter that was named, or the only active one."""
     if adapter is not None:
         check_adapter(model, adapter)
         return adapter
-    active = list(injection(model).active)
     if len(active) != 1:
         known = ", ".join(map(repr, injection(model).configs)) or "none"
         raise AdapterError(f"{doing}, but {len(active)} are active: name one with adapter=..., of "
                            f"{known}.")
-    return active[0]
+    return [*active][0]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .again import Proven
-from .compiled import first_half
+from .compiled import first_half, halves_apart
 from .dropout import dropped
 from .gates import gated, rows_of_batch, scaled
 from .mixed import Gates, mixed
@@ -36,6 +36,8 @@ class Addend(NamedTuple):
     shared: bool = False  # calls that share x may drop out the same elements for all addends
     rounding: bool = False  # the sum may be rounded to a narrow dtype
     proven: Proven | None = None  # what may be computed again at its site; None: all is kept
+    # of dropout for K equal shares of the ranks, (K), in the place of the one above
+    rates: Tensor | None = None
     # x R^T is multiplied by these, (rank), or of the rows of a batch each by its own, (N, rank)
     gates: Tensor | Gates | None = None
 
@@ -97,8 +99,10 @@ class Addend(NamedTuple):
             return mixed(x, y, self.right, self.left.t(), gates, fresh, self.proven)
         if self.axis == -1 and self.size != x.size(-1):
             x = x.narrow(-1, self.start, self.size)
-        x, right = dropped(x, self.dropout), self.right.to(x.dtype)
-        return self.add_half(y, first_half(x, right, self.proven is not None))
+        right, recompute = self.right.to(x.dtype), self.proven is not None
+        if self.rates is not None:
+            return self.add_half(y, halves_apart(x, right, self.rates, recompute))
+        return self.add_half(y, first_half(dropped(x, self.dropout), right, recompute))
 
     def add_half(self, y: Tensor, h: Tensor) -> Tensor:
         """y + s h L^T for h = x R^T, (..., rank).

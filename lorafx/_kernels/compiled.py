@@ -32,6 +32,21 @@ def first_half(x: Tensor, right: Tensor, recompute: bool) -> Tensor:
     return half
 
 
+def halves_apart(x: Tensor, right: Tensor, rates: Tensor, recompute: bool) -> Tensor:
+    """Return x R^T, (..., rank), where K equal shares of R's rows meet an x, each with dropout.
+
+    Each drops out elements of its own, at `rates` (K), below 1, of its own.
+    """
+    count, width = len(rates), x.shape[-1]
+    each = rates.view(-1, *[1] * x.ndim)  # (K, 1, ..., 1)
+    kept = torch.rand(count, *x.shape, device=x.device) >= each
+    dropped = x * (kept / (1 - each)).to(x.dtype)  # (K, ..., in)
+    if count == 1:
+        return first_half(dropped[0], right, recompute)
+    halves = torch.bmm(dropped.reshape(count, -1, width), right.view(count, -1, width).mT)
+    return halves.transpose(0, 1).reshape(*x.shape[:-1], len(right))  # (..., K rank / K)
+
+
 def recomputed(x: Tensor, gradient: Tensor) -> Tensor:
     """Return a copy of x (..., in) that depends on a gradient (..., n): x, be that zero or not."""
     return torch.where(gradient[..., :1] != 0, x, x)

@@ -35,6 +35,22 @@ def is_compiling() -> bool:
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
 
 
+def end_program() -> None:
+    """Let a program that a compiler traces end here; an error where it is to be whole.
+
+    What is done then is done by Python: a program reads what is active when it begins.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        from torch._dynamo import graph_break  # takes a second
+        graph_break(msg=_IN_A_PROGRAM)
+
+
+_IN_A_PROGRAM = (
+    "A compiled function chooses adapters, and a program reads which are active when it begins: "
+    "compile the model alone, and call that within lorafx.using, lorafx.rows or lorafx.disabled, "
+    "or compile without fullgraph=True.")
+
+
 def not_compiled_by_itself(function: Function) -> Function:
     """Let no compiler start at a function, but at those that it calls; within others it is inlined.
 

@@ -35,7 +35,8 @@ def by_operators(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
 
 
 def _may_join(addend: Addend) -> bool:
-    return not addend.dropout and not isinstance(addend.gates, Gates)
+    apart = addend.dropout or addend.rates is not None
+    return not apart and not isinstance(addend.gates, Gates)
 
 
 def in_place(x: Tensor, call: AdaptedCall, instead: Again | None = None) -> Tensor:

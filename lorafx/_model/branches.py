@@ -70,14 +70,14 @@ class Branch(LorafxModule):
             compiling = is_compiling()
             stack = self.stack if compiling and not is_sharded(beside) else None
             if stack is None:
-                selection = self.choice.now if compiling else self.choice.read()
+                selection = self.choice.now
                 weights, rows = selection.weights, selection.rows
                 if rows is not None and not compiling:
                     stack = stack_of(self, selection, compiled=False)
             if stack is not None:
-                A, B, gate, dropout, shared, rounding = stack
-                return [Addend(B, A, 1.0, -2, self._start, dropout, shared, rounding, self.proven,
-                               gate)]
+                A, B, gate, rates, rounding = stack
+                return [Addend(B, A, 1.0, -2, self._start, rounding=rounding, proven=self.proven,
+                               rates=rates, gates=gate)]
         found = []
         for name, weight in (weights or {}).items():
             factors: Any = (self._modules.get(name) if selection is None
@@ -94,7 +94,7 @@ class Branch(LorafxModule):
                 gate = gates_of([row.get(name, 0.0) for row in rows], A)
             found.append(Addend(
                 B, A, scale, -2, self._start, factors.dropping, factors.share_dropout,
-                factors.rounding, self.proven, gate))
+                factors.rounding, self.proven, gates=gate))
         return found
 
     @property

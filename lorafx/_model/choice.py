@@ -12,7 +12,7 @@ from torch import nn
 
 from .._errors import AdapterError
 from .._kernels.checkpoints import checkpointed_function
-from .._kernels.compiling import Anew
+from .._kernels.compiling import Anew, end_program
 from .._kernels.private import is_in_backward
 
 
@@ -77,6 +77,7 @@ class Choice:
 
     def __init__(self) -> None:
         self.trains = False  # True once something was active, which trains, or has room
+        self.drops = False  # True once an adapter was there that drops out in training
         self._start({})
 
     def _start(self, weights: Mapping[str, float]) -> None:
@@ -97,10 +98,10 @@ class Choice:
         self._kept: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"default": self.default, "trains": self.trains}
+        return {"default": self.default, "trains": self.trains, "drops": self.drops}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.trains = state["trains"]
+        self.trains, self.drops = state["trains"], state["drops"]
         self._start(state["default"].weights)
 
     def _new(
@@ -120,6 +121,7 @@ class Choice:
         self, weights: Mapping[str, float], rows: Sequence[Mapping[str, float]] | None = None
     ) -> Selection:
         """The same again for what was chosen a short while ago, with what was made for it."""
+        end_program()
         each = [tuple(row.items()) for row in rows or ()]
         key = tuple(weights.items()), rows is None, tuple(each)
         with self.lock:
@@ -202,7 +204,13 @@ class Choice:
             return self._functions.get(function, selection)
         return self._functions.setdefault(function, selection)  # to its end, as it runs again
 
-    now: Any = property(Anew(read).__getitem__)  # the same, for what a compiler reads
+    _anew: Any = property(Anew(read).__getitem__)
+
+    @property
+    def now(self) -> Selection:
+        """The same, for what a compiler or exporter may trace."""
+        traced = torch.compiler.is_dynamo_compiling()
+        return self._anew if traced else self.read()
 
 
 OUT_OF_TURN = (

@@ -75,8 +75,9 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
         if standing is not None and not standing:
             return tensor
         if standing is not None:
-            whole, numbers, rows = standing
+            whole, used, numbers, rows = standing
             whole = whole.to(tensor.dtype)
+            whole = whole if used is None else torch.where(used, whole, tensor)
             return whole if rows is None else whole.index_copy(0, numbers, rows.to(tensor.dtype))
     for copies, name in () if tensor is None else trained_beside(owner, attribute):
         found, ranges = _trained_tensor(copies, name, tensor), copies.rows.get(name)
@@ -144,13 +145,15 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     # there is no W while another is registered, and factors may have no memory then
     beside = [] if matrix is None else branches_beside(owner, attribute)
     addends: list[Addend] = []
+    traced = torch.compiler.is_dynamo_compiling()
     narrow = beside and matrix.dtype in NARROW
-    for branch in () if compiling and narrow else beside:
+    for branch in () if traced and narrow else beside:
         addends += branch.addends(matrix, stored=True)
-    if compiling and (narrow or any([isinstance(addend.gates, Gates) for addend in addends])):
+    if traced and (narrow or any([_is_apart(addend) for addend in addends])):
         # the compiler cannot make the tensor: its graph ends here
         outside = torch.compiler.disable(  # type: ignore[no-untyped-call]
-            adapted, reason="Python reads an adapted weight of a narrow dtype, or for rows")
+            adapted, reason="Python reads an adapted weight of a narrow dtype, for rows, or with "
+            "dropout")
         return outside(owner, attribute)  # type: ignore[no-any-return]
     if not addends:
         watched = answer is Answer.ADAPTED and not compiling and not is_transforming()
@@ -161,11 +164,12 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
         plain = compiling or is_transforming()
         if plain or answer is Answer.SUM and not _trains(addends):
             return whole(dense(matrix), addends)
-    make = AdaptedWeight.of
-    if compiling:
-        make = torch.compiler.disable(  # type: ignore[no-untyped-call]
-            make, reason="Python reads an adapted weight with dropout")
-    return make(matrix, addends, f"the {attribute} of a {type(owner).__name__}")
+    return AdaptedWeight.of(matrix, addends, f"the {attribute} of a {type(owner).__name__}")
+
+
+def _is_apart(addend: Addend) -> bool:
+    """True if rows of a batch, or shares of ranks, go through an addend by themselves."""
+    return isinstance(addend.gates, Gates) or addend.rates is not None or addend.dropout > 0
 
 
 def _unwritable(owner: nn.Module, attribute: str, tensor: Any) -> Any:

@@ -12,6 +12,7 @@ from .._adapter.config import LoRAConfig, is_number
 from .._adapter.names import dotted, have_rows_in_common
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.modules import named_modules, outermost, unwrapped, users_modules
+from .._kernels.compiling import end_program
 from .branches import Branch
 from .choice import Choice
 from .fsdp import notice_what_trains, settle
@@ -128,6 +129,7 @@ def refresh(model: nn.Module) -> None:
     """Make every branch and every trained module follow the record."""
     record = injection(model)
     record.choice.trains |= bool(record.active)
+    record.choice.drops |= any([config.dropout for config in record.configs.values()])
     record.choice.choose(record.live)
 
 
@@ -137,6 +139,7 @@ def set_trainable(model: nn.Module) -> None:
     In this order: at no moment, for another thread, does a site where something trains have nothing
     that does, for which a compiled program would be compiled again.
     """
+    end_program()
     settle(model)
     active = injection(model).active
     for trains in (True, False):
@@ -191,6 +194,22 @@ def weights_of(
                         "them.")
             before |= dict.fromkeys(names, adapter)
     return {adapter: float(weight) for adapter, weight in weights.items()}
+
+
+def used_here(model: nn.Module, doing: str) -> dict[str, float]:
+    """{adapter: weight} of what forward uses here: what a context chose, or is active.
+
+    AdapterError where that cannot be told so.
+    """
+    selection = injection(model).choice.read()
+    if selection.rows is not None:
+        raise AdapterError(f"{doing} is asked within lorafx.rows, where each row of a batch uses "
+                           "adapters of its own: leave that, or name adapters.")
+    if selection.retired:
+        raise AdapterError(
+            f"{doing} is asked where forward still uses {[*selection.retired][0]!r} as it was when "
+            "lorafx.using was entered, and it has been replaced since: leave that first.")
+    return dict(selection.weights)
 
 
 def check_adapter(model: nn.Module, adapter: str) -> None:

@@ -16,14 +16,14 @@ from .choice import Selection
 class Stack(NamedTuple):
     """A (..., R, in) and B (..., out, R) of all adapters together, R the sum of their ranks.
 
-    `gate`, (R) or for each row of a batch (N, R), is the weight and scale of each rank.
+    `gate`, (R) or for each row of a batch (N, R), is the weight and scale of each rank. `rates`,
+    (K), are the probabilities of dropout of K adapters, that then have R / K ranks each.
     """
 
     A: Tensor
     B: Tensor
     gate: Tensor | Gates
-    dropout: float = 0.0
-    share_dropout: bool = False
+    rates: Tensor | None = None
     rounding: bool = False
 
 
@@ -41,6 +41,7 @@ class _Form(NamedTuple):
     compiled: bool
     rows: bool
     gradients: bool
+    drops: bool  # out, in compiled programs, if only with a probability of 0
     needs: tuple[bool, bool]  # of a gradient, in compiled programs
 
 
@@ -84,12 +85,14 @@ def stack_of(branch: Any, selection: Selection, compiled: bool) -> Stack | None:
     """The stack of a branch; None where each adapter's factors are to be asked for by themselves.
 
     Compiled programs take it, whatever its ranks: it has two at least, the least that a compiler
-    takes for any number, and requires grad if anything at the branch does.
+    takes for any number, requires grad if anything at the branch does, and drops out in training if
+    any adapter does.
     """
     # a compiler traces parts without gradients, whose inputs are read with them at each call
     gradients = compiled or torch.is_grad_enabled()
     needs = branch.needs(selection) if compiled else (False, False)
-    form = _Form(compiled, selection.rows is not None, gradients, needs)
+    drops = compiled and branch.training and branch.choice.drops
+    form = _Form(compiled, selection.rows is not None, gradients, drops, needs)
     made = selection.made.get(branch)
     if made is None or not made.holds(form, branch, selection):
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
@@ -115,20 +118,26 @@ def _make(branch: Any, selection: Selection, form: _Form) -> _Made | None:
         held.append((name, factors, pair[0], pair[1], factors.scale, factors.dropping))
         shares = tuple([row.get(name, 0.0) * factors.scale for row in rows])
         parts.append(_Part(pair[0], pair[1], shares))
-    if (len(parts) > 1 or form.rows) and any([found[-1] for found in held]):
+    rates = [found[-1] for found in held]
+    if any(rates) and not form.drops:
         return None  # each drops out elements of its own
     if not parts:
         nothing = branch.nothing() if form.compiled else None
         if nothing is None:
             return None
         parts.append(_Part(nothing[0], nothing[1], (0.0,) * len(rows)))
+    if form.drops and len(parts) == 1 and (form.rows or len(selection.weights) > 1):
+        # compilers take 1 for a constant: others of these adapters are at other branches
+        parts.append(parts[0]._replace(shares=(0.0,) * len(rows)))
     kept = selection.kept.setdefault(branch, {})
     A, B = _kept(kept, tuple([found[0] for found in held]), parts, form)
     state = _state([(found[2], found[3]) for found in held], form)
-    stack = Stack(A, B, _gate(parts, form, selection))
-    if held:
-        first = held[0][1]
-        stack = Stack(*stack[:3], first.dropping, first.share_dropout, first.rounding)
+    apart = None
+    if form.drops:
+        rates += [0.0] * (len(parts) - len(rates))
+        apart = mark_dynamic(torch.tensor(rates, device=B.device), 0)
+    rounding = held[0][1].rounding if held else False
+    stack = Stack(A, B, _gate(parts, form, selection), apart, rounding)
     return _Made(form, held, absent, state, stack)
 
 
@@ -172,26 +181,27 @@ def _kept(
 
 
 def _stacked(parts: Sequence[_Part], form: _Form) -> tuple[Tensor, Tensor]:
-    """A and B of all parts; for rows, a rank of zeros stands before them."""
+    """A and B of all parts; for rows, a rank of zeros stands before them where none drop out."""
     A, B = parts[0].A, parts[0].B
-    if form.rows:
+    if form.rows and not form.drops:
         A, B = stacked_factors([part.A for part in parts], [part.B for part in parts])
         B = B.t()
     elif _is_copy(parts, form):
-        A = torch.cat([part.A for part in parts], dim=-2)
-        B = torch.cat([part.B for part in parts], dim=-1)
         missing = _missing(parts, form)
-        A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
+        A = torch.cat([F.pad(part.A, (0, 0, 0, count)) for part, count in zip(parts, missing)], -2)
+        B = torch.cat([F.pad(part.B, (0, count)) for part, count in zip(parts, missing)], -1)
     if not form.compiled:
         return A, B
     A, B = alias(A, form.needs[0]), alias(B, form.needs[1])
     return mark_dynamic(A, -2), mark_dynamic(B, -1)
 
 
-def _missing(parts: Sequence[_Part], form: _Form) -> int:
-    """How many ranks of zeros make a stack of two."""
-    ranks = sum([part.A.shape[-2] for part in parts])
-    return max(2 - ranks, 0) if form.compiled else 0
+def _missing(parts: Sequence[_Part], form: _Form) -> list[int]:
+    """How many ranks of zeros each part lacks of two, and of the others' where they drop out."""
+    ranks = [part.A.shape[-2] for part in parts]
+    if form.compiled and (form.drops or len(parts) == 1):
+        return [max(2, *ranks) - rank for rank in ranks]
+    return [0] * len(parts)
 
 
 def _gate(parts: Sequence[_Part], form: _Form, selection: Selection) -> Tensor | Gates:
@@ -201,14 +211,16 @@ def _gate(parts: Sequence[_Part], form: _Form, selection: Selection) -> Tensor |
     for known, gate in () if form.compiled else selection.gates:
         if known == key:
             return gate  # type: ignore[no-any-return]
-    dense = torch.cat([gates_of(part.shares, part.A) for part in parts], dim=-1)
+    missing = _missing(parts, form)
+    dense = torch.cat([F.pad(gates_of(part.shares, part.A), (0, count))
+                       for part, count in zip(parts, missing)], dim=-1)
     made: Tensor | Gates
-    if form.rows:
+    if form.rows and not form.drops:
         made = Gates.of(F.pad(dense, (1, 0)))
         tensors: Sequence[Tensor] = made
     else:
         # no view: compilers ask about what a view is of
-        made = F.pad(dense[0], (0, _missing(parts, form))).clone()
+        made = (dense if form.rows else dense[0]).clone()
         tensors = [made]
     if form.compiled:
         for tensor in tensors:

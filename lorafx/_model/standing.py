@@ -1,6 +1,7 @@
 """What compiled programs read of a tensor that adapters train: plain ones, anew at each call."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,15 @@ from .trained import Copies, Trained
 
 
 class Standing(NamedTuple):
-    """A tensor as the base's, and what stands for n >= 2 of its rows, where adapters train such.
+    """A tensor that stands for the base's, and what stands for n >= 2 of its rows, where there may
+    be such.
 
-    Each requires grad if anything does that adapters have there.
+    Each requires grad if anything does that adapters have there. Where what adapters have is of
+    another dtype, the tensor is theirs, and `used` says whether it stands there, or the base's.
     """
 
     tensor: Tensor
+    used: Tensor | None = None  # a bool
     numbers: Tensor | None = None  # of these rows, (n)
     rows: Tensor | None = None  # (n, ...)
 
@@ -28,17 +32,15 @@ class Standing(NamedTuple):
 class _Made(NamedTuple):
     """A Standing, and what it is made of: these tensors, as they were then."""
 
-    tensor: Tensor
-    rows: Tensor
-    state: tuple[Any, ...]
+    sources: Sequence[Tensor]
+    state: Sequence[Any]
     standing: Standing
 
 
 def standing(owner: nn.Module, attribute: str) -> tuple[()] | Standing | None:
     """What stands now at a module for its tensor; () where adapters train no part of that.
 
-    None where there is more to do than to read it: there are no values, several adapters have rows
-    of it, or one has a single row, or what some have all of others have rows of.
+    None where there is more to do than to read it, or rows are trained of a tensor of one.
     """
     trained, base = owner._modules.get("trained"), base_tensor(owner, attribute)
     if not isinstance(trained, Trained) or base is None:
@@ -51,33 +53,66 @@ def standing(owner: nn.Module, attribute: str) -> tuple[()] | Standing | None:
     of_rows = _held(trained, attribute, found, rows=True)
     if not whole and not of_rows:
         return ()
-    if len(found) > 1 or whole and of_rows or not _is_plain(base):
+    if not _is_plain(base) or of_rows and len(base) < 2:
         return None
-    tensor, rows = base, base
+    now, rows = base, dict[tuple[range, ...], Tensor]()
     for copies, name in found:
         held = copies.held(name)
         if copies.missing or value_of(copies, name, held) is not held or not _is_plain(held):
             return None
         copies.check_all_spread(name, base)
-        tensor, rows = (base, held) if name in copies.rows else (held, base)
-    if of_rows and len(rows) < 2:
-        return None
-    needs = _needs(trained, whole), _needs(trained, of_rows)
-    state = _state(tensor), _state(rows), needs, rows is base and rows._version
+        if name in copies.rows:
+            rows[copies.rows[name]] = held
+        else:
+            now = held
+    wide = [held for _, held in whole if held.dtype != base.dtype and held.device == base.device]
+    needs = _needs(trained, whole) or base.requires_grad, _needs(trained, of_rows)
+    sources = [now, *rows.values(), *wide[:1]]
+    copied = of_rows and _is_copy(now, rows, of_rows[0][1].dtype)
+    state = [needs, [_state(source) for source in sources],
+             copied and [source._version for source in sources]]
     kept = selection.kept.setdefault(trained, {})
     made = kept.get((attribute, *found))
-    if made is None or made.tensor is not tensor or made.rows is not rows or made.state != state:
+    if made is None or made.state != state or not all(map(operator.is_, made.sources, sources)):
         with torch.inference_mode(False), torch.enable_grad():
-            standing = Standing(alias(tensor, needs[0]))
+            standing = _standing_for(now, base, wide, needs[0])
             if of_rows:
-                ranges = found[0][0].rows[found[0][1]] if found else (range(2),)
-                own = rows if found else rows[:2].detach().clone()
-                numbers = [number for several in ranges for number in several]
-                standing = Standing(
-                    standing.tensor, mark_dynamic(torch.tensor(numbers, device=base.device), 0),
-                    mark_dynamic(alias(own, needs[1]), 0))
-        made = kept[attribute, *found] = _Made(tensor, rows, state, standing)
+                numbers, own = _rows(now, rows, of_rows[0][1].dtype)
+                standing = standing._replace(
+                    numbers=mark_dynamic(torch.tensor(numbers, device=base.device), 0),
+                    rows=mark_dynamic(alias(own, any(needs)), 0))
+        made = kept[attribute, *found] = _Made(sources, state, standing)
     return made.standing  # type: ignore[no-any-return]
+
+
+def _standing_for(now: Tensor, base: Tensor, wide: Sequence[Tensor], needs: bool) -> Standing:
+    """The Standing of a whole tensor, in the dtype that adapters have it in, if any does."""
+    if not wide or now is not base:
+        used = None if now.dtype == base.dtype else torch.tensor(True, device=base.device)
+        return Standing(alias(now, needs), used)
+    unused = wide[0].detach()  # its owner gets no gradient
+    return Standing(alias(unused, needs), torch.tensor(False, device=base.device))
+
+
+def _rows(
+    now: Tensor, rows: Mapping[tuple[range, ...], Tensor], dtype: torch.dtype
+) -> tuple[list[int], Tensor]:
+    """The numbers of two or more rows of a tensor, and what stands there: itself, if nothing else.
+    """
+    numbers = [number for ranges in rows for several in ranges for number in several]
+    pieces = [*rows.values()]
+    others = [number for number in range(2) if number not in numbers][:max(2 - len(numbers), 0)]
+    pieces += [now[number:number + 1] for number in others]
+    if not _is_copy(now, rows, dtype):
+        return numbers, pieces[0]
+    return numbers + others, torch.cat([piece.to(dtype) for piece in pieces])
+
+
+def _is_copy(
+    now: Tensor, rows: Mapping[tuple[range, ...], Tensor], dtype: torch.dtype
+) -> bool:
+    """True where what stands for rows is not one tensor of one adapter."""
+    return len(rows) != 1 or any(len(held) < 2 or held.dtype != dtype for held in rows.values())
 
 
 def _held(

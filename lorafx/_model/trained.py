@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from .._adapter.names import split_block
 from .._errors import UnsupportedModelError
 from .._graph.modules import LorafxModule
-from .._kernels.compiling import is_compiling
 from .choice import Choice, Selection
 from .held import Held
 from .shards import is_sharded, spread_like
@@ -97,7 +96,7 @@ class Trained(LorafxModule):
         """
         found: list[tuple[Copies, str]] = []
         if selection is None:
-            selection = self.choice.now if is_compiling() else self.choice.read()
+            selection = self.choice.now
         for adapter in selection.weights:
             copies = selection.held(self, adapter)
             if copies is not None:

@@ -1,5 +1,6 @@
 """A compiled model takes any adapters without being compiled again."""
 
+import contextlib
 import copy
 
 import pytest
@@ -106,6 +107,13 @@ def test_rows_where_python_reads_a_weight():
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
 
 
+def test_a_narrow_weight_that_python_reads_is_exported():
+    model = randomise(lorafx.inject(Reads().bfloat16(), targets="w"))
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x), rtol=0, atol=0)
+
+
 def test_dropout_is_of_training():
     model = randomise(lorafx.inject(nn.Linear(64, 64), rank=2, dropout=0.5))
     call = torch.compile(model, backend="eager", fullgraph=True)
@@ -116,6 +124,84 @@ def test_dropout_is_of_training():
         torch.testing.assert_close(call(x), eager(model, x))
         assert torch.equal(call(x), call(x))
         model.train()
+
+
+RATES = {"a": 0.5, "b": 0.2, "c": 0.0}
+RANKS = {"a": 64, "b": 48, "c": 1}
+SIZES = {"a": 1.0, "b": 16.0, "c": 256.0}  # of what each adds, so that a sum tells of each
+
+
+def of_known_masks():
+    """With x = 1, adapter n adds to output i whether its mask kept element i, / (1 - p), s_n."""
+    model = lorafx.inject(nn.Linear(64, 64), rank=64, adapter="a", dropout=RATES["a"])
+    for name in "bc":
+        lorafx.add(model, name, rank=RANKS[name], dropout=RATES[name])
+    with torch.no_grad():
+        for name, size in SIZES.items():
+            model.lora.get_submodule(name).A.copy_(torch.eye(RANKS[name], 64))
+            model.lora.get_submodule(name).B.copy_(size * torch.eye(64, RANKS[name]))
+    return model
+
+
+def check_masks(model, added, used):
+    """One row: the sum of masks of these {adapter: weight}, each of its own, of its own rate."""
+    for name in sorted(used, key=SIZES.get, reverse=True):
+        kept = used[name] * SIZES[name] / (1 - RATES[name])
+        mask = added > kept / 2
+        added = added - kept * mask
+        share = mask[:, :RANKS[name]].double().mean()
+        assert not mask[:, RANKS[name]:].any()
+        wanted, count = 1 - RATES[name], mask[:, :RANKS[name]].numel()
+        assert abs(share - wanted) <= 5 * (wanted * (1 - wanted) / count) ** 0.5
+    torch.testing.assert_close(added, torch.zeros_like(added), rtol=0, atol=1e-3)
+
+
+def test_each_drops_out_for_itself():
+    """One program for single adapters, one for several at once, one for rows, one in eval."""
+    model, x = of_known_masks(), torch.ones(90, 64)
+    counter = CompileCounter()
+    call = torch.compile(model, backend=counter, fullgraph=True)
+    base = model.frozen_weight.sum(1) + model.bias
+    frames = []
+    several = [["a", "b"], {"c": 1, "a": 0.5}, ["a", "b", "c"], {"b": 2, "a": 1}]
+    for uses in (["a", "b", "c", []], several):
+        for use in uses:
+            lorafx.activate(model, use)
+            used = use if isinstance(use, dict) else dict.fromkeys(use, 1.0)
+            model.zero_grad()
+            added = call(x) - base
+            check_masks(model, added.detach(), used)
+            if used:
+                added.sum().backward()
+                gradients = [(p.grad * p).sum() for n, p in lorafx.named_parameters(model)
+                             if n.endswith("B")]
+                torch.testing.assert_close(sum(gradients), added.sum(), rtol=1e-4, atol=0)
+        frames.append(counter.frame_count)
+    for specs in (["a", None, {"b": 1, "c": 1}], [{"a": 1, "b": 1}, "c", "a"], ["b"] * 3):
+        with lorafx.rows(model, specs):
+            added = call(x.view(3, 30, 64)) - base
+        for row, spec in zip(added, specs):
+            used = spec if isinstance(spec, dict) else dict.fromkeys(spec or [], 1.0)
+            check_masks(model, row.detach(), used)
+    frames.append(counter.frame_count)
+    model.eval()
+    for use in ("a", ["a", "b", "c"]):
+        lorafx.activate(model, use)
+        torch.testing.assert_close(call(x), eager(model, x))
+    assert [*frames, counter.frame_count] == [1, 2, 3, 4]
+
+
+def test_dropout_with_the_compiler_itself():
+    model, x = of_known_masks(), torch.ones(90, 64)
+    call, base = torch.compile(model, fullgraph=True), model.frozen_weight.sum(1) + model.bias
+    lorafx.activate(model, ["a", "b"])
+    call(x).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for used in ({"b": 1.0, "a": 3.0}, dict.fromkeys("abc", 1.0)):
+            lorafx.activate(model, used)
+            added = call(x) - base
+            check_masks(model, added.detach(), used)
+            added.sum().backward()
 
 
 def test_training_goes_on():
@@ -153,3 +239,38 @@ def test_what_trains_without_being_active():
         for y in (call(X), eager(model, X)):
             y.sum().backward()
     assert all(torch.count_nonzero(parameter.grad) for parameter in ours)
+
+
+@pytest.mark.parametrize("uses", [
+    lambda model: lorafx.using(model, "b"), lorafx.disabled,
+    lambda model: lorafx.rows(model, ROWS),
+    lambda model: contextlib.nullcontext(lorafx.activate(model, "b"))])
+def test_what_chooses_ends_a_program(uses):
+    torch.compiler.reset()  # a function that ended once is not tried again
+    model = made()
+
+    def chosen(x):
+        with uses(model):
+            return model(x)
+
+    wanted = chosen(X)
+    lorafx.activate(model, "a")
+    whole = torch.compile(chosen, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="are active when it begins: comp"):
+        whole(X)
+    assert lorafx.summary(model).headline() == lorafx.summary(made()).headline()
+    torch.testing.assert_close(torch.compile(chosen, backend="eager")(X), wanted)
+
+
+def test_layers_of_a_graph_module():
+    """Torch takes what hangs below modules of its own for constant in shape, unless told not to."""
+    model = lorafx.inject(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8))), rank=2)
+    lorafx.add(model, "b", rank=5)
+    randomise(model)
+    counter = CompileCounter()
+    call = torch.compile(model, backend=counter, fullgraph=True)
+    with torch._dynamo.config.patch(force_nn_module_property_static_shapes=False):
+        for use in ("default", "b", ["default", "b"], []):
+            lorafx.activate(model, use)
+            torch.testing.assert_close(call(X), eager(model, X))
+    assert counter.frame_count == 1

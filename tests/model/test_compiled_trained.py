@@ -63,13 +63,13 @@ def check_training(model, call, x=IDS, **tolerances):
     torch.testing.assert_close(found, wanted, **tolerances)
 
 
-@pytest.mark.parametrize("dtype, compiled", [(torch.float32, 1), (torch.bfloat16, 2)])
-def test_switching(dtype, compiled):
-    """Beside a narrow base, what adapters train is wide: the base's own is compiled once more."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_switching(dtype):
+    """Beside a narrow base, what adapters train is wide."""
     model = made(10, ["classifier", "scale", "head", "norm"], dtype).eval()
     counter = CompileCounter()
     call = torch.compile(model, backend=counter, fullgraph=True)
-    tolerances = {} if dtype is torch.float32 else {"rtol": 0.1, "atol": 0.5}
+    tolerances = {} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.1}
     for number in range(10):
         lorafx.activate(model, f"a{number}")
         check_training(model, call, **tolerances)
@@ -80,7 +80,13 @@ def test_switching(dtype, compiled):
         torch.testing.assert_close(call(IDS), eager(model), **tolerances)
         with lorafx.using(model, "a2"):
             torch.testing.assert_close(call(IDS), eager(model), **tolerances)
-    assert counter.frame_count == compiled
+        model.zero_grad()
+        with lorafx.using(model, None):
+            y = call(IDS)
+            torch.testing.assert_close(y, eager(model), **tolerances)
+        y.sum().backward()  # what the base does is no gradient of an adapter
+        assert all(p.grad is None for p in lorafx.parameters(model))
+    assert counter.frame_count == 1
 
 
 def test_statistics_are_an_adapters_own():
@@ -124,23 +130,32 @@ def test_what_comes_first_is_announced():
     check_training(model.eval(), call)
 
 
-def test_rows_of_a_weight():
-    """Of any number but one; tied to the head."""
-    model = made(1, ["embedding[1:4]", "scale"]).eval()
-    for number, rows in enumerate(("0,3", "2:6", "1,2,5"), 1):
-        lorafx.add(model, f"a{number}", trainable=f"embedding[{rows}]")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_weight(dtype):
+    """Of any number, of several adapters, beside one that has all; tied to the head."""
+    model = made(1, ["embedding[1:4]", "scale"], dtype).eval()
+    trainable = ["embedding[0,3]", "embedding[2:6]", "embedding[1,2,5]", "embedding[6:7]",
+                 "embedding"]
+    for number, names in enumerate(trainable, 1):
+        lorafx.add(model, f"a{number}", trainable=names)
     randomise(model)
     counter = CompileCounter()
     call = torch.compile(model, backend=counter, fullgraph=True)
-    for number in (0, 1, 2, 3):
-        lorafx.activate(model, f"a{number}")
-        check_training(model, call)
+    tolerances = {} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    for use in ("a0", "a1", "a2", "a3", {"a1": 1.0, "a3": 0.5}, "a4", "a5", ["a4", "a2"], "a4"):
+        lorafx.activate(model, use)
+        check_training(model, call, **tolerances)
     lorafx.activate(model, [])
-    torch.testing.assert_close(call(IDS), eager(model))
+    for _ in range(2):
+        torch.testing.assert_close(call(IDS), eager(model), **tolerances)
+        with torch.no_grad():
+            model.embedding.frozen_weight.mul_(2)
     assert counter.frame_count == 1
-    for adapters in ({"a1": 1.0, "a3": 0.5}, "one"):  # rows of several, and a single one
-        if adapters == "one":
-            lorafx.add(model, "one", trainable="embedding[6:7]")
-        lorafx.activate(model, adapters)
-        check_training(model, call)
-    assert counter.frame_count == 3
+
+
+def test_an_exported_program_has_what_is_used_here():
+    model = made(2, ["classifier", "embedding[1:4]"]).eval()
+    with lorafx.using(model, "a1"):
+        program = torch.export.export(model, (IDS,), strict=True)
+        torch.testing.assert_close(program.module()(IDS), model(IDS))
+    assert not program.constants and "classifier.trained.a1.weight" in program.state_dict

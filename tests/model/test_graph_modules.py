@@ -117,8 +117,10 @@ def test_compile_and_export(block):
     expected = model(TOKENS)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(compiled(TOKENS), expected)
-    program = torch.export.export(model, (TOKENS,))
-    torch.testing.assert_close(program.module()(TOKENS), expected)
+    for strict in (False, True):
+        program = torch.export.export(model, (TOKENS,), strict=strict)
+        torch.testing.assert_close(program.module()(TOKENS), expected)
+        assert not program.constants and {*program.state_dict} == {*model.state_dict()}
 
 
 # Dynamo itself looks at .grad.

@@ -74,6 +74,35 @@ def test_using(model, spec):
             pass
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_what_is_made_in_a_context_is_of_what_is_used_there(model, spec):
+    lorafx.activate(model, "c")
+    with lorafx.using(model, spec):
+        used = lorafx.summary(model)
+        torch.testing.assert_close(lorafx.merge(model)(X), model(X))
+        errors = lorafx.merge_error(model, dtype=torch.bfloat16)
+    lorafx.activate(model, [] if spec is None else spec)
+    wanted = lorafx.summary(model)
+    assert used.active == wanted.active and used.rows() == wanted.rows()
+    assert errors == lorafx.merge_error(model, dtype=torch.bfloat16)
+
+
+def test_what_is_saved_in_a_context_is_used_there(model, tmp_path):
+    with lorafx.using(model, "b"):
+        lorafx.save(model, tmp_path / "b.safetensors")
+    loaded = lorafx.load(lorafx.eject(model), tmp_path / "b.safetensors")
+    torch.testing.assert_close(loaded(X), of(model, "b"))
+    with lorafx.disabled(model), pytest.raises(lorafx.AdapterError, match="but 0 are active"):
+        lorafx.save(model, tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("make", [
+    lorafx.merge, lorafx.merge_error, lorafx.summary, lambda model: lorafx.save(model, "a.pth")])
+def test_what_cannot_be_made_in_a_context(model, make):
+    with lorafx.rows(model, ["a", "b"]), pytest.raises(lorafx.AdapterError, match="in lorafx.row"):
+        make(model)
+
+
 def test_an_error_ends_it(model):
     with pytest.raises(ZeroDivisionError), lorafx.using(model, "b"):
         raise ZeroDivisionError
