@@ -20,6 +20,7 @@ from .._graph.sites import Site, select
 from .away import check_ties_are_seen
 from .beside import has_branch, put_branches
 from .branches import Branch, new_pair, spread
+from .choice import check_parts
 from .copies import keep_attributes, same_kind
 from .factors import Factors
 from .flat import check_takes_parameters
@@ -105,6 +106,7 @@ def attach(program: Program, adapter: Adapter) -> None:
     Everything that can fail is checked before a change.
     """
     model, record = program.model, injection(program.model)
+    check_parts(model, record.choice)
     check_each_in_its_place(model)
     check_graphs_not_dispatched(model)
     check_ties_are_seen(program, adapter)

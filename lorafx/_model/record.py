@@ -13,7 +13,7 @@ from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.loaded import is_exported
 from .._graph.modules import named_modules, outermost, unwrapped, users_modules
 from .branches import Branch
-from .choice import Choice
+from .choice import Choice, check_parts
 from .fsdp import notice_what_trains, settle
 from .trained import Trained
 
@@ -47,6 +47,10 @@ class Injection:
             raise AdapterError("This model's adapters are disabled: copy, pickle, merge or eject "
                                "it outside of lorafx.disabled(model).")
         return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.choice.begin_anew()
 
     @property
     def live(self) -> dict[str, float]:
@@ -138,6 +142,7 @@ def set_trainable(model: nn.Module) -> None:
     that does, for which a compiled program would be compiled again.
     """
     settle(model)
+    check_parts(model, injection(model).choice)
     active = injection(model).active
     for trains in (True, False):
         for holder in holders(model):
