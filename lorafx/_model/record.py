@@ -3,19 +3,29 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .._adapter.config import LoRAConfig, is_number
 from .._adapter.names import dotted, have_rows_in_common
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.loaded import is_exported
 from .._graph.modules import named_modules, outermost, unwrapped, users_modules
+from .._graph.sites import Site
 from .branches import Branch
 from .choice import Choice, check_parts
 from .fsdp import notice_what_trains, settle
 from .trained import Trained
+
+
+class Known(NamedTuple):
+    """A site, and the shape and class of the weight of which it is all or some rows."""
+
+    site: Site
+    shape: torch.Size
+    kind: type[Tensor]
 
 
 @dataclasses.dataclass
@@ -38,6 +48,7 @@ class Injection:
     active: dict[str, float] = dataclasses.field(default_factory=dict)
     roles: dict[str, str] = dataclasses.field(default_factory=dict)  # of sites, where looked for
     without_role: dict[str, str] = dataclasses.field(default_factory=dict)  # sites, and why
+    known: list[Known] = dataclasses.field(default_factory=list)  # its sites, as they were then
     disabled: int = 0
     choice: Choice = dataclasses.field(default_factory=Choice)
 
