@@ -51,6 +51,7 @@ class _Made(NamedTuple):
     held: Sequence[tuple[str, Any, Tensor, Tensor, float, float]]  # with scale and dropout
     absent: Sequence[str]  # adapters that have no factors there
     state: Sequence[Any]
+    memory: Sequence[Tensor]  # theirs, held so that no other tensor comes to the same address
     stack: Stack
 
     @property
@@ -117,19 +118,21 @@ def _make(branch: Any, selection: Selection, form: _Form) -> _Made | None:
         parts.append(_Part(pair[0], pair[1], shares))
     if (len(parts) > 1 or form.rows) and any([found[-1] for found in held]):
         return None  # each drops out elements of its own
+    pairs = [(found[2], found[3]) for found in held]
+    memory = [tensor.detach() for pair in pairs for tensor in pair]
     if not parts:
         nothing = branch.nothing() if form.compiled else None
         if nothing is None:
             return None
         parts.append(_Part(nothing[0], nothing[1], (0.0,) * len(rows)))
     kept = selection.kept.setdefault(branch, {})
-    A, B = _kept(kept, tuple([found[0] for found in held]), parts, form)
-    state = _state([(found[2], found[3]) for found in held], form)
+    A, B = _kept(kept, tuple([found[0] for found in held]), parts, form, memory)
+    state = _state(pairs, form)
     stack = Stack(A, B, _gate(parts, form, selection))
     if held:
         first = held[0][1]
         stack = Stack(*stack[:3], first.dropping, first.share_dropout, first.rounding)
-    return _Made(form, held, absent, state, stack)
+    return _Made(form, held, absent, state, memory, stack)
 
 
 def _state(pairs: Sequence[tuple[Tensor, Tensor]], form: _Form) -> list[Any]:
@@ -156,13 +159,14 @@ KEPT = 8  # stacks of different adapters that a branch keeps
 
 
 def _kept(
-    kept: dict[Any, Any], names: tuple[str, ...], parts: Sequence[_Part], form: _Form
+    kept: dict[Any, Any], names: tuple[str, ...], parts: Sequence[_Part], form: _Form,
+    memory: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """A and B of adapters together, made again only where they changed."""
-    memory = _state([(part.A, part.B) for part in parts], form)
+    state = _state([(part.A, part.B) for part in parts], form)
     found = kept.get((form, names))
-    if found is None or found[0] != memory:
-        found = memory, _stacked(parts, form)
+    if found is None or found[0] != state:
+        found = state, _stacked(parts, form), memory
         if form.compiled or not form.gradients:
             kept[form, names] = found
             for oldest in [*kept][:-KEPT]:
