@@ -215,7 +215,7 @@ class Choice:
         selection = self.default if here is None else here.selection
         if here is None:
             called = CALLED.get()
-            if called is not None:
+            if called is not None and not called[1].is_same(self):
                 check_parts(*called)
         function, again = checkpointed_function()
         if function is None:

@@ -22,14 +22,15 @@ def pinned_call(model: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
     """A call of an injected model, which uses to its end what held when it began."""
     state = model.__dict__
     choice = state[RECORD].choice
-    pinned, called = choice.pin(state.get(_CHOSEN)), CALLED.set((model, choice))
+    called, pinned = CALLED.set((model, choice)), None
     try:
+        pinned = choice.pin(state.get(_CHOSEN))
         result = call(*args, **kwargs)
         later = LATER.get(type(result))
         return result if later is None else later(choice, choice.read(), result)
     finally:
-        CALLED.reset(called)
         choice.unpin(pinned)
+        CALLED.reset(called)
 
 
 class Root:

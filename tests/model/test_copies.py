@@ -173,3 +173,8 @@ def test_a_model_that_asks_another_for_a_part():
     handle = model.register_forward_hook(lambda module, args, y: y + teacher.layers[0](X))
     torch.testing.assert_close(model(X), expected)
     handle.remove()
+    model.teacher = teacher  # whose own call says what it uses
+    model.register_forward_hook(lambda module, args, y: y + module.teacher(X))
+    expected = merged(model, {"a": 1}) + merged(teacher, {"b": 1})
+    lorafx.activate(teacher, "b")
+    torch.testing.assert_close(model(X), expected)
