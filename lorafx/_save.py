@@ -16,10 +16,10 @@ from ._model.attach import attach, begin_injection, check_new_name
 from ._model.copies import share
 from ._model.exported_program import takes_exported
 from ._model.extract import extract
-from ._model.fit import fit
 from ._model.guard import check_model
+from ._model.known import read_and_fit
 from ._model.older_names import adapter_of_today
-from ._model.program import Program, read_program
+from ._model.program import Program
 from ._model.record import check_adapter, find_injection, injection, used_here
 from ._model.replacing import check_replaced, replace as put_in_place
 from ._model.together import first_of_all
@@ -79,25 +79,26 @@ def load(
     assert not isinstance(model, ExportedProgram)  # takes_exported saw to that
     found, made_for = read_adapter(path, adapter, model, allow_nonfinite, part, alpha)
     found = dataclasses.replace(found, name=found.name if adapter is None else adapter)
-    fresh, put = find_injection(model) is None, _way_in(model, found.name, replace)
+    record = find_injection(model)
+    put = _way_in(model, record is None, found.name, replace)
     found = adapter_of_today(found, model)
-    twin, source = share(model) if fresh else model, f"'{os.fspath(path)}'"
+    twin, source = model if record else share(model), f"'{os.fspath(path)}'"
     untied = untie_in(twin, found, source) if untie else False
-    program = read_program(twin)
-    fitted = fit(program, found, source, made_for)
-    if fresh:
-        begin_injection(program)
-        injection(twin).untied = untied
+    program, fitted = read_and_fit(twin, found, source, made_for)
+    if record is None:
+        begin_injection(program).untied = untied
     put(program, fitted)
-    if fresh:
+    if record is None:
         activate(twin, found.name)
     return twin
 
 
-def _way_in(model: nn.Module, name: str, replace: bool) -> Callable[[Program, Adapter], None]:
+def _way_in(
+    model: nn.Module, fresh: bool, name: str, replace: bool
+) -> Callable[[Program, Adapter], None]:
     """What puts an adapter of this name into a model; raises where nothing can."""
     check_name(name)
-    if find_injection(model) is None:
+    if fresh:
         check_model(model)
     elif replace:
         check_adapter(model, name)

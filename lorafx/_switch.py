@@ -99,9 +99,9 @@ def using(
     it, also where another is loaded in the place of an adapter meanwhile; contexts nest. `activate`
     stays what holds elsewhere, in threads that are started here too, and what trains. `merge`,
     `merge_error`, `summary`, `draw`, `save` and torch.export mean what is used here, too, where
-    they are not told which; `parameters` and `resume`, what trains. Nothing is copied or compiled
-    again. A generator enters it anew for each step: between steps it would hold
-    for whoever runs then.
+    they are not told which; `parameters` and `resume`, what trains. Copies of parts of the model
+    follow it. Nothing is copied or compiled again. A generator enters it anew for each step:
+    between steps it would hold for whoever runs then.
 
     Raises:
         AdapterError: a name is unknown, two of the adapters train one module whole; or it is left
@@ -130,8 +130,13 @@ def rows(
     With x (N, ..., in) at a linear call, N rows are named, and row n adds what its adapters do:
     y_n + sum w s (x_n A^T) B^T. Where x has a multiple of N rows, as beams make it, each is meant
     as many times in a row: name them all where they stand otherwise, as `torch.cat([x, x])` of
-    guidance does (`2 * adapters`). It holds where `using` does. In training each adapter's
-    gradients are those of its rows, and adapters without rows have none.
+    guidance does (`2 * adapters`). Only its shape tells what x is: what has N rows by chance is
+    taken for the batch, such as N tokens that are routed to one expert, or a contiguous x of N
+    tokens where the sequence comes first.
+
+    It holds where `using` does. In training each adapter's gradients are those of its rows, and
+    adapters without rows have none. Without gradients, what is written into the `.data` of A or B
+    in place may not be seen: write into them under `torch.no_grad()`.
 
     Raises:
         AdapterError: a name is unknown, or an adapter trains modules whole, which all rows use.

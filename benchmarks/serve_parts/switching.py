@@ -82,8 +82,7 @@ def enter(model: nn.Module, name: str) -> None:
 
 def swap(model: nn.Module, path: Path) -> None:
     """Put the adapter of a file in the place of the one of its name."""
-    lorafx.remove(model, path.stem)
-    lorafx.load(model, path, path.stem)
+    lorafx.load(model, path, path.stem, replace=True)
 
 
 def after(switch: Call, forward: Callable[[], Any]) -> tuple[float, float, float]:
@@ -142,7 +141,7 @@ def swaps(ours: nn.Module, theirs: Any, names: list[str], rounds: int) -> dict[s
         lorafx.save(ours, file, names[1])
         theirs.save_pretrained(there, selected_adapters=names[1:])
         calls = {
-            "lorafx.remove and load": partial(swap, ours, file),
+            "lorafx.load, replace=True": partial(swap, ours, file),
             "PEFT hotswap_adapter": partial(
                 hotswap_adapter, theirs, str(there / names[1]), adapter_name=names[1],
                 torch_device="cpu")}

@@ -105,6 +105,9 @@ Rename = Callable[[str], str]
 
 def renaming(names: Sequence[str], known: Collection[str]) -> Rename:
     """Return how these names become known ones: as they are unless one other renaming fits."""
+    if all(name in known for name in names):
+        return lambda name: name
+
     def known_names(rename: Rename) -> tuple[str, ...] | None:
         renamed = tuple(map(rename, names))
         return renamed if all(name in known for name in renamed) else None

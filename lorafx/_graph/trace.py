@@ -62,6 +62,8 @@ def trace(module: nn.Module) -> RegionGraph:
     try:
         with _NoTensors(), Watch((fx.Proxy, _SymbolicModule), (__file__, fx.proxy.__file__)):
             result = type(module).forward(_SymbolicModule(module, "", tracer), *arguments)
+        if isinstance(result, types.CoroutineType):
+            result.close()  # else Python warns that nobody awaits it
         graph.output(tracer.create_arg(result))
     except Exception as error:
         first_line = str(error).partition("\n")[0]

@@ -18,13 +18,15 @@ from .._graph.modules import LorafxModule, Place, named_modules, submodule
 from .._graph.scan import weights_in_attributes
 from .._graph.sites import Site, select
 from .away import check_ties_are_seen
-from .beside import has_branch, put_branches
+from .beside import branch_at, has_branch, put_branches
 from .branches import Branch, new_pair, spread
+from .choice import check_parts
 from .copies import keep_attributes, same_kind
 from .factors import Factors
 from .flat import check_takes_parameters
 from .fsdp import check_beside, managed_modules
 from .guard import check_each_in_its_place, check_graphs_not_dispatched
+from .known import known_sites
 from .lower import joins
 from .places import base_parameters
 from .program import Program
@@ -49,7 +51,8 @@ def begin_injection(
     flags = {name: parameter.requires_grad for name, parameter in base_parameters(model).items()}
     model.requires_grad_(False)
     record = model.__dict__[RECORD] = Injection(
-        flags, program.skipped, program.breaks, group, program.fingerprint, recompute)
+        flags, program.skipped, program.breaks, group, program.fingerprint, recompute,
+        known=known_sites(program))
     if is_plain_graph(model):
         keep_attributes(model)
     elif why_not_adapted(model) is None:
@@ -105,6 +108,7 @@ def attach(program: Program, adapter: Adapter) -> None:
     Everything that can fail is checked before a change.
     """
     model, record = program.model, injection(program.model)
+    check_parts(model, record.choice)
     check_each_in_its_place(model)
     check_graphs_not_dispatched(model)
     check_ties_are_seen(program, adapter)
@@ -123,7 +127,11 @@ def attach(program: Program, adapter: Adapter) -> None:
     if record.choice.compiled:
         _warn_of_compiling(program, sites, adapter)
     mesh = only_mesh(program.base_parameters.values())
-    for site, branch in zip(sites, put_branches(program, sites, adapter.config)):
+    new = [site for site in sites if not has_branch(program, site)]
+    if new:
+        put_branches(program, new, adapter.config)
+    for site in sites:
+        branch = branch_at(program, site)
         factors = Factors(*adapter.pairs[site.name], adapter.config).train(branch.training)
         factors.came_first = program.weight(site).is_meta and not factors.on_meta
         branch._modules = {**branch._modules, adapter.name: factors}  # others may read the old
@@ -134,7 +142,7 @@ def attach(program: Program, adapter: Adapter) -> None:
             if mesh is not None:
                 factors.agree(mesh)
     _register_trained(program, adapter)
-    if record.group:
+    if new and record.group:
         _join_calls(program)
     record.configs[adapter.name] = dataclasses.replace(
         adapter.config, targets=list(adapter.pairs), exclude=[])
@@ -241,13 +249,15 @@ def _register_trained(program: Program, adapter: Adapter) -> None:
 
     What several have is held at the first.
     """
+    names = injection(program.model).trained[adapter.name] = []
+    if not adapter.trained:
+        return
     copies: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)  # by the rows that they are
     for name, tensor in adapter.trained.items():
         whole, block = split_block(name)
         original = program.base_tensors[whole]
         copies[original][block] = _copy_for(original, tensor, bool(block))
     holders: dict[Tensor, tuple[Copies, str]] = {}
-    names = injection(program.model).trained[adapter.name] = []
     for path, module in list(named_modules(program.model)):
         if isinstance(module, LorafxModule):
             continue

@@ -51,6 +51,15 @@ def has_branch(program: Program, site: Site) -> bool:
     return branch_name(attribute, block) in owner._modules
 
 
+def branch_at(program: Program, site: Site) -> Branch:
+    """The branch at a site that has one."""
+    name, block = split_block(site.name)
+    owner, attribute = program.places[name]
+    branch = owner._modules[branch_name(attribute, block)]
+    assert isinstance(branch, Branch)
+    return branch
+
+
 def _branch(
     places: Mapping[str, Place], site: Site, guesses: set[float] | None, choice: Choice
 ) -> Branch:

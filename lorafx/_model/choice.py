@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .._errors import AdapterError
+from .._graph.modules import LorafxModule, named_modules, outermost
 from .._kernels.checkpoints import checkpointed_function
 from .._kernels.compiling import Anew, end_program
 from .._kernels.private import is_in_backward
@@ -104,6 +105,21 @@ class Choice:
         self.trains, self.drops = state["trains"], state["drops"]
         self._start(state["default"].weights)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Choice":
+        """One and the same, for the copy of a part: it follows the model that it is a part of."""
+        twin = object.__new__(type(self))
+        twin.__dict__ = self.__dict__
+        return twin
+
+    def is_same(self, other: "Choice") -> bool:
+        """True if one follows the other, whatever is chosen."""
+        return self.__dict__ is other.__dict__
+
+    def begin_anew(self) -> None:
+        """Choose apart from others from now on, as a copy of a whole model does."""
+        state, self.__dict__ = self.__getstate__(), {}
+        self.__setstate__(state)
+
     def _new(
         self, weights: Mapping[str, float], rows: Sequence[Mapping[str, float]] | None = None
     ) -> Selection:
@@ -149,17 +165,23 @@ class Choice:
             return any([selection.retired for selection in list(self._alive)])
 
     def pin(self, selection: Selection | None = None) -> Any:
-        """Let what holds here, or this, do so until `unpin` is given what this returns.
+        """Let this, or what holds here, do so until `unpin` is given what this returns.
 
-        That is None where a context says what holds.
+        That is None where a context says already what holds.
         """
-        if self._here.get() is not None:
-            return None
-        return self._here.set(_Context(selection or self.read()))
+        if selection is None:
+            if self._here.get() is not None:
+                return None
+            selection = self.read()
+        return self._here.set(_Context(selection))
 
     def unpin(self, pinned: Any) -> None:
         """End what `pin` began."""
-        self._here.reset(pinned)
+        if pinned is not None:
+            try:
+                self._here.reset(pinned)
+            except ValueError:  # a coroutine is closed in another context, where nothing holds
+                pass
 
     @contextlib.contextmanager
     def choosing(self, selection: Selection) -> Iterator[None]:
@@ -193,6 +215,10 @@ class Choice:
         """The selection that holds here."""
         here = self._here.get()
         selection = self.default if here is None else here.selection
+        if here is None:
+            called = CALLED.get()
+            if called is not None and not called[1].is_same(self):
+                check_parts(*called)
         function, again = checkpointed_function()
         if function is None:
             if self._chose_with_gradients and here is None and is_in_backward():
@@ -211,6 +237,23 @@ class Choice:
         """The same, for what a compiler or exporter may trace."""
         traced = torch.compiler.is_dynamo_compiling()
         return self._anew if traced else self.read()
+
+
+# (an injected model of which a call is under way here, its choice): the innermost
+CALLED: contextvars.ContextVar[tuple[nn.Module, Choice] | None] = contextvars.ContextVar(
+    "lorafx call", default=None)
+
+
+def check_parts(model: nn.Module, choice: Choice) -> None:
+    """Raise if an injected model has branches, or the like, that do not follow its choice."""
+    for part in outermost(model, (LorafxModule,)):
+        other = part.__dict__.get("choice")
+        if isinstance(other, Choice) and not other.is_same(choice):
+            path = next(path for path, module in named_modules(model) if module is part)
+            raise AdapterError(
+                f"'{path}' is part of another injected model, or was pickled by itself, and does "
+                "not use what is active in this one: copy a layer of this one, or take it from "
+                "lorafx.eject of the other before the whole is injected.")
 
 
 OUT_OF_TURN = (

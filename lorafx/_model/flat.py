@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._errors import ConfigError, UnsupportedModelError
 from .._graph.loaded import loaded
-from .._graph.modules import Place, named_modules
+from .._graph.modules import Place, all_modules, named_modules
 from .factors import Factors
 from .record import holders
 from .shards import gathered, spread_like
@@ -46,7 +46,8 @@ def chunks_of(model: nn.Module) -> list[Chunk]:
 def _wrappers(model: nn.Module) -> list[Any]:
     """The FSDP1 wrappers in a model, of which itself may be one."""
     fsdp = loaded("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
-    return [] if fsdp is None else list(fsdp.fsdp_modules(model))
+    modules = [] if fsdp is None else all_modules(model)
+    return [module for _, module in modules if isinstance(module, fsdp)]
 
 
 def _chunks_in(flat: Any, group: Any) -> list[Chunk]:

@@ -49,9 +49,18 @@ class Program:
 
     def site(self, name: str) -> Site | None:
         """The site of this name, which may be a block of rows."""
-        found = [site for site in self.sites if name in site.names]
-        found = found or blocks_matching(self.sites, name)
-        return next((site for site in found if name in site.names), None)
+        if name in self._by_name:
+            return self._by_name[name]
+        blocks = blocks_matching(self.sites, name)
+        return next((site for site in blocks if name in site.names), None)
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Site]:
+        found: dict[str, Site] = {}
+        for site in self.sites:
+            for name in site.names:
+                found.setdefault(name, site)
+        return found
 
     @functools.cached_property
     def places(self) -> dict[str, Place]:
@@ -74,8 +83,14 @@ class Program:
 
     def weight(self, site: Site) -> Tensor:
         """The base's tensor of which a site is all or some rows."""
-        tensor: Tensor = tensor_at(self.places[split_block(site.name)[0]])
-        return tensor
+        name = split_block(site.name)[0]
+        if name not in self._weights:
+            self._weights[name] = tensor_at(self.places[name])
+        return self._weights[name]
+
+    @functools.cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        return {}
 
     def home(self, site: Site, has_values: bool) -> torch.device:
         """The device for a new pair at a site, which may have values already."""

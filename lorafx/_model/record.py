@@ -3,20 +3,30 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .._adapter.config import LoRAConfig, is_number
 from .._adapter.names import dotted, have_rows_in_common
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.modules import named_modules, outermost, unwrapped, users_modules
+from .._graph.sites import Site
 from .._kernels.compiling import end_program
 from .branches import Branch
-from .choice import Choice
+from .choice import Choice, check_parts
 from .fsdp import notice_what_trains, settle
 from .trained import Trained
+
+
+class Known(NamedTuple):
+    """A site, and the shape and class of the weight of which it is all or some rows."""
+
+    site: Site
+    shape: torch.Size
+    kind: type[Tensor]
 
 
 @dataclasses.dataclass
@@ -39,6 +49,7 @@ class Injection:
     active: dict[str, float] = dataclasses.field(default_factory=dict)
     roles: dict[str, str] = dataclasses.field(default_factory=dict)  # of sites, where looked for
     without_role: dict[str, str] = dataclasses.field(default_factory=dict)  # sites, and why
+    known: list[Known] = dataclasses.field(default_factory=list)  # its sites, as they were then
     disabled: int = 0
     choice: Choice = dataclasses.field(default_factory=Choice)
 
@@ -48,6 +59,10 @@ class Injection:
             raise AdapterError("This model's adapters are disabled: copy, pickle, merge or eject "
                                "it outside of lorafx.disabled(model).")
         return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.choice.begin_anew()
 
     @property
     def live(self) -> dict[str, float]:
@@ -141,6 +156,7 @@ def set_trainable(model: nn.Module) -> None:
     """
     end_program()
     settle(model)
+    check_parts(model, injection(model).choice)
     active = injection(model).active
     for trains in (True, False):
         for holder in holders(model):

@@ -12,6 +12,7 @@ from .._adapter.config import LoRAConfig
 from .._adapter.names import have_rows_in_common, split_block
 from .._errors import AdapterError
 from .attach import attach
+from .choice import check_parts
 from .flat import check_takes_parameters
 from .program import Program
 from .record import holders, injection, refresh, set_trainable, trained_modules
@@ -25,6 +26,7 @@ def retiring(model: nn.Module, adapter: str) -> Iterator[Mapping[nn.Module, nn.M
     What began before goes on with that, and what begins later finds what is there at the end.
     """
     choice = injection(model).choice
+    check_parts(model, choice)
     with choice.lock:
         held: dict[nn.Module, nn.Module] = {}
         for holder in holders(model):

@@ -9,11 +9,28 @@ from torch import nn
 from .._errors import AdapterError
 from .._graph.functions import package
 from .._kernels.compiling import not_compiled_by_itself
-from .choice import Selection
+from .choice import CALLED, Selection
 from .record import RECORD
+from .steps import LATER
 
 
 _CHOSEN = "_lorafx_chosen"  # the attribute of a replica that holds what it uses
+
+
+@not_compiled_by_itself
+def pinned_call(model: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call of an injected model, which uses to its end what held when it began."""
+    state = model.__dict__
+    choice = state[RECORD].choice
+    called, pinned = CALLED.set((model, choice)), None
+    try:
+        pinned = choice.pin(state.get(_CHOSEN))
+        result = call(*args, **kwargs)
+        later = LATER.get(type(result))
+        return result if later is None else later(choice, choice.read(), result)
+    finally:
+        choice.unpin(pinned)
+        CALLED.reset(called)
 
 
 class Root:
@@ -24,16 +41,10 @@ class Root:
 
     @not_compiled_by_itself
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = super().__call__  # type: ignore[misc]
         if torch.compiler.is_dynamo_compiling():
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        choice = self.__dict__[RECORD].choice
-        pinned = choice.pin(self.__dict__.get(_CHOSEN))
-        if pinned is None:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        try:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            choice.unpin(pinned)
+            return call(*args, **kwargs)
+        return pinned_call(self, call, *args, **kwargs)  # type: ignore[arg-type]
 
     def _replicate_for_data_parallel(self) -> Any:
         """A replica of DataParallel's, whose thread is told nothing of the caller's context.
@@ -74,10 +85,4 @@ class GraphCall:
 
     @not_compiled_by_itself
     def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        choice = module.__dict__[RECORD].choice
-        pinned = choice.pin()
-        try:
-            return self.call(module, *args, **kwargs)
-        finally:
-            if pinned is not None:
-                choice.unpin(pinned)
+        return pinned_call(module, self.call, module, *args, **kwargs)

@@ -52,6 +52,7 @@ class _Made(NamedTuple):
     held: Sequence[tuple[str, Any, Tensor, Tensor, float, float]]  # with scale and dropout
     absent: Sequence[str]  # adapters that have no factors there
     state: Sequence[Any]
+    memory: Sequence[Tensor]  # theirs, held so that no other tensor comes to the same address
     stack: Stack
 
     @property
@@ -121,6 +122,8 @@ def _make(branch: Any, selection: Selection, form: _Form) -> _Made | None:
     rates = [found[-1] for found in held]
     if any(rates) and not form.drops:
         return None  # each drops out elements of its own
+    pairs = [(found[2], found[3]) for found in held]
+    memory = [tensor.detach() for pair in pairs for tensor in pair]
     if not parts:
         nothing = branch.nothing() if form.compiled else None
         if nothing is None:
@@ -130,15 +133,14 @@ def _make(branch: Any, selection: Selection, form: _Form) -> _Made | None:
         # compilers take 1 for a constant: others of these adapters are at other branches
         parts.append(parts[0]._replace(shares=(0.0,) * len(rows)))
     kept = selection.kept.setdefault(branch, {})
-    A, B = _kept(kept, tuple([found[0] for found in held]), parts, form)
-    state = _state([(found[2], found[3]) for found in held], form)
+    A, B = _kept(kept, tuple([found[0] for found in held]), parts, form, memory)
     apart = None
     if form.drops:
         rates += [0.0] * (len(parts) - len(rates))
         apart = mark_dynamic(torch.tensor(rates, device=B.device), 0)
     rounding = held[0][1].rounding if held else False
     stack = Stack(A, B, _gate(parts, form, selection), apart, rounding)
-    return _Made(form, held, absent, state, stack)
+    return _Made(form, held, absent, _state(pairs, form), memory, stack)
 
 
 def _state(pairs: Sequence[tuple[Tensor, Tensor]], form: _Form) -> list[Any]:
@@ -165,13 +167,14 @@ KEPT = 8  # stacks of different adapters that a branch keeps
 
 
 def _kept(
-    kept: dict[Any, Any], names: tuple[str, ...], parts: Sequence[_Part], form: _Form
+    kept: dict[Any, Any], names: tuple[str, ...], parts: Sequence[_Part], form: _Form,
+    memory: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """A and B of adapters together, made again only where they changed."""
-    memory = _state([(part.A, part.B) for part in parts], form)
+    state = _state([(part.A, part.B) for part in parts], form)
     found = kept.get((form, names))
-    if found is None or found[0] != memory:
-        found = memory, _stacked(parts, form)
+    if found is None or found[0] != state:
+        found = state, _stacked(parts, form), memory
         if form.compiled or not form.gradients:
             kept[form, names] = found
             for oldest in [*kept][:-KEPT]:

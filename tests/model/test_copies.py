@@ -88,3 +88,93 @@ def test_a_parent_that_hands_attributes_on_is_copied_as_itself():
     twin = copy.deepcopy(model)
     assert type(twin) is type(model) and torch.equal(twin(X), model(X))
     torch.testing.assert_close(lorafx.merge(model)(X), model(X))
+
+
+class Tower(nn.Module):
+    """Python that calls one layer after another."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def tower():
+    model = lorafx.inject(Tower().double(), rank=2, adapter="a", dtype=torch.float64)
+    lorafx.add(model, "b", rank=3)
+    return randomise(model)
+
+
+def merged(model, spec):
+    """What it gives with W + s B A of these adapters in the place of each W."""
+    x = X
+    for layer in model.layers:
+        weight = layer.frozen_weight
+        for name, share in spec.items():
+            factors = layer.lora.get_submodule(name)
+            weight = weight + share * factors.scale * factors.B @ factors.A
+        x = torch.tanh(x @ weight.T + layer.bias)
+    return x
+
+
+def test_a_copied_layer_follows_its_model():
+    model = tower()
+    outside = copy.deepcopy(model.layers[0])
+    model.layers.append(copy.deepcopy(model.layers[1]))
+    lorafx.activate(model, "b")
+    torch.testing.assert_close(model(X), merged(model, {"b": 1}))
+    torch.testing.assert_close(outside(X), model.layers[0](X))
+    with lorafx.using(model, {"a": 0.5, "b": -2.0}):
+        torch.testing.assert_close(model(X), merged(model, {"a": 0.5, "b": -2.0}))
+    with lorafx.rows(model, ["a", None, None, None, "b"]):
+        found = model(X)
+    for row, spec in ((0, {"a": 1}), (1, {}), (4, {"b": 1})):
+        torch.testing.assert_close(found[row], merged(model, spec)[row])
+
+
+def test_a_copy_of_the_whole_does_not_follow():
+    """Also where a part of it was met first."""
+    model = tower()
+    _, twin = copy.deepcopy([model.layers[1], model])
+    lorafx.activate(model, "b")
+    torch.testing.assert_close(twin(X), merged(model, {"a": 1}))
+    lorafx.activate(twin, ["a", "b"])
+    torch.testing.assert_close(twin(X), merged(model, {"a": 1, "b": 1}))
+    torch.testing.assert_close(model(X), merged(model, {"b": 1}))
+
+
+@pytest.mark.parametrize("taken", [
+    lambda model: tower().layers[0],
+    lambda model: copy.deepcopy(model).layers[0],
+    lambda model: pickle.loads(pickle.dumps(model.layers[0])),
+])
+def test_a_layer_of_another_model_is_refused(taken):
+    model = tower()
+    model.layers.append(taken(model))
+    for call in (
+        lambda: model(X), lambda: lorafx.activate(model, "b"), lambda: lorafx.add(model, "c"),
+        lambda: lorafx.remove(model, "b"),
+    ):
+        with pytest.raises(lorafx.AdapterError, match="'layers.2.lora' is part of another"):
+            call()
+    assert lorafx.adapters(model) == ["a", "b"]
+    del model.layers[2]
+    torch.testing.assert_close(model(X), merged(model, {"a": 1}))
+
+
+def test_a_model_that_asks_another_for_a_part():
+    """Of which it holds none."""
+    teacher, model = tower(), tower()
+    expected = model(X) + teacher.layers[0](X)
+    handle = model.register_forward_hook(lambda module, args, y: y + teacher.layers[0](X))
+    torch.testing.assert_close(model(X), expected)
+    handle.remove()
+    model.teacher = teacher  # whose own call says what it uses
+    model.register_forward_hook(lambda module, args, y: y + module.teacher(X))
+    expected = merged(model, {"a": 1}) + merged(teacher, {"b": 1})
+    lorafx.activate(teacher, "b")
+    torch.testing.assert_close(model(X), expected)

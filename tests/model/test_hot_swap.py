@@ -1,6 +1,7 @@
 """An adapter replaced while the model runs: each forward has the old one or the new, never both."""
 
 import functools
+import pickle
 import re
 import sys
 import threading
@@ -12,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import lorafx
-from lorafx._model import replacing
+from lorafx._model import known, replacing
 from lorafx._model.branches import branches
 from lorafx._model.record import injection, trained_modules
 from tests.support.oracle import randomise
@@ -122,6 +123,25 @@ def test_replaced(files):
         keys = [{key for key in m.state_dict() if ".b." not in key} for m in (model, alone)]
         assert not ours and keys[0] == keys[1]
         assert not any(module._modules == {} for *_, module in trained_modules(model))
+
+
+def test_where_branches_stand_the_model_is_not_read_anew(file_of, monkeypatch):
+    model = pickle.loads(pickle.dumps(using(file_of["another rank"])))
+    expected = [of(file_of[name]) for name in ("as it was", "other sites")]
+    monkeypatch.setattr(known, "read_program", None)
+    load(model, file_of["as it was"])
+    assert torch.equal(model(X), expected[0])
+    lorafx.load(model, file_of["other sites"], adapter="c")
+    lorafx.activate(model, "c")
+    assert torch.equal(model(X), expected[1])
+    for path in (file_of["more"], file_of["as it was"]):
+        with pytest.raises(TypeError, match="not callable"):
+            load(model, path)
+        model.layers[4] = nn.Linear(8, 8).double()  # no branch stands there
+    monkeypatch.undo()
+    model.layers[4] = nn.Linear(8, 9).double()
+    with pytest.raises(lorafx.MismatchError, match="'layers.4', but this model 8 to 9 features"):
+        load(model, file_of["as it was"])
 
 
 def test_what_is_active_stays(files):

@@ -1,6 +1,7 @@
 """What a thread or a task uses of a model's adapters, and rows of a batch."""
 
 import asyncio
+import contextlib
 import contextvars
 import copy
 import pickle
@@ -250,6 +251,26 @@ def test_rows_train_by_who_writes_past_versions(model):
         torch.testing.assert_close(found, torch.cat(wanted))
         for parameter in lorafx.parameters(model):
             parameter.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_values_of_other_memory_are_seen(compiled):
+    """Also where the allocator gives new values the address of old ones."""
+    model, x = lorafx.inject(nn.Linear(64, 64), rank=2, adapter="a"), torch.randn(2, 3, 64)
+    lorafx.add(model, "b")
+    lorafx.activate(randomise(model), ["a", "b"])
+    call = torch.compile(model, backend="eager") if compiled else model
+    use = contextlib.nullcontext() if compiled else lorafx.rows(model, ["a", "b"])
+    a, b = model.lora.a, model.lora.b
+    with torch.no_grad(), use:
+        for _ in range(5):
+            call(x)
+            for _ in range(2):
+                a.A.data = torch.randn(2, 64)
+            added = x @ a.A.T @ a.B.T, x @ b.A.T @ b.B.T
+            added = sum(added) if compiled else torch.stack([added[0][0], added[1][1]])
+            expected = x @ model.frozen_weight.T + model.bias + added
+            torch.testing.assert_close(call(x), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_rows_drop_out_by_adapter():
