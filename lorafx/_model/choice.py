@@ -50,14 +50,19 @@ class Selection:
 
 
 class _Context:
-    """A selection that holds, and the call of a checkpointed function that chose it, if any."""
+    """A selection that holds, and the call of a checkpointed function that chose it, if any.
 
-    __slots__ = ("selection", "function", "before", "out_of_turn")
+    Of a call of the model, also what compiled programs have read in it.
+    """
+
+    __slots__ = ("selection", "function", "before", "read", "out_of_turn")
 
     def __init__(
-        self, selection: Selection, function: Any = None, before: "_Context | None" = None
+        self, selection: Selection, function: Any = None, before: "_Context | None" = None,
+        read: dict[Any, Any] | None = None,
     ) -> None:
         self.selection, self.function, self.before = selection, function, before
+        self.read = read
         self.out_of_turn = False  # True once it was left where or when it was not the innermost
 
     def outer(self) -> "_Context | None":
@@ -149,11 +154,14 @@ class Choice:
     def pin(self, selection: Selection | None = None) -> Any:
         """Let what holds here, or this, do so until `unpin` is given what this returns.
 
-        That is None where a context says what holds.
+        That is None within another call.
         """
-        if self._here.get() is not None:
+        here = self._here.get()
+        if here is None:
+            return self._here.set(_Context(selection or self.read(), read={}))
+        if here.read is not None:
             return None
-        return self._here.set(_Context(selection or self.read()))
+        return self._here.set(_Context(here.selection, here.function, here, read={}))
 
     def unpin(self, pinned: Any) -> None:
         """End what `pin` began."""
@@ -201,6 +209,13 @@ class Choice:
         if again:
             return self._functions.get(function, selection)
         return self._functions.setdefault(function, selection)  # to its end, as it runs again
+
+    def read_in_call(self, selection: Selection) -> dict[Any, Any]:
+        """{reader: what it read of a selection} in the call that is under way; else nothing."""
+        here = self._here.get()
+        if here is None or here.read is None or here.selection is not selection:
+            return {}
+        return here.read
 
     now: Any = property(Anew(read).__getitem__)  # the same, for what a compiler reads
 
