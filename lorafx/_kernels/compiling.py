@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .private import compiler_frames as frames, untraced
+from .private import compiler_frames as frames
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -25,7 +25,6 @@ class Anew(dict[Any, Any]):
         super().__init__()
         self._read = read
 
-    @untraced
     def __missing__(self, key: Any) -> Any:
         return self._read(key)
 
@@ -51,15 +50,19 @@ _IN_A_PROGRAM = (
     "or compile without fullgraph=True.")
 
 
-def not_compiled_by_itself(function: Function) -> Function:
+def not_compiled_by_itself(function: Function, nor_what_it_calls: bool = False) -> Function:
     """Let no compiler start at a function, but at those that it calls; within others it is inlined.
 
     Where torch has no such names, it is compiled with the others.
     """
     with contextlib.suppress(AttributeError):
-        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
-        frames.set_code_exec_strategy(function.__code__, skip)
+        skip, inner = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
+        strategy = frames._FrameExecStrategy(skip, skip if nor_what_it_calls else inner)
+        frames.set_code_exec_strategy(function.__code__, strategy)
     return function
+
+
+not_compiled_by_itself(Anew.__missing__, nor_what_it_calls=True)
 
 
 def mark_dynamic(tensor: Tensor, axis: int) -> Tensor:

@@ -147,8 +147,13 @@ class Branch(LorafxModule):
         return self
 
     def _compiled_stack(self) -> Stack | None:
-        self.choice.compiled = True
-        return stack_of(self, self.choice.read(), compiled=True)
+        choice = self.choice
+        choice.compiled = True
+        selection = choice.read()
+        read = choice.read_in_call(selection)  # guards and values are read by themselves
+        if self not in read:
+            read[self] = stack_of(self, selection, compiled=True)
+        return read[self]  # type: ignore[no-any-return]
 
     stack: Any = property(Anew(_compiled_stack).__getitem__)  # what compiled programs read
 

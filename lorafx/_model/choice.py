@@ -51,14 +51,19 @@ class Selection:
 
 
 class _Context:
-    """A selection that holds, and the call of a checkpointed function that chose it, if any."""
+    """A selection that holds, and the call of a checkpointed function that chose it, if any.
 
-    __slots__ = ("selection", "function", "before", "out_of_turn")
+    Of a call of the model, also what compiled programs have read in it.
+    """
+
+    __slots__ = ("selection", "function", "before", "read", "out_of_turn")
 
     def __init__(
-        self, selection: Selection, function: Any = None, before: "_Context | None" = None
+        self, selection: Selection, function: Any = None, before: "_Context | None" = None,
+        read: dict[Any, Any] | None = None,
     ) -> None:
         self.selection, self.function, self.before = selection, function, before
+        self.read = read
         self.out_of_turn = False  # True once it was left where or when it was not the innermost
 
     def outer(self) -> "_Context | None":
@@ -167,13 +172,17 @@ class Choice:
     def pin(self, selection: Selection | None = None) -> Any:
         """Let this, or what holds here, do so until `unpin` is given what this returns.
 
-        That is None where a context says already what holds.
+        That is None where a call is under way, or a context in one, which says what holds.
         """
+        here, function = self._here.get(), None
         if selection is None:
-            if self._here.get() is not None:
+            if here is None:
+                selection = self.read()
+            elif here.read is None:
+                selection, function = here.selection, here.function
+            else:
                 return None
-            selection = self.read()
-        return self._here.set(_Context(selection))
+        return self._here.set(_Context(selection, function, here, read={}))
 
     def unpin(self, pinned: Any) -> None:
         """End what `pin` began."""
@@ -229,6 +238,15 @@ class Choice:
         if again:
             return self._functions.get(function, selection)
         return self._functions.setdefault(function, selection)  # to its end, as it runs again
+
+    def read_in_call(self, selection: Selection) -> dict[Any, Any]:
+        """{reader: what it read of a selection} in the call that is under way; else nothing."""
+        here = self._here.get()
+        if here is None or here.read is None or here.selection is not selection:
+            return {}
+        return here.read
+
+    now: Any = property(Anew(read).__getitem__)  # the same, for what a compiler reads
 
     _anew: Any = property(Anew(read).__getitem__)
 

@@ -66,11 +66,12 @@ def base_or_trained(owner: nn.Module, attribute: str) -> Any:
 
     That is in W's dtype, whatever it is trained in.
     """
-    held = owner._parameters.get(attribute)
-    if held is not None and "trained" not in owner._modules:
+    state = owner.__dict__  # as Module.__getattr__ reads it: compilers compare two ways to a dict
+    held, trains = state["_parameters"].get(attribute), "trained" in state["_modules"]
+    if held is not None and not trains:
         return held
     tensor = base_tensor(owner, attribute)
-    if is_compiling() and "trained" in owner._modules:
+    if is_compiling() and trains:
         standing = getattr(owner, STANDING_PREFIX + attribute)
         if standing is not None and not standing:
             return tensor

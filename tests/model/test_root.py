@@ -63,7 +63,7 @@ def test_each_call_pins_what_it_uses(model, pins, go):
     assert pins == [True, True] and isinstance(model, Block)
     with lorafx.using(model, "default"):
         model(TOKENS)
-    assert pins == [True, True, False]
+    assert pins == [True, True, True]
 
 
 def test_a_graph_module_pins_what_it_uses(pins):
