@@ -246,8 +246,6 @@ class Choice:
             return {}
         return here.read
 
-    now: Any = property(Anew(read).__getitem__)  # the same, for what a compiler reads
-
     _anew: Any = property(Anew(read).__getitem__)
 
     @property

@@ -52,7 +52,8 @@ CASES = {
     "LogSoftmaxBackward0": lambda z: z.log_softmax(-1),
     "ScaledDotProductFlashAttentionForCpuBackward0": attention,
     "NativeLayerNormBackward0": norm,
-    "NativeDropoutBackward0": lambda z: torch.native_dropout(z.exp().unsqueeze(1).expand(6, 4, 8), 0.4, True)[0],
+    "NativeDropoutBackward0": lambda z: torch.native_dropout(
+        z.exp().unsqueeze(1).expand(6, 4, 8), 0.4, True)[0],
     "ToCopyBackward0": lambda z: z.exp().bfloat16(),
     "CloneBackward0": lambda z: z.exp().t().contiguous(),
     "AliasBackward0": lambda z: torch.ops.aten.alias(z.exp()),
