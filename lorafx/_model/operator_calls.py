@@ -128,8 +128,9 @@ def matrices_beside(tensor: Tensor, weight: Tensor) -> int:
 
 
 def has_rows(tensor: Tensor, rows: int) -> bool:
-    """True if the first dimensions of a tensor are so many rows."""
-    return rows in itertools.accumulate(tensor.shape, operator.mul, initial=1)
+    """True if the first dimensions of a tensor, but for what a row has, are so many rows."""
+    shape = tensor.shape[:-1] if tensor.ndim > 1 else tensor.shape
+    return rows in itertools.accumulate(shape, operator.mul, initial=1)
 
 
 def rows_in(call: OperatorCall, result: Tensor) -> tuple[int, int]:
@@ -145,10 +146,11 @@ def rows_in(call: OperatorCall, result: Tensor) -> tuple[int, int]:
             are_whole = are_whole and is_read and tensor.shape[-1:] == result.shape[-1:]
     if are_whole and found:
         return rows_of(result), 1
-    for rows, stacks in found if len(found) == 1 and call.name not in MIXING else ():
-        if has_rows(result, rows) or has_rows(result, rows * stacks):
-            return rows, stacks
-    return 0, 1
+    if len(found) != 1 or call.name in MIXING:
+        return 0, 1
+    [(rows, stacks)] = found
+    are_there = has_rows(result, rows) or has_rows(result, rows * stacks)
+    return (rows, stacks) if are_there else (0, 1)
 
 
 def reads_rows(tensor: Tensor, rows: int) -> bool:

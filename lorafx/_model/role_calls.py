@@ -40,7 +40,8 @@ class RoleCalls:
             self.query |= self._projections(attention.query)
             self.key |= self._beside(self._projections(attention.key), value)
             self.value |= value
-            self.unsure |= self._projections(attention.unsure)
+            if not attention.unsure & self._stream:
+                self.unsure |= attention.unsure & self._calls & ~flow.weighing
         for attention in flow.attentions.values():
             self._add_latents(attention)
         self.open = self._open(others)
@@ -101,8 +102,8 @@ class RoleCalls:
         """The calls that are outputs with the one that they read, before the sum."""
         found = 0
         for bit, call in self.flow.calls.items():
-            began = self._began(call.reads)
-            if call.is_linear and self._adds_to(_Block(call.reads | bit, bit, began), began):
+            began = self._began(call.reads) if call.is_linear else 0
+            if began and self._adds_to(_Block(call.reads | bit, bit, began), began):
                 found |= bit
         return found
 
@@ -126,16 +127,15 @@ class RoleCalls:
             return found
         if not end.is_row_wise and downs == end.reads:
             return found
-        inner, sources, are_row_wise = 0, set(), True
+        inner, sources = 0, set()
         for down in bits(downs):
             ups, source = self._ups(down, self.flow.calls[down])
             if not ups:
                 return found
             inner |= ups
             sources.add(source)
-        for up in bits(inner):
-            are_row_wise = are_row_wise and self.flow.calls[up].is_row_wise
         if len(sources) == 1:
+            are_row_wise = all(self.flow.calls[up].is_row_wise for up in bits(inner))
             calls, first = inner | downs | bit, self.flow.calls.get(source)
             if first is not None and are_row_wise and not source & self.outputs:
                 calls, source = calls | source, first.reads
@@ -210,7 +210,8 @@ class RoleCalls:
         found = 0
         for bit in bits(key):
             reads = self.flow.calls[bit].reads
-            if reads in inputs or self._inputs(reads) & inputs and reads in self.flow.calls:
+            factor = self.flow.calls.get(reads)
+            if reads in inputs or factor is not None and factor.reads in inputs:
                 found |= bit
         return found or key
 
@@ -228,7 +229,7 @@ class RoleCalls:
         for latent in bits(latents):
             others = self._inputs((projections | latents) & ~latent) - {latent}
             if self.flow.calls[latent].reads in others:
-                for role in ("query", "key", "value"):
+                for role in ("query", "key", "value", "unsure"):
                     part = self._projections(getattr(attention, role))
                     if latent in self._inputs(part):
                         setattr(self, role, getattr(self, role) | latent)

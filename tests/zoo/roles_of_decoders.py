@@ -1,4 +1,4 @@
-"""The role of each linear call of decoders, read in transformers' source: see `roles_by_hand`.
+"""The role of each linear call of decoders, read in transformers' source: see `test_roles_by_hand`.
 
 Mixture of experts, state spaces and linear attention are here too.
 """

@@ -1,4 +1,4 @@
-"""The role of each linear call of encoders and translators of texts: see `roles_by_hand`."""
+"""The role of each linear call of encoders and translators of texts: see `test_roles_by_hand`."""
 
 from tests.zoo.roles_of_decoders import GATED, QKVO
 

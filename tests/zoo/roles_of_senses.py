@@ -1,4 +1,4 @@
-"""The role of each linear call of models that see, hear or forecast: see `roles_by_hand`."""
+"""The role of each linear call of models that see, hear or forecast: see `test_roles_by_hand`."""
 
 from tests.zoo.roles_of_decoders import GATED, QKVO
 from tests.zoo.roles_of_encoders import BERT, DENSE, FC, OUT, SELF, TRANSFORM
