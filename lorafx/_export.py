@@ -52,8 +52,8 @@ def export(
         path: its ending says the kind. `.pt2`: of `torch.export.load(path)`, `.module()` is the
             program, and `.example_inputs[0][0]` an adapter of zeros, the base. `.onnx`: names of
             inputs are those of A and B, and of forward's arguments; without an adapter it is the
-            base; `lorafx.save(model, "french.onnx_adapter")` writes what onnxruntime's
-            LoraAdapter loads. `.aoti.pt2`: compiled for this machine's kind, to be loaded by
+            base (onnxruntime warns of each default); `lorafx.save(model, "french.onnx_adapter")`
+            writes what onnxruntime's LoraAdapter loads. `.aoti.pt2`: compiled for this machine's kind, to be loaded by
             `torch._inductor.aoti_load_package` and called as `program(*args, **kwargs, **adapter)`;
             the base is an adapter of zeros, which `.get_metadata()["adapter"]` describes in JSON
             (its inputs can have no default). Missing folders are made.
