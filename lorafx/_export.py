@@ -52,11 +52,12 @@ def export(
         path: its ending says the kind. `.pt2`: of `torch.export.load(path)`, `.module()` is the
             program, and `.example_inputs[0][0]` an adapter of zeros, the base. `.onnx`: names of
             inputs are those of A and B, and of forward's arguments; without an adapter it is the
-            base; `lorafx.save(model, "french.onnx_adapter")` writes what onnxruntime's
-            LoraAdapter loads. `.aoti.pt2`: compiled for this machine's kind, to be loaded by
-            `torch._inductor.aoti_load_package` and called as `program(*args, **kwargs, **adapter)`;
-            the base is an adapter of zeros, which `.get_metadata()["adapter"]` describes in JSON
-            (its inputs can have no default). Missing folders are made.
+            base (onnxruntime warns of each default); `lorafx.save(model, "french.onnx_adapter")`
+            writes what onnxruntime's LoraAdapter loads. `.aoti.pt2`: compiled for this machine's
+            kind, to be loaded by `torch._inductor.aoti_load_package` and called as
+            `program(*args, **kwargs, **adapter)`; its inputs can have no default, and the base is
+            the adapter of rank 0 whose shapes and dtypes `.get_metadata()["adapter"]` tells in
+            JSON. Missing folders are made.
         args, kwargs: an example of what forward takes.
         dynamic_shapes: {argument: what may vary, as for `torch.export.export`}, or what may for
             each argument in turn; by default each size of each tensor may that the model lets vary
@@ -65,7 +66,8 @@ def export(
     Raises:
         FormatError: no such kind, or a package that writes it is not installed.
         NotInjectedError, AdapterError: the model has no adapter.
-        ConfigError: forward cannot be called with `args` and `kwargs`.
+        ConfigError: forward cannot be called with `args` and `kwargs`, or `dynamic_shapes` is not
+            of the arguments that these give.
         UnsupportedModelError: torch cannot trace the model, it returns what is no tensor and no
             number, or the kind has no such operator or, as ONNX, no state that forward writes.
         OSError: the disk failed. The file is written whole or, after any error, not at all.
@@ -198,8 +200,10 @@ def _write_aoti(exported: ExportedProgram, program: WithAdapterInputs, path: Pat
     """Not with A and B as constants: torch would read those of another rank as of the first."""
     import torch._inductor
     adapter = {}
-    for name, zeros in program.adapter.items():
-        adapter[name] = {"shape": list(zeros.shape), "dtype": str(zeros.dtype)[len("torch."):]}
+    for name, ranks in _ranks(program.adapter).items():
+        zeros = program.adapter[name]
+        shape = [0 if axis in ranks else size for axis, size in enumerate(zeros.shape)]
+        adapter[name] = {"shape": shape, "dtype": str(zeros.dtype)[len("torch."):]}
     torch._inductor.aoti_compile_and_package(
         by_keyword(exported), package_path=str(path),
         inductor_configs={"aot_inductor.metadata": {"adapter": json.dumps(adapter)}})

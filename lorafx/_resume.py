@@ -4,11 +4,13 @@ import os
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from ._adapter.adapter import Adapter, Training
 from ._errors import FormatError, MismatchError
 from ._formats.table import read_adapter
 from ._model import generators
+from ._model.exported_program import takes_exported
 from ._model.extract import extract_here
 from ._model.fit import fit
 from ._model.flat import Layout, in_shape
@@ -18,10 +20,11 @@ from ._model.training import live_tensors, load_state, part_in, state_to_load
 from ._switch import only_one
 
 
+@takes_exported
 @torch.inference_mode(False)
 def resume(
-    model: nn.Module, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str],
-    adapter: str | None = None,
+    model: nn.Module | ExportedProgram, optimizer: torch.optim.Optimizer,
+    path: str | os.PathLike[str], adapter: str | None = None,
 ) -> int:
     """Continue a training run from a file of `save(..., optimizer=..., step=...)`; return its step.
 
@@ -61,6 +64,7 @@ def resume(
         >>> lorafx.resume(model, optimizer, path)
         3
     """
+    assert not isinstance(model, ExportedProgram)  # takes_exported saw to that
     adapter = only_one(model, adapter, injection(model).active, "resume continues one adapter")
     source = f"'{os.fspath(path)}'"
     found, made_for = read_adapter(path, model=model)

@@ -48,7 +48,8 @@ def takes_exported(verb: F) -> F:
 def _module_of(program: ExportedProgram, bare: ExportedProgram) -> nn.Module:
     """A module that computes what the program does, injected if that has branches.
 
-    `bare` is the program without these. Its Parameters are not touched, whatever is done to it.
+    `bare` is the program without these. A and B are the program's own Parameters, which optimizers
+    know; the others are not touched, whatever is done to it.
     """
     marks = {mark.pair: mark for mark, _ in branches_in(program.graph)}
     module = _unlifted(bare)
@@ -64,6 +65,9 @@ def _module_of(program: ExportedProgram, bare: ExportedProgram) -> nn.Module:
         rank = max(pair.A.shape[-2] for pair in by_site.values())
         config = LoRAConfig(rank, targets=[*by_site])
         attach(read_program(module), Adapter(adapter, config, by_site))
+    for pair in marks:
+        for half in "AB":
+            submodule(module, pair)._parameters[half] = program.state_dict[f"{pair}.{half}"]
     record = find_injection(module)
     assert record is not None
     record.active = dict.fromkeys(pairs, 1.0)

@@ -77,11 +77,15 @@ def joined_sites(model: nn.Module) -> list[tuple[str, ...]]:
 
 
 def joined_in(region: Region) -> list[list[list[Branch]]]:
-    """Return the groups of linear calls that a region computes together, by their branches."""
+    """Return the groups of linear calls that a region computes together, by their branches.
+
+    Calls that have none, which others are joined around, are left out.
+    """
     groups = []
     for node in lower(region, region.graph, vars(region)["_joining"]).nodes:
         if node.target is joined:
-            groups.append([_branches_of(region, member) for member in node.args[1:]])
+            members = [_branches_of(region, member) for member in node.args[1:]]
+            groups.append([held for held in members if held])
     return groups
 
 

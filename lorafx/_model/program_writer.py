@@ -161,7 +161,7 @@ class ProgramWriter:
         """A new input, the last of those that are parameters."""
         specs, inputs = self.signature.input_specs, self.graph.find_nodes(op="placeholder")
         place = sum(spec.kind is InputKind.PARAMETER for spec in specs)
-        with self.graph.inserting_before(inputs[place]):
+        with self.graph.inserting_before([*inputs, inputs[-1].next][place]):
             node = self.graph.placeholder("p_" + re.sub(r"\W", "_", name).lower())
         node.meta["val"] = _fake_mode(inputs).from_tensor(tensor, static_shapes=True)
         specs.insert(place, InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name))

@@ -100,8 +100,8 @@ def find_injection(model: nn.Module) -> Injection | None:
 
 
 _EXPORTED = (
-    "An ExportedProgram is taken by lorafx.inject, load, save, parameters, adapters, sites, "
-    "summary, merge, merge_error and eject; for anything else start from its module, "
+    "An ExportedProgram is taken by lorafx.inject, load, save, resume, parameters, adapters, "
+    "sites, summary, merge, merge_error and eject; for anything else start from its module, "
     "lorafx.inject(program.module()).")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import assert_type
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -18,7 +19,9 @@ def of_a_program(program: ExportedProgram, path: Path) -> None:
     assert_type(adapted, ExportedProgram)
     for found in (lorafx.load(program, path), lorafx.merge(adapted), lorafx.eject(adapted)):
         assert_type(found, ExportedProgram)
-    lorafx.save(model=adapted, path=path)
+    optimizer = torch.optim.SGD(lorafx.parameters(adapted))
+    lorafx.save(model=adapted, path=path, optimizer=optimizer, step=1)
+    assert_type(lorafx.resume(adapted, optimizer, path), int)
     assert_type(lorafx.sites(program), list[lorafx.Site])
     assert_type(lorafx.summary(adapted), lorafx.Summary)
     assert_type(lorafx.adapters(adapted), list[str])

@@ -201,6 +201,46 @@ def test_files_go_from_a_model_to_its_program_and_back(case, tmp_path):
     assert sorted(names[0]) == sorted(names[1])
 
 
+def step(program, optimizer):
+    optimizer.zero_grad()
+    loss(program.module()(made("layers")[2][0])).backward()
+    optimizer.step()
+
+
+def test_training_that_goes_on(tmp_path):
+    _, program, _ = made("layers")
+    path, runs = tmp_path / "run.safetensors", []
+    adapted = randomised(lorafx.inject(program, rank=2, targets="linear"))
+    optimizer = torch.optim.AdamW(lorafx.parameters(adapted), lr=0.1)
+    step(adapted, optimizer)
+    lorafx.save(adapted, path, optimizer=optimizer, step=1)
+    resumed = lorafx.load(program, path)
+    again = torch.optim.AdamW(lorafx.parameters(resumed))
+    assert lorafx.resume(resumed, again, path) == 1
+    for each, own in ((adapted, optimizer), (resumed, again)):
+        step(each, own)
+        runs.append([*lorafx.parameters(each)])
+    same(*runs, EXACTLY)
+
+
+class Constant(nn.Module):
+    """Without an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self):
+        return self.layer(torch.ones(1, 6))
+
+
+def test_a_program_without_inputs():
+    program = torch.export.export(Constant(), ())
+    adapted = randomised(lorafx.inject(program, rank=2))
+    same(lorafx.merge(adapted).module()(), adapted.module()(), dict(rtol=1e-5, atol=1e-5))
+    assert nodes(lorafx.eject(adapted)) == nodes(program)
+
+
 class Narrow(nn.Module):
     """bfloat16, a fused projection of which rows are adapted, and one layer called twice."""
 

@@ -210,6 +210,20 @@ def test_adapters_and_their_weights_are_named(here):
     assert {"rank 2, × 0.5", "more0", "rank 1, not active", "and 2 more"} <= set(shown)
 
 
+def test_a_call_without_an_adapter_among_those_computed_together(here):
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.q(x) @ self.k(x).mT) @ self.v(x)
+
+    root = svg(lorafx.inject(Three(), rank=1, targets=["q", "v"]))
+    assert len(rectangles(root, "branch")) == 2
+    check_geometry(root)
+
+
 def test_a_graph_of_functions_and_a_callers_graph(here):
     class Functions(nn.Module):
         def __init__(self) -> None:
