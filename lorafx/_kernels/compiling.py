@@ -57,9 +57,20 @@ def not_compiled_by_itself(function: Function) -> Function:
     Where torch has no such names, it is compiled with the others.
     """
     with contextlib.suppress(AttributeError):
-        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
-        frames.set_code_exec_strategy(function.__code__, skip)
+        _skip(function, frames._FrameAction.DEFAULT)
     return function
+
+
+def not_compiled(function: Function) -> Function:
+    """The same, and let no compiler start at those that it calls either."""
+    with contextlib.suppress(AttributeError):
+        _skip(function, frames._FrameAction.SKIP)
+    return function
+
+
+def _skip(function: Any, called: Any) -> None:
+    strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, called)
+    frames.set_code_exec_strategy(function.__code__, strategy)
 
 
 def mark_dynamic(tensor: Tensor, axis: int) -> Tensor:

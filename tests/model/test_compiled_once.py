@@ -113,6 +113,21 @@ def test_rows_where_python_reads_a_weight():
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
 
 
+def test_where_python_reads_a_narrow_weight():
+    model = lorafx.inject(Reads().bfloat16(), targets="w", rank=2, adapter="a")
+    lorafx.add(model, "b", targets="w", rank=3)
+    randomise(model)
+    counter, x = CompileCounter(), torch.randn(3, 5, 8, dtype=torch.bfloat16)
+    call, frames = torch.compile(model, backend=counter), []
+    for use in ("a", "b", {"a": 0.5, "b": 2.0}, []):
+        lorafx.activate(model, use)
+        torch.testing.assert_close(call(x), eager(model, x), rtol=0, atol=0)
+        frames.append(counter.frame_count)
+    assert frames == [frames[0]] * 4
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="narrow dtype.* fullgraph=True"):
+        torch.export.export(model, (x,), strict=True)
+
+
 def test_a_narrow_weight_that_python_reads_is_exported():
     model = randomise(lorafx.inject(Reads().bfloat16(), targets="w"))
     x = torch.randn(3, 8, dtype=torch.bfloat16)
