@@ -18,18 +18,22 @@ from .tensors import PLAIN
 
 
 def first_half(x: Tensor, right: Tensor, recompute: bool) -> Tensor:
-    """Return x R^T, (..., rank), for R (rank, in) in x's dtype.
+    """Return x R^T, (..., rank), for R (rank, in) in x's dtype, or stacks of both, (K, ..., in).
 
     To `recompute` is to let a compiler choose whether x is kept for the gradient of R.
     """
     if not (recompute and torch.compiler.is_compiling() and _trains(x, right)):
-        return F.linear(x, right)
+        return _product(x, right)
     kind = x.device.type
     if not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, right = x.to(dtype), right.to(dtype)
     half: Tensor = HALF(x, right)
     return half
+
+
+def _product(x: Tensor, right: Tensor) -> Tensor:
+    return F.linear(x, right) if right.ndim == 2 else torch.bmm(x, right.mT)
 
 
 def halves_apart(x: Tensor, right: Tensor, rates: Tensor, recompute: bool) -> Tensor:
@@ -43,7 +47,8 @@ def halves_apart(x: Tensor, right: Tensor, rates: Tensor, recompute: bool) -> Te
     dropped = x * (kept / (1 - each)).to(x.dtype)  # (K, ..., in)
     if count == 1:
         return first_half(dropped[0], right, recompute)
-    halves = torch.bmm(dropped.reshape(count, -1, width), right.view(count, -1, width).mT)
+    halves = first_half(
+        dropped.reshape(count, -1, width), right.view(count, -1, width), recompute)
     return halves.transpose(0, 1).reshape(*x.shape[:-1], len(right))  # (..., K rank / K)
 
 
@@ -67,13 +72,19 @@ class _Half(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, right: Tensor) -> Tensor:
         ctx.save_for_backward(x, right)
-        return F.linear(x, right)
+        return _product(x, right)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, right = ctx.saved_tensors
-        rows = recomputed(x, gradient).reshape(-1, x.shape[-1])
-        return gradient @ right, gradient.reshape(-1, gradient.shape[-1]).t() @ rows
+        rows, of_half = recomputed(x, gradient), gradient
+        if right.ndim == 2:
+            rows, of_half = _rows(rows), _rows(gradient)
+        return gradient @ right, of_half.mT @ rows
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _half(x: Tensor, right: Tensor) -> Tensor:
@@ -91,7 +102,7 @@ def _operator() -> Any:
     except AttributeError:
         torch.library.define("lorafx::half", "(Tensor x, Tensor right) -> Tensor")
         torch.library.impl("lorafx::half", "Autograd", _half)
-        torch.library.impl("lorafx::half", "CompositeExplicitAutograd", F.linear)
+        torch.library.impl("lorafx::half", "CompositeExplicitAutograd", _product)
         return torch.ops.lorafx.half.default
 
 

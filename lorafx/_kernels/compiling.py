@@ -50,19 +50,29 @@ _IN_A_PROGRAM = (
     "or compile without fullgraph=True.")
 
 
-def not_compiled_by_itself(function: Function, nor_what_it_calls: bool = False) -> Function:
+def not_compiled_by_itself(function: Function) -> Function:
     """Let no compiler start at a function, but at those that it calls; within others it is inlined.
 
     Where torch has no such names, it is compiled with the others.
     """
     with contextlib.suppress(AttributeError):
-        skip, inner = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
-        strategy = frames._FrameExecStrategy(skip, skip if nor_what_it_calls else inner)
-        frames.set_code_exec_strategy(function.__code__, strategy)
+        _skip(function, frames._FrameAction.DEFAULT)
     return function
 
 
-not_compiled_by_itself(Anew.__missing__, nor_what_it_calls=True)
+def not_compiled(function: Function) -> Function:
+    """The same, and let no compiler start at those that it calls either."""
+    with contextlib.suppress(AttributeError):
+        _skip(function, frames._FrameAction.SKIP)
+    return function
+
+
+def _skip(function: Any, called: Any) -> None:
+    strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, called)
+    frames.set_code_exec_strategy(function.__code__, strategy)
+
+
+not_compiled(Anew.__missing__)
 
 
 def mark_dynamic(tensor: Tensor, axis: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .._errors import AdaptedWeightError
 from .._graph.rules import RULES, Rule
 from .._kernels.addend import Addend
+from .._kernels.compiling import not_compiled
 from .._kernels.private import grouped_mm, tree_iter, tree_map, wrapper_subclass, writes
 from .._kernels.weights import rows_of, whole
 from .quantised_tensors import dense
@@ -70,6 +71,7 @@ class AdaptedWeight(Tensor):
         return f"AdaptedWeight({self.label}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
+    @not_compiled
     def __torch_function__(cls, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if args and isinstance(args[0], cls) and writes_in_place(func):
@@ -259,8 +261,7 @@ def _grouped(func: Any, args: Args, kwargs: Kwargs) -> Any:
     more = {name: kwargs[name] for name in kwargs if name in ("offs", "out_dtype")}
 
     def multiply(x: Tensor, matrix: Tensor) -> Tensor:
-        result: Tensor = func(x, matrix, *args[2:], **more)
-        return result
+        return func(x, matrix, *args[2:], **more)  # type: ignore[no-any-return]
 
     y = _with_matrix(weight, func, args, kwargs)
     for addend in weight.addends:
@@ -276,8 +277,7 @@ def _lookup(func: Any, args: Args, kwargs: Kwargs) -> Any:
         return None  # the gradient has rules of its own
 
     def choose(matrix: Tensor) -> Tensor:
-        rows: Tensor = func(matrix, indices, *args[2:], **kwargs)
-        return rows
+        return func(matrix, indices, *args[2:], **kwargs)  # type: ignore[no-any-return]
 
     rows = choose(weight.matrix)
     for addend in weight.addends:

@@ -1,6 +1,8 @@
 """What Python reads of a weight beside which branches stand."""
 
 import contextvars
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from .._adapter.names import branch_name
 from .._errors import UnsupportedModelError
 from .._graph.dispatched import value_of
 from .._kernels.addend import Addend
-from .._kernels.compiling import is_compiling
+from .._kernels.compiling import Anew, is_compiling
 from .._kernels.mixed import Gates
 from .._kernels.private import is_transforming
 from .._kernels.weights import whole, with_rows
@@ -152,10 +154,7 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
         addends += branch.addends(matrix, stored=True)
     if traced and (narrow or any([_is_apart(addend) for addend in addends])):
         # the compiler cannot make the tensor: its graph ends here
-        outside = torch.compiler.disable(  # type: ignore[no-untyped-call]
-            adapted, reason="Python reads an adapted weight of a narrow dtype, for rows, or with "
-            "dropout")
-        return outside(owner, attribute)  # type: ignore[no-any-return]
+        return _OUTSIDE.adapted(owner, attribute)  # type: ignore[no-any-return]
     if not addends:
         watched = answer is Answer.ADAPTED and not compiling and not is_transforming()
         return _unwritable(owner, attribute, matrix) if watched else matrix  # type: ignore
@@ -166,6 +165,24 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
         if plain or answer is Answer.SUM and not _trains(addends):
             return whole(dense(matrix), addends)
     return AdaptedWeight.of(matrix, addends, f"the {attribute} of a {type(owner).__name__}")
+
+
+class _Outside:
+    """`adapted` that no compiler traces, which a compiler can take, and say why it ends there."""
+
+    @functools.cached_property
+    def _adapted(self) -> Any:
+        return torch.compiler.disable(  # type: ignore[no-untyped-call]
+            adapted, reason=_WHY_OUTSIDE)
+
+    adapted: Any = property(Anew(operator.attrgetter("_adapted")).__getitem__)
+
+
+_OUTSIDE = _Outside()
+_WHY_OUTSIDE = (
+    "Python reads an adapted weight of a narrow dtype, for lorafx.rows, or with dropout, where a "
+    "program cannot go on: compile without fullgraph=True, export with strict=False, or exclude "
+    "this site.")
 
 
 def _is_apart(addend: Addend) -> bool:

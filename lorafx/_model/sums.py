@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from .._errors import AdaptedWeightError
+from .._kernels.compiling import not_compiled
 from .._kernels.private import without_torch_function
 from .torch_functions import Args, Kwargs, functions_named, writes_in_place
 
@@ -28,6 +29,7 @@ class SumView(Tensor):
     """A view of the sum W + sum s L R, into which nothing may be written."""
 
     @classmethod
+    @not_compiled
     def __torch_function__(cls, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _writes(cls, func, args, kwargs):
@@ -40,6 +42,7 @@ class TrainedCast(Tensor):
     """
 
     @classmethod
+    @not_compiled
     def __torch_function__(cls, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _writes(cls, func, args, kwargs):

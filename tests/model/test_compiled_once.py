@@ -15,6 +15,12 @@ X = torch.randn(4, 5, 8)
 ROWS = ["a", "b", {"a": 0.7, "b": -0.3}, None]
 
 
+@pytest.fixture(autouse=True)
+def none_compiled_before():
+    """What is compiled counts against the limit of a forward, which the models here share."""
+    torch.compiler.reset()
+
+
 def made():
     base = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
     model = lorafx.inject(base, rank=2, adapter="a")
@@ -105,6 +111,21 @@ def test_rows_where_python_reads_a_weight():
     compiled, x = torch.compile(model, backend="eager"), torch.randn(3, 5, 8)
     with lorafx.rows(model, ["a", None, "b"]):
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
+
+
+def test_where_python_reads_a_narrow_weight():
+    model = lorafx.inject(Reads().bfloat16(), targets="w", rank=2, adapter="a")
+    lorafx.add(model, "b", targets="w", rank=3)
+    randomise(model)
+    counter, x = CompileCounter(), torch.randn(3, 5, 8, dtype=torch.bfloat16)
+    call, frames = torch.compile(model, backend=counter), []
+    for use in ("a", "b", {"a": 0.5, "b": 2.0}, []):
+        lorafx.activate(model, use)
+        torch.testing.assert_close(call(x), eager(model, x), rtol=0, atol=0)
+        frames.append(counter.frame_count)
+    assert frames == [frames[0]] * 4
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="narrow dtype.* fullgraph=True"):
+        torch.export.export(model, (x,), strict=True)
 
 
 def test_a_narrow_weight_that_python_reads_is_exported():
@@ -246,7 +267,6 @@ def test_what_trains_without_being_active():
     lambda model: lorafx.rows(model, ROWS),
     lambda model: contextlib.nullcontext(lorafx.activate(model, "b"))])
 def test_what_chooses_ends_a_program(uses):
-    torch.compiler.reset()  # a function that ended once is not tried again
     model = made()
 
     def chosen(x):
