@@ -85,23 +85,26 @@ def unet() -> nn.Module:
 def model_of(row: Published) -> nn.Module:
     torch.manual_seed(0)
     if row.architecture == "unet":
-        return unet().eval()
+        return unet().double().eval()
     config = transformers.CONFIG_MAPPING[row.architecture](
         **FIELDS.get(row.architecture, SIZES))
     auto = AUTO.get(row.task or "", AUTO_OF.get(row.architecture, "AutoModelForCausalLM"))
-    return getattr(transformers, auto).from_config(config).eval()
+    return getattr(transformers, auto).from_config(config).double().eval()
 
 
 def outputs(row: Published, model: nn.Module) -> list[Tensor]:
+    inputs = {}
+    for name, value in INPUTS.get(row.architecture, dict(input_ids=IDS)).items():
+        inputs[name] = value.double() if value.is_floating_point() else value
     with torch.no_grad():
-        found = model(**INPUTS.get(row.architecture, dict(input_ids=IDS)))
+        found = model(**inputs)
     return [tensor for tensor in flat(found) if tensor.is_floating_point()]
 
 
 def assert_same(row: Published, ours: nn.Module, theirs: nn.Module) -> None:
     for found, wanted in zip(outputs(row, ours), outputs(row, theirs), strict=True):
         torch.testing.assert_close(
-            found, wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())))
+            found, wanted, rtol=0, atol=1e-9 * max(1.0, float(wanted.abs().max())))
 
 
 def refused(row: Published) -> str | None:
