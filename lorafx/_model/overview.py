@@ -1,6 +1,5 @@
 """What can be told of the sites of a live model: where they are computed, with what, how large."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._adapter.names import dotted, split_block
+from .._adapter.spectrum import over
 from .._graph.dispatched import value_of
 from .._graph.modules import Place, named_modules, submodule, users_modules
 from .._kernels.addend import Addend, norm
@@ -120,8 +120,7 @@ def relative_norm(branch: Branch, place: Place | None, active: Mapping[str, floa
         return None
     if branch.rows is not None:
         W = W.narrow(-1 if branch.transposed else -2, *branch.rows)
-    size, change = _norm(W), norm(addends) if addends else 0.0
-    return change / size if size else math.inf if change else 0.0
+    return over(norm(addends) if addends else 0.0, _norm(W))
 
 
 def _weight(place: Place) -> Tensor | None:

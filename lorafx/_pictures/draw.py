@@ -31,7 +31,8 @@ def draw(model: nn.Module, path: str | os.PathLike[str], module: str | None = No
     the adapters add beside it in blue, what they train whole in blue by itself, the sites that are
     computed together in an orange box, graph breaks in dashed frames, with what they hold in the
     order of registration. An `.html` is a tree of all modules that opens and closes, with each site
-    and the code of each region, and that picture on top. Both are one file each that needs no other and no network.
+    and the code of each region, and that picture on top. Both are one file each that needs no other
+    and no network.
 
     Args:
         model: an injected model.
