@@ -127,7 +127,8 @@ class Summary:
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table's cells, those of `columns` for each site."""
-        return [tuple(column.cell(site) for column in self._columns()) for site in self.sites]
+        columns = self._columns()
+        return [tuple(column.cell(site) for column in columns) for site in self.sites]
 
     def columns(self) -> tuple[str, ...]:
         """Return the table's header: site, role, out x in, rank, scale, parameters, in, ..."""
@@ -156,12 +157,12 @@ class Summary:
         return [one for one in lists if one[2]]
 
     def __str__(self) -> str:
-        table = [self.columns(), *self.rows()]
+        columns, table = self._columns(), [self.columns(), *self.rows()]
         widths = [max(map(width, column)) for column in zip(*table)]
         lines = [self.headline(), ""]
         for row in table:
             cells = []
-            for cell, places, column in zip(row, widths, self._columns()):
+            for cell, places, column in zip(row, widths, columns):
                 cells.append(padded(cell, places, to_the_right=column.is_number))
             lines.append("  ".join(cells).rstrip())
         for heading, _, rows in self._lists():

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from .._adapter.names import dotted, split_block
 from .._adapter.spectrum import over
 from .._graph.dispatched import value_of
-from .._graph.modules import Place, named_modules, submodule, users_modules
+from .._graph.modules import Place, named_modules, submodule
 from .._kernels.addend import Addend, norm
 from .._kernels.tensors import PLAIN
 from .branches import Branch, branches, factors_at
@@ -35,7 +35,7 @@ class Surroundings(NamedTuple):
 
 def surroundings(program: Program, name: str) -> Surroundings:
     """Return where the site of this name is computed."""
-    modules, breaks = users_modules(program.model), program.breaks
+    modules, breaks = program.modules, program.breaks
     owner, site = split_block(name)[0], program.site(name)
     path = site.calls[0].region if site is not None and site.calls else owner
     while path not in modules:  # the name of a tensor

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorafx
+from lorafx._graph import modules as graph_modules
 from tests.support.models import Block
 from tests.support.oracle import randomise
 
@@ -157,3 +158,21 @@ def test_each_cell_of_the_page_says_on_which_side_it_begins():
     page = lorafx.summary(lorafx.inject(Net(), rank=2, targets="linear"))._repr_html_()
     cells = re.findall(r"<t[hd][^>]*>", page)
     assert cells and all("text-align: " in cell for cell in cells)
+
+
+def test_more_sites_need_no_more_walks_of_the_model(monkeypatch):
+    walks = []
+    walk = graph_modules.named_modules
+
+    def watched(*args, **kwargs):
+        walks.append(args)
+        return walk(*args, **kwargs)
+
+    counts = []
+    for layers in (2, 9):
+        model = lorafx.inject(nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))))
+        with monkeypatch.context() as patched:
+            patched.setattr(graph_modules, "named_modules", watched)
+            lorafx.summary(model)
+        counts.append(len(walks))
+    assert 0 < counts[0] == counts[1] - counts[0]
