@@ -3,12 +3,13 @@
 import dataclasses
 import html
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from ._adapter.letters import padded, width
 from ._adapter.names import split_block
 from ._graph.modules import submodule
 from ._model.branches import Branch, branches, factors_at
@@ -99,6 +100,7 @@ class Summary:
             inject or add were given `example_inputs` or a role.
         active: {adapter: weight} of what forward adds, as given to `lorafx.activate`.
         trainable, total: numbers of parameters, those of all adapters among the total.
+        trained: {name of a tensor, or of rows of one: the adapters that train it whole}.
         skipped: {name: why} of each matrix that is not adapted: it cannot be, or roles were named,
             and it has none.
         breaks: {module: why} of each module that stays Python; its layers are adapted all the same.
@@ -119,13 +121,15 @@ class Summary:
     active: Mapping[str, float]
     trainable: int
     total: int
+    trained: Mapping[str, Sequence[str]]
     skipped: Mapping[str, str]
     breaks: Mapping[str, str]
     code: str
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table's cells, those of `columns` for each site."""
-        return [tuple(column.cell(site) for column in self._columns()) for site in self.sites]
+        columns = self._columns()
+        return [tuple(column.cell(site) for column in columns) for site in self.sites]
 
     def columns(self) -> tuple[str, ...]:
         """Return the table's header: site, role, out x in, rank, scale, parameters, in, ..."""
@@ -139,49 +143,59 @@ class Summary:
     def headline(self) -> str:
         """Return one line of totals."""
         active = ", ".join(f"{name} x {weight:g}" for name, weight in self.active.items())
-        count = f"{len(self.sites)} site" + "s" * (len(self.sites) != 1)
+        count = f"{_count(self.sites, 'site')} adapted, "
+        if self.trained:
+            count += f"{_count(self.trained, 'tensor')} trained whole, "
         share = 100 * self.trainable / max(self.total, 1)
-        return (f"{count} adapted, active: {active or 'none'}; {self.trainable:,} of "
-                f"{self.total:,} parameters train ({share:.2f} %)")
+        return (f"{count}active: {active or 'none'}; {self.trainable:,} of {self.total:,} "
+                f"parameters train ({share:.2f} %)")
+
+    def _lists(self) -> list[tuple[str, str, list[tuple[str, str]]]]:
+        """What stands below the table: a heading, that of what is said, and (name, what)."""
+        trained = [(name, ", ".join(adapters)) for name, adapters in self.trained.items()]
+        skipped = [(name or "(the model)", why) for name, why in self.skipped.items()]
+        lists = [("trained whole", "by", trained), ("skipped", "why", skipped)]
+        return [one for one in lists if one[2]]
 
     def __str__(self) -> str:
-        table = [self.columns(), *self.rows()]
-        widths = [max(map(len, column)) for column in zip(*table)]
+        columns, table = self._columns(), [self.columns(), *self.rows()]
+        widths = [max(map(width, column)) for column in zip(*table)]
         lines = [self.headline(), ""]
         for row in table:
             cells = []
-            for cell, width, column in zip(row, widths, self._columns()):
-                cells.append(cell.rjust(width) if column.is_number else cell.ljust(width))
+            for cell, places, column in zip(row, widths, columns):
+                cells.append(padded(cell, places, to_the_right=column.is_number))
             lines.append("  ".join(cells).rstrip())
-        if self.skipped:
-            lines += ["", "skipped:"]
-            for name, reason in self.skipped.items():
-                lines.append(f"  {name or '(the model)'}: {reason}")
+        for heading, _, rows in self._lists():
+            lines += ["", f"{heading}:", *(f"  {name}: {what}" for name, what in rows)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         numbers = {column.header for column in self._columns() if column.is_number}
         parts = [f"<p>{html.escape(self.headline())}</p>",
                  _html_table(self.columns(), self.rows(), numbers)]
-        if self.skipped:
-            rows = [(name or "(the model)", reason) for name, reason in self.skipped.items()]
-            parts.append(_html_table(("skipped", "why"), rows))
+        for heading, what, rows in self._lists():
+            parts.append(_html_table((heading, what), rows))
         return "".join(parts)
+
+
+def _count(counted: Collection[Any], noun: str) -> str:
+    return f"{len(counted):,} {noun}" + "s" * (len(counted) != 1)
 
 
 def _html_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = ()
 ) -> str:
-    """A table whose text begins on the left, which notebooks would move to the right."""
+    """A table; each cell says where its text begins, as notebooks would move all to the right."""
     def line(cells: Sequence[str], tag: str) -> str:
         parts = []
         for name, cell in zip(header, cells):
-            side = ' style="text-align: right"' if name in numbers else ""
-            parts.append(f"<{tag}{side}>{html.escape(cell)}</{tag}>")
+            side = "right" if name in numbers else "left"
+            parts.append(f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>')
         return f"<tr>{''.join(parts)}</tr>"
 
     head, body = line(header, "th"), "".join(line(row, "td") for row in rows)
-    return f'<table style="text-align: left">{head}{body}</table>'
+    return f"<table>{head}{body}</table>"
 
 
 @takes_exported
@@ -241,7 +255,11 @@ def _summary(model: nn.Module, norms: bool) -> Summary:
     for name, why in record.without_role.items():
         if name not in adapted:
             skipped[name] = why
-    return Summary(rows, active, trainable, total, skipped, record.breaks,
+    trained: dict[str, list[str]] = {}
+    for adapter, names in record.trained.items():
+        for name in names:
+            trained.setdefault(name, []).append(adapter)
+    return Summary(rows, active, trainable, total, trained, skipped, record.breaks,
                    "\n".join(code.values()))
 
 

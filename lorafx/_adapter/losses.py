@@ -29,6 +29,9 @@ def check_errors(errors: Mapping[str, float], max_error: float) -> None:
         return
     named = [f"{error:.3g} at '{site}'" for site, error in above[:_NAMED]]
     more = f", and {len(above) - _NAMED} more" if len(above) > _NAMED else ""
+    if not all(math.isfinite(error) for _, error in above):
+        more += (" (not finite where W or the adapter has NaN or infinity, or where the sum is too "
+                 "large to be stored)")
     raise AdaptedWeightError(
         f"Storing W + s B A would lose more than {max_error:g} of s B A at {len(above)} of "
         f"{len(errors)} sites: {', '.join(named)}{more}. Nothing is merged: merge into a wider "

@@ -1,10 +1,19 @@
 """How an adapter uses its rank, and how two adapters point: of D = s B A, which is never formed."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from .._kernels.addend import Addend, norm, singular_values
 from .adapter import Pair
+
+
+def over(change: float, size: float) -> float:
+    """Return |D| / |W|: infinity where W alone is 0, NaN where W holds NaN or infinity."""
+    if not size:
+        return math.inf if change else 0.0
+    return change / size if math.isfinite(size) else math.nan
 
 
 def spectrum(pair: Pair) -> Tensor:

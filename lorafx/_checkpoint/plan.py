@@ -178,9 +178,10 @@ def check_dtype(name: str, checkpoint: Checkpoint) -> None:
     """Raise FormatError unless a tensor is of a dtype in which a matrix is computed with."""
     dtype = checkpoint.tensors[name].dtype
     if dtype not in FLOATS:
+        kind = dtype or "a type that is only carried along, such as float8"
         raise FormatError(
-            f"'{name}' of {checkpoint.label} is stored as {dtype or 'a type that torch lacks'}, in "
-            "which there is no W + s B A: dequantise the checkpoint first.")
+            f"'{name}' of {checkpoint.label} is stored as {kind}, in which there is no W + s B A: "
+            "dequantise the checkpoint first.")
 
 
 def _addend(weighted: WeightedAdapter, site: str, layout: Layout, tensor: TensorInfo) -> Addend:

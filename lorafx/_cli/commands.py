@@ -14,6 +14,7 @@ from torch import nn
 
 from .._adapter.adapter import Adapter
 from .._adapter.compare import adapters_equal, describe, difference
+from .._adapter.letters import padded, width
 from .._adapter.losses import worst_first
 from .._checkpoint.layout import WeightedAdapter
 from .._checkpoint.merge import merge_checkpoint
@@ -189,8 +190,8 @@ def _finite(value: Any) -> Any:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines with the columns aligned."""
     lines = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    widths = [max(map(width, column)) for column in zip(*lines)]
+    return ["  ".join(map(padded, line, widths)).rstrip() for line in lines]
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -9,13 +9,17 @@ from typing import Any, NamedTuple
 import torch
 
 from .._adapter.adapter import Adapter
+from .._adapter.letters import elided
 from .._adapter.compare import describe
-from .._adapter.spectrum import cosine, effective_rank, spectrum
-from .._errors import ConfigError
+from .._adapter.spectrum import cosine, effective_rank, over, spectrum
+from .drawing import drawing_tool
 from .grid import Grid, grid_of
 
 WIDTH = 10.0  # inches
 _WRITTEN = 16  # layers at the most whose cells have their numbers in them
+_NAMED_LAYERS, _NAMED_KINDS = 64, 100  # at the most, of more every second or so
+_KIND = 36  # places of a kind's name
+_MARKED = 32  # singular values at the most that are points on their line
 _PANELS, _ACROSS = 12, 4  # kinds at the most whose spectra are shown, so many side by side
 
 
@@ -43,7 +47,7 @@ def facts_of(
         pair, size = adapter.pairs[site], row["norm"]
         values = spectrum(pair)
         W = None if norms is None else norms[site]
-        relative = None if W is None else size / W if W else math.inf if size else 0.0
+        relative = None if W is None else over(size, W)
         beside = None if other is None else other.pairs.get(site)
         alike = None if beside is None else cosine(pair, beside)
         found.append(SiteFacts(site, row["rank"], size, relative, values, effective_rank(values),
@@ -63,23 +67,31 @@ class Panel(NamedTuple):
 def panels_of(facts: Sequence[SiteFacts], compared: bool) -> list[Panel]:
     """Return the pictures that there are of an adapter."""
     grid = grid_of(site.name for site in facts)
-    height = 1.5 + 0.34 * len(grid.kinds) + 0.055 * max(map(len, grid.layers)) * _turned(grid)
+    height = 1.5 + 0.34 * min(len(grid.kinds), _NAMED_KINDS)
+    height += 0.055 * max(map(len, grid.layers)) * _turned(grid)
     relative = any(site.relative is not None for site in facts)
     size = {site.name: site.relative if relative else site.norm for site in facts}
     shares = {site.name: site.effective / site.rank for site in facts}
     effective = {site.name: f"{site.effective:.1f}" for site in facts}
-    what, over = ("|sBA| / |W|", "") if relative else (
+    what, more = ("|sBA| / |W|", "") if relative else (
         "|sBA|", " Without --base, it is not known how much that is beside the weights.")
+    if not all(number is not None and math.isfinite(number) for number in size.values()):
+        more += " Hatched: no number, as W is 0 there, or something is NaN or infinite."
+    left_out = ""
+    if not all(site.norm for site in facts):
+        left_out = " What adds nothing has no line."
+    if len(grid.kinds) > _PANELS:
+        left_out += f" Only the first {_PANELS} of {len(grid.kinds):,} kinds are shown."
     panels = [
         Panel(f"Change of each weight, {what}",
-              f"How large a change the adapter makes, by layer and kind of site.{over}", height,
+              f"How large a change the adapter makes, by layer and kind of site.{more}", height,
               lambda figure: _heat_map(figure, grid, size, what, {}, "cividis", (0.0, None))),
         Panel("Effective rank", "The effective rank of s B A, exp of the entropy of its singular "
               "values; the colour is its share of the rank that the adapter has: is the rank used?",
               height, lambda figure: _heat_map(figure, grid, shares, "share of the rank", effective,
                                                "cividis", (0.0, 1.0))),
         Panel("Singular values", "Those of s B A over the largest, one line for each layer: a line "
-              "that falls early is a rank that is not used.", _spectra_height(grid),
+              f"that falls early is a rank that is not used.{left_out}", _spectra_height(grid),
               lambda figure: _spectra(figure, grid, facts))]
     if compared:
         cosines = {site.name: site.cosine for site in facts}
@@ -93,7 +105,7 @@ def panels_of(facts: Sequence[SiteFacts], compared: bool) -> list[Panel]:
 
 def svg_of(panel: Panel) -> bytes:
     """Return a picture as SVG, its letters as outlines, so that it looks alike everywhere."""
-    matplotlib = _matplotlib()
+    matplotlib = drawing_tool()
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": panel.title}):
         figure = matplotlib.figure.Figure(figsize=(WIDTH, panel.height), layout="constrained")
         panel.draw(figure)
@@ -104,7 +116,7 @@ def svg_of(panel: Panel) -> bytes:
 
 def png_of(title: str, said: str, panels: Sequence[Panel]) -> bytes:
     """Return all pictures, one below the other, as PNG, under a title and what is said of them."""
-    matplotlib = _matplotlib()
+    matplotlib = drawing_tool()
     heights = [panel.height + 0.75 for panel in panels]
     figure = matplotlib.figure.Figure(figsize=(WIDTH, sum(heights) + 0.9), layout="constrained")
     figure.suptitle("\n".join([*textwrap.wrap(title, 80), ""]), fontsize=14, fontweight="bold",
@@ -119,15 +131,6 @@ def png_of(title: str, said: str, panels: Sequence[Panel]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140, bbox_inches="tight", pad_inches=0.2)
     return buffer.getvalue()
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise ConfigError("--plot draws with matplotlib, which cannot be imported here: "
-                          "pip install 'lorafx[plot]'.") from error
-    return matplotlib
 
 
 def _turned(grid: Grid) -> bool:
@@ -152,13 +155,15 @@ def _heat_map(
     axes = figure.add_subplot()
     image = axes.imshow(table.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto")
     axes.set_xlabel("layer")
-    step = -(-len(grid.layers) // 64)
+    step = -(-len(grid.layers) // _NAMED_LAYERS)
     axes.set_xticks(range(0, len(grid.layers), step), grid.layers[::step], fontsize=9,
                     rotation=90 if _turned(grid) else 0)
-    axes.set_yticks(range(len(grid.kinds)), grid.kinds, fontsize=9)
+    step = -(-len(grid.kinds) // _NAMED_KINDS)
+    kinds = [elided(kind, _KIND) for kind in grid.kinds[::step]]
+    axes.set_yticks(range(0, len(grid.kinds), step), kinds, fontsize=9)
     axes.set_xticks([place - 0.5 for place in range(1, len(grid.layers))], minor=True)
     axes.set_yticks([place - 0.5 for place in range(1, len(grid.kinds))], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1)
+    axes.grid(which="minor", color="white", linewidth=min(1, 40 / max(table.shape)))
     axes.tick_params(which="both", length=0)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -190,26 +195,30 @@ def _spectra_height(grid: Grid) -> float:
 
 def _spectra(figure: Any, grid: Grid, facts: Sequence[SiteFacts]) -> None:
     """Singular values over the largest, for each kind a small picture, for each layer a line."""
-    matplotlib = _matplotlib()
+    matplotlib = drawing_tool()
     colours = matplotlib.colormaps["viridis"]
     count = min(len(grid.kinds), _PANELS)
     across = min(count, _ACROSS)
     axes = figure.subplots(-(-count // across), across, squeeze=False, sharey=True).flatten()
+    longest = max(site.values.shape[-1] for site in facts)
+    beside = max(0.05 * longest, 0.2)
     for site in facts:
         kind, layer = grid.cells[site.name]
         values = site.values.reshape(-1, site.values.shape[-1])  # (experts, rank)
         largest = values.max(-1, keepdim=True).values
         if kind < count and float(largest.max()) > 0:
             mean = (values / largest.where(largest > 0, 1)).mean(0)
-            axes[kind].plot(range(1, len(mean) + 1), mean.tolist(), linewidth=1.2, marker=".",
-                            markersize=4, color=colours(0.9 * layer / max(len(grid.layers) - 1, 1)))
+            axes[kind].plot(range(1, len(mean) + 1), mean.tolist(), linewidth=1.2, markersize=4,
+                            marker="." if len(mean) <= _MARKED else "",
+                            color=colours(0.9 * layer / max(len(grid.layers) - 1, 1)))
     for number, panel in enumerate(axes):
         panel.set_visible(number < count)
         if number < count:
-            panel.set_title(grid.kinds[number], fontsize=9)
+            panel.set_title(elided(grid.kinds[number], 96 // across), fontsize=9)
             panel.set_ylim(-0.03, 1.05)
             panel.tick_params(labelsize=8.5)
-            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.set_xlim(1 - beside, longest + beside)
+            panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             panel.grid(color="#dddddd", linewidth=0.6)
             if number % across == 0:
                 panel.set_ylabel("over the largest", fontsize=9)
@@ -218,9 +227,10 @@ def _spectra(figure: Any, grid: Grid, facts: Sequence[SiteFacts]) -> None:
     if len(grid.layers) > 1:
         scale = matplotlib.cm.ScalarMappable(
             matplotlib.colors.Normalize(0, (len(grid.layers) - 1) / 0.9), colours)
-        ends = [0, len(grid.layers) - 1]
-        bar = figure.colorbar(scale, ax=list(axes[:count]), pad=0.015, fraction=0.04, ticks=ends,
+        step = -(-len(grid.layers) // 8)
+        bar = figure.colorbar(scale, ax=list(axes[:count]), pad=0.015, fraction=0.04,
+                              ticks=range(0, len(grid.layers), step),
                               boundaries=[place - 0.5 for place in range(len(grid.layers) + 1)])
-        bar.ax.set_yticklabels([grid.layers[place] for place in ends], fontsize=8.5)
+        bar.ax.set_yticklabels(grid.layers[::step], fontsize=8.5)
         bar.solids.set_edgecolor("face")
         bar.set_label("layer", fontsize=9)

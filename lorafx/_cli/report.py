@@ -3,6 +3,7 @@
 import argparse
 import base64
 import html
+import math
 from collections.abc import Sequence
 
 from .._adapter.adapter import Adapter
@@ -11,6 +12,7 @@ from .._errors import MismatchError
 from .._formats.table import read_adapter
 from .._storage.durable import write_whole
 from .conversions import table_of
+from .drawing import fonts_for
 from .figures import WIDTH, Panel, SiteFacts, facts_of, panels_of, png_of, svg_of
 
 _STYLE = """
@@ -27,8 +29,9 @@ img { display: block; width: 100%; min-width: 44rem; height: auto; background: #
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem .7rem; border-bottom: 1px solid var(--edge);
-  white-space: nowrap; }
+  white-space: nowrap; vertical-align: top; }
 th { background: var(--head); } .number { text-align: right; }
+td.values { white-space: normal; min-width: 24rem; }
 summary { cursor: pointer; font-size: 1.1rem; font-weight: 600; margin: 2rem 0 .5rem; }
 """
 
@@ -55,10 +58,12 @@ def plot(options: argparse.Namespace) -> str:
     if other is not None:
         title += f", beside '{other.name}' of {options.other}"
     said = _in_words(facts, shown, other)
-    if options.plot.suffix.lower() == ".png":
-        content = png_of(title, f"{options.file}: {said}", panels)
-    else:
-        content = _page(title, f"{options.file}: {said}", facts, panels).encode()
+    below = f"{options.file}: {said}"
+    with fonts_for("".join([title, below, *(site.name for site in facts)])):
+        if options.plot.suffix.lower() == ".png":
+            content = png_of(title, below, panels)
+        else:
+            content = _page(title, below, facts, panels).encode()
     write_whole(options.plot, content)
     return f"{options.plot}: {said}"
 
@@ -66,9 +71,10 @@ def plot(options: argparse.Namespace) -> str:
 def _in_words(facts: Sequence[SiteFacts], adapter: Adapter, other: Adapter | None) -> str:
     """What the pictures say on the whole, in a line."""
     used = [site.effective / site.rank for site in facts]
-    parts = [f"{len(facts)} site" + "s" * (len(facts) != 1),
+    parts = [f"{len(facts):,} site" + "s" * (len(facts) != 1),
              f"{100 * sum(used) / len(used):.0f} % of the rank used"]
-    relative = [site.relative for site in facts if site.relative is not None]
+    relative = [site.relative for site in facts
+                if site.relative is not None and math.isfinite(site.relative)]
     if relative:
         parts.append(f"|sBA| / |W| from {min(relative):.2g} to {max(relative):.2g}")
     if other is not None:
@@ -79,6 +85,9 @@ def _in_words(facts: Sequence[SiteFacts], adapter: Adapter, other: Adapter | Non
         only = len(adapter.pairs.keys() ^ other.pairs.keys())
         if only:
             parts.append(f"{only} in one adapter only")
+    if adapter.trained:
+        count = f"{len(adapter.trained):,} tensor" + "s" * (len(adapter.trained) != 1)
+        parts.append(f"{count} trained whole, not shown")
     return ", ".join(parts)
 
 
@@ -116,7 +125,7 @@ def _table(facts: Sequence[SiteFacts]) -> list[str]:
         spectra = site.values.reshape(-1, site.values.shape[-1]).tolist()
         values = "; ".join(" ".join(f"{value:.3g}" for value in one) for one in spectra)
         name = html.escape(site.name or "(the model)")
-        found.append(f"<tr><td>{name}</td>{cells}<td>{values}</td></tr>")
+        found.append(f'<tr><td>{name}</td>{cells}<td class="values">{values}</td></tr>')
     return [*found, "</table>"]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import math
 import operator
@@ -14,6 +15,7 @@ from torch import Tensor
 from .flow import Logits, Scores, Value, union
 
 
+OPERATOR = type(torch.ops.aten.add.Tensor)  # others, as flex_attention, are of a higher order
 # What logits may go through and still be logits.
 PASSING = frozenset("""
     add sub rsub mul div _to_copy clone copy index index_select gather cat stack where masked_fill
@@ -39,6 +41,8 @@ class OperatorCall:
 
     @functools.cached_property
     def _named(self) -> dict[str, Any]:
+        if not isinstance(self.func, OPERATOR):
+            return inspect.signature(self.func).bind(*self.args, **self.kwargs).arguments
         names = [argument.name for argument in self.func._schema.arguments]
         return {**dict(zip(names, self.args)), **self.kwargs}
 

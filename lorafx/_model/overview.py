@@ -1,6 +1,5 @@
 """What can be told of the sites of a live model: where they are computed, with what, how large."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -8,8 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._adapter.names import dotted, split_block
+from .._adapter.spectrum import over
 from .._graph.dispatched import value_of
-from .._graph.modules import Place, named_modules, submodule, users_modules
+from .._graph.modules import Place, named_modules, submodule
 from .._kernels.addend import Addend, norm
 from .._kernels.tensors import PLAIN
 from .branches import Branch, branches, factors_at
@@ -35,7 +35,7 @@ class Surroundings(NamedTuple):
 
 def surroundings(program: Program, name: str) -> Surroundings:
     """Return where the site of this name is computed."""
-    modules, breaks = users_modules(program.model), program.breaks
+    modules, breaks = program.modules, program.breaks
     owner, site = split_block(name)[0], program.site(name)
     path = site.calls[0].region if site is not None and site.calls else owner
     while path not in modules:  # the name of a tensor
@@ -124,8 +124,7 @@ def relative_norm(branch: Branch, place: Place | None, active: Mapping[str, floa
         return None
     if branch.rows is not None:
         W = W.narrow(-1 if branch.transposed else -2, *branch.rows)
-    size, change = _norm(W), norm(addends) if addends else 0.0
-    return change / size if size else math.inf if change else 0.0
+    return over(norm(addends) if addends else 0.0, _norm(W))
 
 
 def _weight(place: Place) -> Tensor | None:

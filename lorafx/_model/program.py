@@ -63,6 +63,11 @@ class Program:
         return found
 
     @functools.cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """{path: module}, the user's, by all names."""
+        return users_modules(self.model)
+
+    @functools.cached_property
     def places(self) -> dict[str, Place]:
         """{site of a whole tensor: Place}, by all names."""
         return places_of(self.model)

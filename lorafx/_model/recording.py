@@ -6,6 +6,7 @@ Every operator of ATen is seen, whoever calls it: graphs, Python, or torch's own
 import contextlib
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from .._kernels.private import TorchDispatchMode, storage_key, tree_iter, writes
 from .flow import Attention, Flow, Logits, Scores, Value, attention_of, union
 from .operator_calls import (
-    OperatorCall, carries, elements, has_storage, logits_of, matrices_beside, moved, reads_rows,
-    rows_in, rows_of, written
+    OPERATOR, OperatorCall, carries, elements, has_storage, logits_of, matrices_beside, moved,
+    reads_rows, rows_in, rows_of, written
 )
 
 
@@ -61,8 +62,11 @@ class UnpackedAttention(TorchFunctionMode):
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Gives each storage a `Value`, and notes in `flow` what ran.
 
-    Tensors that were computed from constants alone have none.
+    Tensors that were computed from constants alone have none. What operators of a higher order
+    compute within is not seen: they give attention (flex_attention), or are an error.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -102,12 +106,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)]
         values = [self._of(tensor) for tensor in given]
         results = [tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor)]
-        name = func._schema.name.rpartition("::")[2]
+        is_plain = isinstance(func, OPERATOR)
+        name = func._schema.name.rpartition("::")[2] if is_plain else func.__name__
         writing = writes(func)
         name = name.removesuffix("_") if writing else name
         if name in FACTORIES or not any(values) and name not in LOOKUPS:
             return result
         call = OperatorCall(name, func, args, kwargs, given, values)
+        if not is_plain and call.attention_operands() is None:
+            raise NotImplementedError(f"roles are not followed into torch's operator {name}")
         known = {storage_key(tensor.untyped_storage()) for tensor in given if has_storage(tensor)}
         for tensor in results:
             if not carries(tensor):
@@ -245,7 +252,8 @@ def _stride(tensor: Tensor, dim: int) -> int | None:
 
 @contextlib.contextmanager
 def recording() -> Iterator[Recorder]:
-    """A recorder of all that runs in this context, without gradients."""
-    recorder = Recorder()
-    with torch.no_grad(), UnpackedAttention(), recorder:
+    """A recorder of all that runs in this context, without gradients, and without compiling."""
+    recorder, eager = Recorder(), torch.compiler.set_stance("force_eager")
+    with warnings.catch_warnings(), torch.no_grad(), eager, UnpackedAttention(), recorder:
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         yield recorder

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from .._adapter.letters import elided
 from .._adapter.names import dotted, split_block
 from .._graph.modules import submodule
 from .._graph.rules import linear_call, only_metadata
@@ -27,12 +28,15 @@ def box_of(modules: Modules, path: str) -> Box:
     """Return the box of a module, with all sites in it."""
     kind = modules.kind(path)
     words = modules.kind_in_words(path)
-    title = f"{path.rpartition('.')[2] or 'the model'}: {modules.class_name(path)}"
+    title = elided(f"{path.rpartition('.')[2] or 'the model'}: {modules.class_name(path)}", _WIDEST)
     notes: list[str] = []
     if kind == "break":
         notes = textwrap.wrap(f"{words}: {modules.why(path)}", _WIDEST)
     elif words:
         notes = [words]
+    trained = modules.own_trained(path)
+    if trained:
+        notes += textwrap.wrap(f"trained: {trained}", _WIDEST)
     if kind == "region":
         return Box(kind, path, title, notes, _graph_contents(modules, path))
     return Box(kind, path, title, notes, [Row(_without_graph(modules, path))])
@@ -61,7 +65,8 @@ def _child(modules: Modules, path: str) -> Item:
         return _glyph(modules, single)
     if modules.sites_in(path):
         return box_of(modules, path)
-    return Label("frozen", [path.rpartition(".")[2], modules.class_name(path)])
+    named, trained = [path.rpartition(".")[2], modules.class_name(path)], modules.trained_in(path)
+    return Label("trained", [*named, f"trained: {trained}"]) if trained else Label("frozen", named)
 
 
 def _glyph(modules: Modules, names: Sequence[str], kind: str = "") -> SiteGlyph:
@@ -73,6 +78,9 @@ def _glyph(modules: Modules, names: Sequence[str], kind: str = "") -> SiteGlyph:
     if rows[0].experts is not None:
         size = f"{rows[0].experts} × ({size})"
     weight = [base.rpartition(".")[2] or "the model", kind or modules.class_name(owner), size]
+    trained = modules.own_trained(owner)
+    if trained and owner == base:
+        weight.append(f"trained: {trained}")
     added: list[str] = []
     for row in rows:
         added += _added(row, modules.summary.active)
@@ -86,10 +94,9 @@ def _added(row: SiteRow, active: Mapping[str, float]) -> list[str]:
         if number == _ADAPTERS:
             lines.append(f"and {len(row.ranks) - number} more")
             break
-        name = adapter if len(adapter) <= 20 else adapter[:19] + "…"
         weight = active.get(adapter)
         how = "not active" if weight is None else f"× {weight * row.scales[adapter]:.3g}"
-        lines += [name, f"rank {rank}, {how}"]
+        lines += [elided(adapter, 20), f"rank {rank}, {how}"]
     return lines
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from .._adapter.letters import width as width_of
 from .._adapter.names import closest_names
 from .._errors import ConfigError, NoSiteError
 from .._model.flat import in_shape
@@ -20,16 +21,18 @@ from .modules import Modules
 from .tree import page_of
 
 _MARGIN = 20.0
+_SMALLEST = 0.7  # of its size, at which a page that is less wide still shows a picture
 
 
 def draw(model: nn.Module, path: str | os.PathLike[str], module: str | None = None) -> None:
     """Write a picture of an injected model to a file: `.svg` of one block, `.html` of the whole.
 
     An `.svg` shows a module as it was rewritten, from its inputs to its output: W grey with what
-    the adapters add beside it in blue, the sites that are computed together in an orange box, graph
-    breaks in dashed frames, with what they hold in the order of registration. An `.html` is a tree
-    of all modules that opens and closes, with each site and the code of each region, and that
-    picture on top. Both are one file each that needs no other and no network.
+    the adapters add beside it in blue, what they train whole in blue by itself, the sites that are
+    computed together in an orange box, graph breaks in dashed frames, with what they hold in the
+    order of registration. An `.html` is a tree of all modules that opens and closes, with each site
+    and the code of each region, and that picture on top. Both are one file each that needs no other
+    and no network.
 
     Args:
         model: an injected model.
@@ -87,11 +90,12 @@ def svg_of(modules: Modules, path: str) -> str:
     kind = modules.class_name(path)
     alike = _alike(modules, path)
     heading = f"{title} ({kind}{alike})"
-    width = max(box.width, legend.width, len(heading) * LETTER * 1.25) + 2 * _MARGIN
+    width = max(box.width, legend.width, width_of(heading) * LETTER * 1.25) + 2 * _MARGIN
     height = box.height + legend.height + 86
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="lorafx" width="{width:.0f}" '
-        f'height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" role="img">',
+        f'height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
+        f'style="min-width: {_SMALLEST * width:.0f}px">',
         f"<title>{html.escape(heading)}</title>", f"<style>{STYLE}</style>",
         f'<rect class="paper" width="{width:.0f}" height="{height:.0f}"/>',
         text(heading, _MARGIN, 30, "title"), *box.draw((width - box.width) / 2, 46),
@@ -111,7 +115,8 @@ def _alike(modules: Modules, path: str) -> str:
 class _Legend:
     """What the colours and frames in some elements mean, in a line."""
 
-    _ENTRIES = (("frozen", "frozen"), ("branch", "LoRA"), ("joined", "computed together"),
+    _ENTRIES = (("frozen", "frozen"), ("branch", "LoRA"), ("trained", "trained"),
+                ("joined", "computed together"),
                 ("break", "graph break: stays Python, which orders the calls"))
     height = 22.0
 

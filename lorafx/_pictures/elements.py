@@ -29,6 +29,7 @@ STYLE = """
 .lorafx .input, .lorafx .output { fill: var(--paper); stroke: var(--line); }
 .lorafx .more { fill: none; stroke: none; }
 .lorafx .branch { fill: var(--branch); stroke: var(--branch-edge); stroke-width: 1.6; }
+.lorafx .trained { fill: var(--branch); stroke: var(--branch-edge); stroke-width: 3; }
 .lorafx .region { fill: var(--region); stroke: var(--frozen-edge); }
 .lorafx .module { fill: none; stroke: var(--frozen-edge); stroke-opacity: .5; }
 .lorafx .break { fill: none; stroke: var(--soft); stroke-width: 1.6; stroke-dasharray: 7 5; }

@@ -2,7 +2,7 @@
 
 from torch import fx, nn
 
-from .._adapter.names import dotted
+from .._adapter.names import dotted, split_block
 from .._graph.modules import named_modules, users_modules
 from .._model.branches import Branch, branches
 from .._model.lower import linear_forward
@@ -66,6 +66,17 @@ class Modules:
         """The sites whose weights a module has itself."""
         children = self.users[path]._modules.values()
         return [self.names[child] for child in children if child in self.names]
+
+    def trained_in(self, path: str) -> str:
+        """The tensors in a module that adapters train whole, by their names in it."""
+        prefix = dotted(path, "")
+        return ", ".join(name.removeprefix(prefix) for name in self.summary.trained
+                         if name.startswith(prefix))
+
+    def own_trained(self, path: str) -> str:
+        """Those of the tensors that a module has itself."""
+        return ", ".join(name.rpartition(".")[2] for name in self.summary.trained
+                         if split_block(name)[0].rpartition(".")[0] == path)
 
     def single(self, path: str) -> list[str]:
         """The sites of a module that is one adapted linear call and no more, else none."""

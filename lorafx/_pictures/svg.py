@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from .._adapter.letters import elided, width
 from .elements import LETTER, LINE, PAD, head, path, rectangle, route, text, text_lines
 from .layered import Edge, Placed, Point, place
 
+_WIDEST = 44  # places of a line of a label
 _GAP = 16.0  # between what stands side by side or one below the other in a box
 
 
@@ -58,18 +60,19 @@ class _Block:
 
 
 class Label(_Block):
-    """Lines of text in a rectangle of a kind: frozen, operator, input, output or more."""
+    """Lines of text in a rectangle of a kind: frozen, trained, operator, input, output or more."""
 
     def __init__(self, kind: str, lines: Sequence[str]) -> None:
-        self.kind, self.lines = kind, lines
-        self.width = max(map(len, lines)) * LETTER + 2 * PAD
+        self.kind, self.lines = kind, [elided(line, _WIDEST) for line in lines]
+        self.width = max(map(width, self.lines)) * LETTER + 2 * PAD
         self.height = len(lines) * LINE + PAD
 
     def draw(self, x: float, y: float) -> list[str]:
-        """The rectangle and its text; the first line of what is frozen is its name."""
+        """The rectangle and its text; the first line of a module is its name."""
         round_ = self.height / 2 if self.kind in ("input", "output") else 4
+        named = self.kind in ("frozen", "trained")
         return [rectangle(self.kind, x, y, self.width, self.height, round_),
-                *text_lines(self.lines, x + self.width / 2, y + PAD / 2, self.kind == "frozen")]
+                *text_lines(self.lines, x + self.width / 2, y + PAD / 2, named)]
 
 
 class SiteGlyph(_Block):
@@ -102,6 +105,7 @@ class SiteGlyph(_Block):
         plus = bottom + 15
         return [
             f'<g class="site" data-site="{html.escape(self.name)}">',
+            f"<title>{html.escape(self.name)}</title>",
             path("line", f"M{middle:.1f} {y:.1f}V{top:.1f}"),
             path("line added", f"M{middle:.1f} {y + 5:.1f}H{aside:.1f}V{top:.1f}"),
             head(middle, top), head(aside, top, "added-head"),
@@ -206,7 +210,7 @@ class Box(_Block):
         self.kind, self.path, self.title, self.notes = kind, path, title, notes
         self.contents = contents
         inside = max((item.width for item in contents), default=0.0)
-        texts = max(map(len, (title, *notes))) * LETTER
+        texts = max(map(width, (title, *notes))) * LETTER
         self.width = max(inside, texts) + 2 * _GAP
         self._above = (1 + len(notes)) * LINE + 14
         self.height = self._above + sum(item.height + _GAP for item in contents)

@@ -21,23 +21,23 @@ body { margin: 2rem auto; max-width: 75rem; padding: 0 1.25rem; background: var(
   color: var(--ink); font: 15px/1.5 system-ui, 'Segoe UI', 'Liberation Sans', sans-serif; }
 h1 { font-size: 1.4rem; margin: 0 0 .25rem; }
 p { margin: .25rem 0 1rem; color: var(--soft); }
-code, pre, .name { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono',
-  monospace; font-size: 13px; }
-.name { font-weight: 600; }
+code, pre, span.name { font-size: 13px; font-family: ui-monospace, SFMono-Regular, Menlo, Consolas,
+  'DejaVu Sans Mono', monospace; }
+span.name { font-weight: 600; }
 figure { margin: 1rem 0; overflow-x: auto; border: 1px solid var(--edge); border-radius: 8px; }
-figure svg { display: block; max-width: max(100%, 52rem); height: auto; margin: 0 auto; }
-details, .site, .frozen { margin: .2rem 0 .2rem .55rem; padding-left: .8rem;
+figure svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+details, div.site, div.frozen { margin: .2rem 0 .2rem .55rem; padding-left: .8rem;
   border-left: 2px solid var(--edge); }
 details.break { border-left-style: dashed; border-left-color: var(--soft); }
 details.code { border-left-color: transparent; }
 summary { cursor: pointer; }
 summary:hover { background: var(--code); }
-.class, .count, .why, .frozen { color: var(--soft); }
+.class, .count, .why, div.frozen { color: var(--soft); }
 .badge { border: 1px solid var(--soft); border-radius: 9px; padding: 0 .5em; font-size: 12px; }
 details.break > summary .badge { border-style: dashed; }
-.site .w, .site .lora { border-radius: 4px; padding: .1em .5em; margin-right: .4em; }
-.site .w { background: var(--frozen); }
-.site .lora { background: var(--branch); border: 1px solid var(--branch-edge); }
+.w, .lora { color: var(--ink); border-radius: 4px; padding: .1em .5em; margin-right: .4em; }
+.w { background: var(--frozen); }
+.lora { background: var(--branch); border: 1px solid var(--branch-edge); }
 .site .joined { color: var(--joined); font-weight: 600; }
 .why { margin: .1rem 0; }
 pre { background: var(--code); border: 1px solid var(--edge); border-radius: 6px; padding: .7rem;
@@ -73,13 +73,15 @@ def _module(modules: Modules, path: str, name: str, opened: set[str]) -> list[st
     sites, label = modules.sites_in(path), html.escape(modules.class_name(path))
     named = f'<span class="name">{html.escape(name)}</span> <span class="class">{label}</span>'
     if not sites:
-        return [f'<div class="frozen" data-path="{html.escape(path)}">{named}</div>']
+        trained = _trained(modules.trained_in(path))
+        return [f'<div class="frozen" data-path="{html.escape(path)}">{named}{trained}</div>']
     words, kind = modules.kind_in_words(path), modules.kind(path)
     badge = f' <span class="badge">{words}</span>' if words else ""
     count = f"{len(sites)} site" + "s" * (len(sites) != 1)
     state = " open" if path in opened else ""
     found = [f'<details class="{kind}" data-path="{html.escape(path)}"{state}><summary>{named}'
-             f'{badge} <span class="count">{count}</span></summary>']
+             f'{badge} <span class="count">{count}</span>'
+             f"{_trained(modules.own_trained(path))}</summary>"]
     if kind == "break":
         found.append(f'<div class="why">stays Python: {html.escape(modules.why(path))}</div>')
     found += [_site(modules, modules.rows[site]) for site in modules.own_sites(path)]
@@ -91,6 +93,11 @@ def _module(modules: Modules, path: str, name: str, opened: set[str]) -> list[st
         found.append('<details class="code"><summary>the code that runs</summary>'
                      f"<pre>{code}</pre></details>")
     return [*found, "</details>"]
+
+
+def _trained(names: str) -> str:
+    """What is trained whole, if anything is."""
+    return f' <span class="lora">trained: {html.escape(names)}</span>' if names else ""
 
 
 def _site(modules: Modules, row: SiteRow) -> str:

@@ -65,6 +65,10 @@ BAD_BASES = {
     "integers": (
         lambda s: s.update({"0.weight": torch.ones(6, 4, dtype=torch.int8)}), "stored as torch.int8"
     ),
+    "float8": (
+        lambda s: s.update({"0.weight": torch.ones(6, 4).to(torch.float8_e4m3fn)}),
+        "is stored as a type that is only carried along, such as float8, in which there is no W + s"
+    ),
     "two ways": (
         lambda s: s.update(
             {

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import lorafx
+from lorafx._cli.drawing import _families
 from lorafx._cli.figures import facts_of, panels_of
 from lorafx._cli.grid import grid_of
 from lorafx._formats.table import read_adapter
@@ -133,9 +134,9 @@ def test_heat_maps_and_lines_hold_the_numbers(base):
         image = axes.images[0].get_array()
         kinds = [label.get_text() for label in axes.get_yticklabels()]
         layers = [label.get_text() for label in axes.get_xticklabels()]
-        assert (kinds, layers) == (["up", "down", "head"], ["0", "1", "2", "-"])
+        assert (kinds, layers) == (["up", "down", "head"], ["0", "1", "2", "none"])
         for site in facts:
-            *_, layer, kind = ["-", *site.name.split(".")]
+            *_, layer, kind = ["none", *site.name.split(".")]
             shown = image.data[kinds.index(kind), layers.index(layer)]
             if number(site) is None:
                 assert image.mask[kinds.index(kind), layers.index(layer)]
@@ -175,9 +176,70 @@ def test_layers_and_kinds():
     grid = grid_of(unet)
     assert grid.kinds == ["to_out.0", "to_q"]
     assert grid.layers == ["down.0.attn.1", "down.1.attn.0", "mid.attn.0"]
-    assert grid_of(["0", "2", ""]).kinds == ["0", "2", "(the model)"]
-    assert grid_of(["0"]).layers == ["-"]
+    flat = grid_of(["0", "2", "net.4", ""])
+    assert (flat.kinds, flat.layers) == (["*", "net.*", "(the model)"],
+                                         ["0", "2", "net.4", "none"])
+    assert grid_of([f"net.{number}" for number in range(9)]).layers == list("012345678")
     assert grid_of(["unet.down.0.a.1.q", "unet.down.0.a.2.q"]).layers == ["0.1", "0.2"]
+
+
+class Odd(nn.Module):
+    """Names too long for a label, in letters that matplotlib's own font lacks, and many kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        long = "a_name_of_very_many_letters_" * 5
+        self.layers = nn.ModuleDict({long + "1": nn.Linear(5, 5), long + "2": nn.Linear(5, 5)})
+        self.注意力 = nn.Linear(5, 5)
+        for number in range(102):
+            setattr(self, f"kind{number:03}", nn.Linear(5, 5))
+        nn.init.zeros_(self.kind001.weight)
+        nn.init.constant_(self.kind002.weight, float("nan"))
+
+
+def test_odd_names_many_kinds_and_odd_weights(here, capsys, recwarn):
+    net = Odd()
+    safetensors.torch.save_file(net.state_dict(), "base.safetensors")
+    model = randomise(lorafx.inject(net, rank=1, trainable="kind101"))
+    with torch.no_grad():
+        model.kind003.lora.default.B.zero_()
+    lorafx.save(model, "odd.safetensors")
+    assert main("show odd.safetensors --base base.safetensors --plot odd.html".split()) == 0
+    said = capsys.readouterr().out
+    assert "104 sites" in said and said.endswith(", 2 tensors trained whole, not shown\n")
+    assert "nan" not in said and "inf" not in said
+    assert not [str(warning.message) for warning in recwarn]
+    page = Path("odd.html").read_text()
+    assert "Hatched: no number, as W is 0 there, or something is NaN" in page
+    assert "Only the first 12 of 104 kinds" in page and "What adds nothing has no" in page
+    heights = [int(height) for height in re.findall(r' height="(\d+)"', page)]
+    assert len(heights) == 3 and max(heights) < 3500
+
+
+def test_labels_are_cut_in_their_middle_and_layers_are_told_apart(here):
+    lorafx.save(randomise(lorafx.inject(Odd(), rank=1)), "odd.safetensors")
+    change, _, spectra = panels_of(facts_of(read_adapter("odd.safetensors")[0], None, None), False)
+    figure = Figure()
+    change.draw(figure)
+    kinds = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert len(kinds) <= 100 and max(map(len, kinds)) <= 36 and len(set(kinds)) == len(kinds)
+    figure = Figure()
+    spectra.draw(figure)
+    assert max(len(axes.get_title()) for axes in figure.axes) <= 24
+    ticks = figure.axes[0].get_xticks()
+    assert all(tick == round(tick) for tick in ticks)  # of rank 1
+    layers = nn.Sequential(*(nn.Linear(3, 3) for _ in range(20)))
+    lorafx.save(randomise(lorafx.inject(layers, rank=2)), "deep.safetensors")
+    _, _, spectra = panels_of(facts_of(read_adapter("deep.safetensors")[0], None, None), False)
+    figure = Figure()
+    spectra.draw(figure)
+    named = [label.get_text() for label in figure.axes[-1].get_yticklabels()]
+    assert named == [str(number) for number in range(0, 20, 3)]
+
+
+def test_fonts_are_those_that_have_the_letters():
+    assert _families("plain größe") == ["DejaVu Sans"]
+    assert "Last Resort High-Efficiency" not in _families("注意力")
 
 
 WRONG = {

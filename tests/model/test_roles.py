@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.attention.flex_attention import flex_attention
 
 import lorafx
 from lorafx._model.program import read_program
@@ -240,3 +241,37 @@ def test_a_cache_among_the_inputs_is_left_as_it_is():
     past = Past(torch.ones(2, 3, 8))
     found = roles(read_program(Cached()), (X.float(), past))
     assert found["b"] == KV and found["d"] == OUT and past.keys.shape == (2, 3, 8)
+
+
+class Flexible(nn.Module):
+    """torch's attention that is an operator of a higher order, for which torch compiles."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (2, 4)).mT for layer in (self.b, self.c, self.a))
+        y = flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score - 0.1 * (i - j))
+        return x + self.d(y.mT.flatten(-2))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_of_a_higher_order(compiled, monkeypatch):
+    if compiled:
+        monkeypatch.setitem(globals(), "flex_attention", torch.compile(flex_attention))
+    found = roles(read_program(Flexible()), (torch.randn(2, 5, 8),))
+    assert found == {"a": V, "b": Q, "c": K, "d": OUT}
+
+
+def test_what_is_computed_within_another_operator_is_not_guessed():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.b(torch.cond(x.sum() > 0, torch.sin, torch.cos, (self.a(x),)))
+
+    with pytest.raises(lorafx.ConfigError, match="not followed into torch's operator cond"):
+        lorafx.sites(Branching(), "head", example_inputs=(torch.randn(3, 8),))

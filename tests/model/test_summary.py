@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorafx
+from lorafx._graph import modules as graph_modules
 from tests.support.models import Block
 from tests.support.oracle import randomise
 
@@ -129,3 +130,49 @@ def test_text_and_page_have_the_same_cells_and_numbers_stand_to_the_right():
     lines = str(found).splitlines()[2:]
     assert {len(line) for line in lines} == {len(lines[0])}  # the last column is flush
     assert page.count('<th style="text-align: right">') == 2
+
+
+def test_what_is_trained_whole_is_named_beside_the_sites():
+    model = lorafx.inject(Net(), rank=2, targets="up", trainable=["head", "mlp.down.bias"])
+    lorafx.add(model, "other", rank=2, targets="up", trainable="head")
+    found = lorafx.summary(model)
+    assert found.trained == {"mlp.down.bias": ["default"], "head.weight": ["default", "other"],
+                             "head.bias": ["default", "other"]}
+    assert found.headline().startswith("1 site adapted, 3 tensors trained whole, active: default")
+    assert "\ntrained whole:\n  mlp.down.bias: default\n  head.weight: default, other" in str(found)
+    assert "head.weight</td>" in found._repr_html_()
+    lorafx.remove(model, "default")
+    assert "mlp.down.bias" not in lorafx.summary(model).trained
+    assert "trained whole" not in str(lorafx.summary(lorafx.inject(Net(), targets="up")))
+
+
+def test_columns_stand_below_each_other_in_letters_of_two_places_and_of_none():
+    layers = nn.ModuleDict({"注意力": nn.Linear(4, 4), "u\u0308ber": nn.Linear(4, 4)})
+    lines = str(lorafx.summary(lorafx.inject(layers, rank=2))).splitlines()
+    header, wide, marked = lines[2:5]
+    assert wide.index("4 x 4") == header.index("out x in") - 3  # of three letters, two places each
+    assert marked.index("4 x 4") == header.index("out x in") + 1
+
+
+def test_each_cell_of_the_page_says_on_which_side_it_begins():
+    page = lorafx.summary(lorafx.inject(Net(), rank=2, targets="linear"))._repr_html_()
+    cells = re.findall(r"<t[hd][^>]*>", page)
+    assert cells and all("text-align: " in cell for cell in cells)
+
+
+def test_more_sites_need_no_more_walks_of_the_model(monkeypatch):
+    walks = []
+    walk = graph_modules.named_modules
+
+    def watched(*args, **kwargs):
+        walks.append(args)
+        return walk(*args, **kwargs)
+
+    counts = []
+    for layers in (2, 9):
+        model = lorafx.inject(nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))))
+        with monkeypatch.context() as patched:
+            patched.setattr(graph_modules, "named_modules", watched)
+            lorafx.summary(model)
+        counts.append(len(walks))
+    assert 0 < counts[0] == counts[1] - counts[0]

@@ -109,7 +109,7 @@ def disjoint(first, second) -> bool:
 
 def check_geometry(root: ElementTree.Element) -> None:
     """Nothing overlaps, no text is cut, and all is on the paper."""
-    leaves = rectangles(root, "frozen", "branch", "operator", "input", "output")
+    leaves = rectangles(root, "frozen", "trained", "branch", "operator", "input", "output")
     frames = rectangles(root, "region", "break", "module", "joined")
     width, height = (float(root.get(name)) for name in ("width", "height"))
     paper = (0, 0, width, height)
@@ -121,7 +121,8 @@ def check_geometry(root: ElementTree.Element) -> None:
     for leaf, frame in itertools.product(leaves, frames):
         assert disjoint(leaf, frame) or inside(leaf, frame)
     for text in root.iter(f"{SVG}text"):
-        length, x, y = 7.23 * len(text.text), float(text.get("x")), float(text.get("y"))
+        wide = sum(letter > "\u2e80" for letter in text.text)
+        length, x, y = 7.23 * (len(text.text) + wide), float(text.get("x")), float(text.get("y"))
         if text.get("class") == "title":
             length *= 15 / 12
         left = x - length / 2 if text.get("text-anchor") == "middle" else x
@@ -241,6 +242,45 @@ def test_a_graph_of_functions_and_a_callers_graph(here):
     root = svg(lorafx.inject(graph, targets="linear"))
     assert len(rectangles(root, "branch")) == 2 and "ReLU" in texts(root)
     check_geometry(root)
+
+
+def test_what_is_trained_whole_is_not_shown_as_frozen(here):
+    model = lorafx.inject(Decoder(), rank=2, targets=["gate", "up"],
+                          trainable=["head", "layers.0.mlp.up.bias", "layers.0.norm"])
+    root = svg(model, "")
+    assert len(rectangles(root, "trained")) == 2  # norm and head
+    shown = texts(root)
+    assert shown.count("trained: weight, bias") == 2 and "trained: bias" in shown
+    assert "trained" in shown  # in the legend
+    check_geometry(root)
+    lorafx.draw(model, "page.html")
+    content = Path("page.html").read_text()
+    assert content.count(">trained: weight, bias</span>") == 2
+    assert content.count(">trained: bias</span>") == 1
+
+
+def test_long_and_wide_names_stay_in_their_boxes(here):
+    names = ["a_name_of_very_many_letters_" * 5 + end for end in "12"] + ["注意力" * 8]
+    model = lorafx.inject(nn.ModuleDict({name: nn.Linear(4, 4) for name in names}), rank=1)
+    root = svg(model)
+    check_geometry(root)
+    shown = [text for text in texts(root) if "…" in text]
+    assert len(set(shown)) == len(shown) == 3 and {text[-1] for text in shown} == {"1", "2", "力"}
+    assert [title.text for title in root.iter(f"{SVG}title")][1:] == names
+
+
+def test_the_style_of_the_page_leaves_the_letters_of_the_picture_alone(decoder, here):
+    """A letter's width in it is known; the page's own classes are those of HTML elements."""
+    lorafx.draw(decoder, "page.html")
+    page = Path("page.html").read_text().partition("</style>")[0]
+    sizes = re.findall(r"([^{}]+){[^{}]*font-size", page)
+    assert sizes and not any(re.search(r"(^|,)\s*\.name", rule) for rule in sizes)
+
+
+def test_a_wide_picture_is_not_shrunk_until_it_cannot_be_read(decoder, here):
+    root = svg(decoder)
+    assert float(re.search(r"min-width: (\d+)px", root.get("style"))[1]) >= (
+        0.7 * float(root.get("width")) - 1)
 
 
 class Page(HTMLParser):
