@@ -66,8 +66,7 @@ def export(
     Raises:
         FormatError: no such kind, or a package that writes it is not installed.
         NotInjectedError, AdapterError: the model has no adapter.
-        ConfigError: forward cannot be called with `args` and `kwargs`, or `dynamic_shapes` is not
-            of the arguments that these give.
+        ConfigError: forward cannot be called with args and kwargs, or dynamic_shapes has others.
         UnsupportedModelError: torch cannot trace the model, it returns what is no tensor and no
             number, or the kind has no such operator or, as ONNX, no state that forward writes.
         OSError: the disk failed. The file is written whole or, after any error, not at all.

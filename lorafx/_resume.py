@@ -36,8 +36,7 @@ def resume(
     sets the rate), generators, the place in the data, the base's buffers. All or nothing changes.
 
     Args:
-        model: an injected model with an adapter of the same sites and shapes, best by
-            `lorafx.load(base, path)`.
+        model: one that is injected with the same sites and shapes, best by `lorafx.load`.
         optimizer: of the class of the saved run's, for the same parameters in the same groups.
         path: a `.safetensors` file.
         adapter: which of the model's adapters; by default the only active one.
