@@ -356,6 +356,21 @@ def test_a_joined_call():
     check_same(*found)
 
 
+@pytest.mark.parametrize("shape", [(4, WIDTH), (2, 3, WIDTH)])
+def test_a_product_beside_one_that_is_python_s(shape):
+    """x M + s x A^T B^T where Python multiplies by an adapted weight that it has read."""
+    z, found = leaf(*shape), []
+    for call in site():
+        [addend] = call.addends
+        y = addend.transposed.add_right_product(torch.zeros(*shape[:-1], WIDTH), produced(z))
+        product = y.grad_fn.next_functions[1][0]  # of h with B^T, after views where there are more
+        while type(product).__name__ != "MmBackward0":
+            product = product.next_functions[0][0]
+        assert keeps_x(product.next_functions[0][0]) == (addend.proven is None)
+        found.append(torch.autograd.grad(y.sin().sum(), [z, *factors([call])]))
+    check_same(*found)
+
+
 def test_branches_that_drop_out():
     lean, full = (call._replace(addends=[a._replace(dropout=0.5) for a in call.addends])
                   for call in site())

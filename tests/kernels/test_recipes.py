@@ -52,7 +52,8 @@ CASES = {
     "LogSoftmaxBackward0": lambda z: z.log_softmax(-1),
     "ScaledDotProductFlashAttentionForCpuBackward0": attention,
     "NativeLayerNormBackward0": norm,
-    "NativeDropoutBackward0": lambda z: torch.native_dropout(z.exp().unsqueeze(1).expand(6, 4, 8), 0.4, True)[0],
+    "NativeDropoutBackward0": lambda z: torch.native_dropout(
+        z.exp().unsqueeze(1).expand(6, 4, 8), 0.4, True)[0],
     "ToCopyBackward0": lambda z: z.exp().bfloat16(),
     "CloneBackward0": lambda z: z.exp().t().contiguous(),
     "AliasBackward0": lambda z: torch.ops.aten.alias(z.exp()),
@@ -70,6 +71,8 @@ CASES = {
     "SelectBackward0": lambda z: z.exp().view(2, 3, 8)[-1],
     "SplitBackward0": lambda z: z.exp().split(4, -1)[1],
     "SplitWithSizesBackward0": lambda z: SPLIT(z.exp(), [1, 3, 2])[1],
+    "RollBackward0": lambda z: z.exp().roll((1, -2), (0, -1)),
+    "ConstantPadNdBackward0": lambda z: F.pad(z.exp(), (0, 0, 0, 0)),
     "UnbindBackward0": lambda z: z.exp().view(2, 3, 8).unbind(-2)[2],
 }
 
@@ -244,6 +247,11 @@ def test_a_layer_norm_needs_no_eps(affine, dtype, wide):
             assert proven.proof(recipe, x) == Proof()
             with torch.no_grad():
                 same(recipe.computed(recipe.tensors()), x.detach())
+
+
+def test_what_is_padded_with_an_unknown_number_is_not_computed():
+    x = F.pad(torch.randn(6, 8, requires_grad=True).mul(1).exp(), (0, 0, 1, -1))
+    assert Proven().proof(recipe_of(x), x) is None
 
 
 def test_dropout_of_few_elements_may_drop_none_in_training():
