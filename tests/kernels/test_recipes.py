@@ -306,3 +306,13 @@ def test_steps_tell_functions_apart():
     assert len(keys) == 8
     assert recipe_of(F.silu(z)).tree == Step("SiluBackward0", (), (0,))
     assert ROWS["SiluBackward0"].operands == (Operand("self"),)
+
+
+def test_keys_tell_tensors_apart():
+    """By dtype, shape and layout, of what is kept and of the value."""
+    z = torch.randn(6, 8, requires_grad=True) * 1
+    by_columns = z.t().contiguous().t()
+    values = [F.silu(z), F.silu(z.double()), F.silu(z[1:]), F.silu(by_columns).contiguous(),
+              F.silu(z).clone(memory_format=torch.contiguous_format),
+              F.silu(z).t().contiguous(), F.silu(z).t().clone()]
+    assert len({recipe_of(value).key for value in values}) == len(values)
