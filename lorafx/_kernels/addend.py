@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .again import Proven
+from .again import Proven, again
 from .compiled import first_half, halves_apart
 from .dropout import dropped
 from .gates import gated, rows_of_batch, scaled
 from .mixed import Gates, mixed
+from .private import runs_as_called
+from .tensors import PLAIN
 
 
 class Addend(NamedTuple):
@@ -133,7 +135,15 @@ class Addend(NamedTuple):
         """y + s (x L) R, x (..., m), for y = x M; `multiply` is how x M was computed."""
         if self.axis == -2:
             x = x.narrow(-1, self.start, self.size)
-        h = multiply(dropped(x, self.dropout), self.left.to(x.device, x.dtype))  # (..., rank)
+        x = dropped(x, self.dropout)
+        left = self.left.to(x.device, x.dtype)
+        trains = torch.is_grad_enabled() and left.requires_grad
+        trains = trains and type(x) in PLAIN and type(left) in PLAIN
+        as_called = not torch.compiler.is_compiling() and runs_as_called()
+        instead = again(x, self.proven) if trains and as_called else None
+        h = multiply(x, left)  # (..., rank)
+        if instead is not None:
+            instead.stand_in_product(h)
         h = h if self.gates is None else gated(h, self.gates)
         added = multiply(h, self.right.to(x.device, h.dtype))
         if self.axis == -1:

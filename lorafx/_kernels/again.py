@@ -5,9 +5,11 @@ tensors that the recipe begins with, which autograd keeps anyway. A recipe is tr
 after it gave exactly the x there, bit for bit; and again for each other tree of functions, and
 other shapes, strides, dtypes or device of what it begins with.
 
-Who writes into what is kept is told so by the backward pass, as ever, and an x that was written
-into is kept. Not seen, once a recipe is trusted, is who writes past autograd and its versions
-(`.data`) into x or what lies between it and what is kept.
+Who writes into what is kept is told so by the backward pass, as ever, and so is who frees it; an x
+that was written into is kept, and one that was computed from what is freed, as FSDP frees a norm's
+weight after its layer. Not seen, once a recipe is trusted, is who writes past autograd into what
+lies between x and what is kept (without gradients, or into `.data`), or past its versions into x
+or what is kept (`.data`).
 """
 
 import threading
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from .private import any_autocast, at_end_of_backward, is_keeping_by_hooks, no_autocast
 from .recipes import Recipe, check_memory, recipe_of
+from .rows import ROWS
 
 _DEFAULT = 1e-5  # eps, which torch's norms take without being given one
 
@@ -154,6 +157,14 @@ class Again:
         if raw is not None:
             self._value.sites += 1
             raw.register_hooks(self._pack, self._unpack)
+
+    def stand_in_product(self, h: Tensor) -> None:
+        """Keep this and not x in the node of a product h = x R^T, or of what h is a view of."""
+        node: Any = h.grad_fn
+        row = ROWS.get(type(node).__name__)
+        if row is not None and row.arranges:
+            node = node.next_functions[0][0]
+        self.stand_in(node, "self")
 
     def _pack(self, kept: Tensor) -> Any:
         is_x = (kept.data_ptr(), kept.numel()) == self._x

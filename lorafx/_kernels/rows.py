@@ -78,6 +78,13 @@ def _item(value: Tensor, dim: int, output: int) -> Tensor:
     return value.select(dim, output)
 
 
+def _unpadded(value: Tensor, pad: tuple[int, ...]) -> Tensor:
+    """The value, if its node pads by nothing; it does not tell with what."""
+    if any(pad):
+        raise NotImplementedError
+    return value
+
+
 def _dropped(value: Tensor, mask: Tensor, p: float) -> Tensor:
     """value * mask / (1 - p); its node does not tell if that was in training."""
     if p == 1 or mask.numel() * p < 64:  # else one in e^64 masks drops nothing in training
@@ -190,5 +197,7 @@ ROWS: dict[str, Row] = {
     "SelectBackward0": _arranged(torch.select, (_FIRST,), ("dim", "index")),
     "SplitBackward0": _arranged(_part, (_FIRST,), ("split_size", "dim", ".output")),
     "SplitWithSizesBackward0": _arranged(_part, (_FIRST,), ("split_sizes", "dim", ".output")),
+    "RollBackward0": Row(torch.roll, (_FIRST,), ("shifts", "dims")),
+    "ConstantPadNdBackward0": _arranged(_unpadded, (_FIRST,), ("pad",)),
     "UnbindBackward0": _arranged(_item, (_FIRST,), ("dim", ".output")),
 }

@@ -29,6 +29,16 @@ def test_the_gradients_are_the_same_bits():
         check_same(gradients(lean, z), gradients(full, z))
 
 
+def test_several_inputs_that_live_at_once():
+    lean, full = site()
+    zs = [leaf(seed=seed) for seed in range(2)]
+    xs = [produced(z) for z in zs]
+    outputs = [linears(x, [lean])[0] for x in (*xs, *xs)]
+    for z, y in zip((*zs, *zs), outputs):
+        check_same(torch.autograd.grad(y.sin().sum(), [z, *factors([lean])], retain_graph=True),
+                   gradients(full, z))
+
+
 def test_a_recipe_that_does_not_give_x_is_not_used(monkeypatch):
     row = rows.ROWS["SiluBackward0"]
     monkeypatch.setitem(rows.ROWS, "SiluBackward0", row._replace(function=F.mish))
@@ -70,11 +80,18 @@ KEPT = {
     "written into": lambda z: F.silu(z * 1).mul_(2),
     "written into unseen": lambda z: written_into(F.silu(z * 1)),
     "another class": lambda z: F.silu(z * 1).as_subclass(Sub),
+    "computed from another class": lambda z: F.silu(z * 1) * torch.ones(WIDTH).as_subclass(Quiet),
 }
 
 
 class Sub(torch.Tensor):
     pass
+
+
+class Quiet(torch.Tensor):
+    """Of what is computed from it, nothing is of this class."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
 
 def written_into(x):
@@ -353,6 +370,24 @@ def test_a_joined_call():
         assert keeps_x(outputs[0]) == (calls is full)
         total = sum(y.sin().sum() for y in outputs)
         found.append(torch.autograd.grad(total, [z, *factors(calls)]))
+    check_same(*found)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("shape", [(4, WIDTH), (2, 3, WIDTH)])
+def test_a_product_beside_one_that_is_python_s(shape, autocast):
+    """x M + s x A^T B^T where Python multiplies by an adapted weight that it has read."""
+    z, found = leaf(*shape), []
+    for call in site():
+        [addend] = call.addends
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # keeps x cast
+            y = addend.transposed.add_right_product(torch.zeros(*shape[:-1], WIDTH), produced(z))
+        product = y.grad_fn.next_functions[1][0]  # of h with B^T, after views where there are more
+        while type(product).__name__ != "MmBackward0":
+            product = product.next_functions[0][0]
+        if not autocast:
+            assert keeps_x(product.next_functions[0][0]) == (addend.proven is None)
+        found.append(torch.autograd.grad(y.sin().sum(), [z, *factors([call])]))
     check_same(*found)
 
 

@@ -71,6 +71,8 @@ CASES = {
     "SelectBackward0": lambda z: z.exp().view(2, 3, 8)[-1],
     "SplitBackward0": lambda z: z.exp().split(4, -1)[1],
     "SplitWithSizesBackward0": lambda z: SPLIT(z.exp(), [1, 3, 2])[1],
+    "RollBackward0": lambda z: z.exp().roll((1, -2), (0, -1)),
+    "ConstantPadNdBackward0": lambda z: F.pad(z.exp(), (0, 0, 0, 0)),
     "UnbindBackward0": lambda z: z.exp().view(2, 3, 8).unbind(-2)[2],
 }
 
@@ -247,6 +249,11 @@ def test_a_layer_norm_needs_no_eps(affine, dtype, wide):
                 same(recipe.computed(recipe.tensors()), x.detach())
 
 
+def test_what_is_padded_with_an_unknown_number_is_not_computed():
+    x = F.pad(torch.randn(6, 8, requires_grad=True).mul(1).exp(), (0, 0, 1, -1))
+    assert Proven().proof(recipe_of(x), x) is None
+
+
 def test_dropout_of_few_elements_may_drop_none_in_training():
     """What one mask that all rows share proves does not hold for the next."""
     proven, all_kept = Proven(), []
@@ -299,3 +306,13 @@ def test_steps_tell_functions_apart():
     assert len(keys) == 8
     assert recipe_of(F.silu(z)).tree == Step("SiluBackward0", (), (0,))
     assert ROWS["SiluBackward0"].operands == (Operand("self"),)
+
+
+def test_keys_tell_tensors_apart():
+    """By dtype, shape and layout, of what is kept and of the value."""
+    z = torch.randn(6, 8, requires_grad=True) * 1
+    by_columns = z.t().contiguous().t()
+    values = [F.silu(z), F.silu(z.double()), F.silu(z[1:]), F.silu(by_columns).contiguous(),
+              F.silu(z).clone(memory_format=torch.contiguous_format),
+              F.silu(z).t().contiguous(), F.silu(z).t().clone()]
+    assert len({recipe_of(value).key for value in values}) == len(values)

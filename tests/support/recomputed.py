@@ -29,8 +29,8 @@ def produced(z):
 
 
 def keeps_x(y):
-    """True if a node that computed y, or its half, keeps x itself."""
-    nodes, raws = [y.grad_fn], []
+    """True if the node that computed y, or its half, keeps x itself; of y, or of its node."""
+    nodes, raws = [y.grad_fn if isinstance(y, torch.Tensor) else y], []
     while nodes:
         node = nodes.pop()
         if type(node).__name__ == "_LinearsBackward":
