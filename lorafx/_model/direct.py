@@ -48,7 +48,7 @@ class Known:
     change: object
     weights: Mapping[str, float]  # the selection's own
     hooks: tuple[Mapping[int, Any], ...]
-    factors: tuple[tuple[Mapping[str, Any], float], ...]  # (where A and B are, w s)
+    factors: tuple[tuple[Any, float], ...]  # (the table that has A and B, w s)
 
 
 def direct_first(forward: Callable[..., Any], linear: LinearForward) -> Callable[..., Any]:
