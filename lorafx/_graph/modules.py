@@ -11,8 +11,35 @@ from .dispatched import runs_class_forward
 from .loaded import loaded
 
 
+LAST_CHANGE: list[list[None]] = [[]]  # another list since something was set on a LorafxModule
+
+
 class LorafxModule(nn.Module):
-    """A module that lorafx added to the model, not part of the program that the user wrote."""
+    """A module that lorafx added to the model, not part of the program that the user wrote.
+
+    Each change of an attribute or a submodule of one is told in `LAST_CHANGE`. What is written into
+    its tables (of tensors, hooks or modules) or its __dict__ past their methods is not.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        self._changed()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self._changed()
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As nn.Module has it."""
+        super().add_module(name, module)
+        self._changed()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._changed()
+
+    def _changed(self) -> None:
+        LAST_CHANGE[0] = []  # what compilers can trace, and do again at each call
 
 
 class Place(NamedTuple):

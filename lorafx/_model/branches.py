@@ -42,6 +42,13 @@ class Branch(LorafxModule):
         self.proven = None if guesses is None else Proven(guesses)
         self._nothing: tuple[Tensor, Tensor] | None = None
 
+    def _changed(self) -> None:
+        super()._changed()
+        self.__dict__.pop("known", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "known"}
+
     def forward(self, x: Tensor, y: Tensor, reverse: bool = False) -> Tensor:
         """x (..., in), y (..., out) -> (..., out); in and out the other way round for `reverse`."""
         for addend in self.addends(y):

@@ -21,16 +21,16 @@ from .._kernels.linears import linears
 from .._kernels.private import is_transforming
 from .._kernels.tensors import PLAIN
 from .branches import Branch, branches_after
-from .direct import LinearForward, directly, leading_directly
+from .direct import LinearForward, directly
 from .shards import check_spread
 
 
 @pure
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Branch) -> Tensor:
     """Return x W^T + b and what the branches add."""
-    found = directly(x, (weight, bias, *branches))
-    if found is not None:
-        return found
+    found = directly(x, ((weight, bias, *branches),))
+    if found:
+        return found[0]
     if isinstance(x, Tensor) and all(map(is_bare, branches)):
         return linears(x, (_linear(weight, bias, branches),))[0]
     y = F.linear(x, weight, bias)
@@ -46,7 +46,7 @@ def joined(x: Tensor, *members: Any) -> list[Tensor]:
     sharded, patched, compiled or replaced by itself. Other modules that stand between them are
     called in their turn.
     """
-    results = leading_directly(x, members)
+    results = directly(x, members)
     if results:
         for member in members[len(results):]:
             results.append(_by_itself(x, member))

@@ -1,104 +1,21 @@
 """Calls of which no gradient is asked: two products an adapter, of A and B as they are then."""
 
-import copy
-import gc
-import weakref
 from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lorafx
-from lorafx._model import direct as direct_calls, lower
-
-WIDTHS = (13, 7)
-
-
-class Gated(nn.Module):
-    """Two linear calls of x, which are joined, and one of what they give."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate, self.up = nn.Linear(*WIDTHS), nn.Linear(*WIDTHS, bias=False)
-        self.down = nn.Linear(*WIDTHS[::-1])
-
-    def forward(self, x):
-        return self.down(self.gate(x).tanh() * self.up(x))
-
-
-def injected(base_dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    model = lorafx.inject(Gated().to(base_dtype), rank=3, alpha=6, targets="linear", **options)
-    renew(model)
-    return model.eval()
-
-
-def renew(model, seed=1):
-    """Other values, written past every version."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in lorafx.parameters(model):
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 3)
-
-
-def truth(model, x, weights=None):
-    """The result of W + sum w s B A in float64, without lorafx."""
-    found = Gated().double()
-    for name, layer in found.named_children():
-        adapted = model.get_submodule(name)
-        total = adapted.frozen_weight.double()
-        for adapter, weight in (weights or {"default": 1.0}).items():
-            factors = adapted.lora.get_submodule(adapter)
-            total = total + weight * factors.scale * factors.B.double() @ factors.A.double()
-        layer.weight.data.copy_(total)
-        if layer.bias is not None:
-            layer.bias.data.copy_(adapted.bias)
-    with torch.no_grad():
-        return found(x.double())
-
-
-torch.manual_seed(0)
-X = {
-    "one row": torch.randn(1, 1, 13),
-    "a vector": torch.randn(13),
-    "rows": torch.randn(2, 5, 13),
-    "a matrix": torch.randn(4, 13),
-    "transposed rows": torch.randn(2, 13, 5).transpose(1, 2),
-    "none": torch.randn(0, 13),
-}
-
-
-class Calls:
-    """Counts the calls that were direct."""
-
-    def __init__(self, monkeypatch):
-        self.count = 0
-
-        directly = direct_calls.directly
-
-        def counted(*operands):
-            result = directly(*operands)
-            self.count += result is not None
-            return result
-
-        for module in (direct_calls, lower):
-            monkeypatch.setattr(module, "directly", counted)
-
-    def since(self, compute):
-        before = self.count
-        result = compute()
-        return result, self.count - before
+from tests.support.direct_calls import X, Calls, Gated, close, injected, renew, truth
 
 
 @pytest.fixture
 def calls(monkeypatch):
     return Calls(monkeypatch)
-
-
-def close(found, expected, tolerance=1e-5):
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("x", X.values(), ids=X)
@@ -154,67 +71,6 @@ def test_identity_at_initialisation():
             assert torch.equal(model(x), base(x))
 
 
-def step(model):
-    optimizer = torch.optim.SGD(lorafx.parameters(model), lr=0.1)
-    model(X["rows"]).square().sum().backward()
-    optimizer.step()
-
-
-def load(model):
-    state = model.state_dict()
-    drawn = {name: torch.randn_like(value) / 3 for name, value in state.items()
-             if not name.endswith(".s")}
-    model.load_state_dict({**state, **drawn})
-
-
-def assign(model):
-    for module in (model.gate, model.up, model.down):
-        factors = module.lora.default
-        factors.A = nn.Parameter(torch.randn_like(factors.A) / 3)
-        factors.B.data = torch.randn_like(factors.B) / 3
-
-
-CHANGES = {
-    "an optimizer's step": step,
-    "data.copy_": lambda model: renew(model, 2),
-    "load_state_dict": load,
-    "load_state_dict(assign=True)": lambda model: model.load_state_dict(
-        copy.deepcopy(injected().state_dict()), assign=True),
-    "other Parameters": assign,
-    "a scale": lambda model: setattr(model.gate.lora.default, "scale", 5.0),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_changes_is_seen(change, calls):
-    model, x = injected(), X["one row"]
-    with torch.no_grad():
-        before = model(x)
-    change(model)
-    with torch.no_grad():
-        found, count = calls.since(lambda: model(x))
-    assert count == 3
-    close(found, truth(model, x))
-    assert change is CHANGES["load_state_dict(assign=True)"] or not torch.allclose(found, before)
-
-
-def test_adapters_are_chosen(calls):
-    model, x = injected(), X["one row"]
-    lorafx.add(model, "b", rank=2, targets="linear")
-    for weights in ({"default": 0.5, "b": 2.0}, {"b": 1.0}, {}, {"default": 1.0}):
-        lorafx.activate(model, weights)
-        renew(model)
-        with torch.no_grad():
-            found, count = calls.since(lambda: model(x))
-        assert count == 3
-        close(found, truth(model, x, weights or {"b": 0.0}))
-    with torch.no_grad(), lorafx.disabled(model):
-        close(model(x), truth(model, x, {"b": 0.0}))
-    for twin in (copy.deepcopy(model), lorafx.merge(model), model.double()):
-        with torch.no_grad():
-            close(twin(x.to(twin.down.bias.dtype)), truth(model, x))
-
-
 def test_a_bias_that_is_trained_whole(calls):
     model, x = injected(trainable=["gate.bias"]), X["one row"]
     with torch.no_grad():
@@ -244,6 +100,9 @@ def test_autocast_and_transforms_are_as_ever(calls):
         found, count = calls.since(lambda: model(x))
         assert count == 0 and found.dtype == torch.bfloat16
     with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            found, count = calls.since(lambda: model(fake.from_tensor(x)))
+        assert count == 0 and found.shape == x.shape
         found, count = calls.since(lambda: torch.func.vmap(model)(x))
         assert count == 0
         close(found, truth(model, x))
@@ -267,28 +126,6 @@ def test_reentrant_checkpointing(calls):
     assert count == 3
     for parameter, gradient in zip(lorafx.parameters(model), expected):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-5)
-
-
-def hooked(module, see):
-    module.register_forward_hook(lambda *_: see())
-
-
-def patched(module, see):
-    forward = module.forward
-    module.forward = lambda *args, **kwargs: see() or forward(*args, **kwargs)
-
-
-@pytest.mark.parametrize("path, direct", [
-    ("gate.lora", 2), ("gate.lora.default", 1), ("gate", 3), ("up.lora", 2), ("down.lora", 2)])
-@pytest.mark.parametrize("touch", [hooked, patched])
-def test_what_is_hooked_is_called(path, direct, touch, calls):
-    model, x = injected(), X["one row"]
-    seen = []
-    touch(model.get_submodule(path), lambda: seen.append(path))
-    with torch.no_grad():
-        found, count = calls.since(lambda: model(x))
-    assert seen == [path] and count == direct
-    close(found, truth(model, x))
 
 
 def test_a_hook_on_all_modules_sees_branches():
@@ -356,17 +193,3 @@ def test_operators(x, first, second):
         model(x)
     assert adapted.counts - base.counts == {first: 3, second: 3}
     assert not base.counts - adapted.counts
-
-
-def test_nothing_is_kept():
-    model, x = injected(), X["one row"]
-    with torch.no_grad():
-        model(x)
-    held = [weakref.ref(tensor) for tensor in (*lorafx.parameters(model), model.gate.frozen_weight)]
-    assign(model)
-    model.gate.register_parameter("weight", nn.Parameter(torch.randn(*WIDTHS[::-1])))
-    for tensor in lorafx.parameters(model):
-        tensor.data = tensor.data.clone()
-    gc.collect()
-    alive = [reference() is not None for reference in held]
-    assert alive == [False, True, False, True, False, True, False]
