@@ -50,7 +50,7 @@ def direct_first(forward: Callable[..., Any], linear: LinearForward) -> Callable
 def leading_directly(x: Any, members: Sequence[Any]) -> list[Tensor]:
     """What members of `joined` give for x, up to the first that is not direct."""
     results: list[Tensor] = []
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
         return results
     for member in members:
         if isinstance(member, nn.Module):
