@@ -18,7 +18,7 @@ from .._kernels.gates import gates_of
 from .choice import Choice, Selection
 from .factors import Factors
 from .shards import is_sharded
-from .stacks import Stack, stack_of
+from .stacks import Stack, is_copied, stack_of
 
 
 class Branch(LorafxModule):
@@ -158,9 +158,12 @@ class Branch(LorafxModule):
         choice.compiled = True
         selection = choice.read()
         read = choice.read_in_call(selection)  # guards and values are read by themselves
-        if self not in read:
-            read[self] = stack_of(self, selection, compiled=True)
-        return read[self]  # type: ignore[no-any-return]
+        if self in read:
+            return read[self]  # type: ignore[no-any-return]
+        stack = stack_of(self, selection, compiled=True)
+        if not is_copied(self, selection):  # else factors may be written into before the next read
+            read[self] = stack
+        return stack
 
     stack: Any = property(Anew(_compiled_stack).__getitem__)  # what compiled programs read
 

@@ -105,6 +105,14 @@ def stack_of(branch: Any, selection: Selection, compiled: bool) -> Stack | None:
     return stack
 
 
+def is_copied(branch: Any, selection: Selection) -> bool:
+    """True if the stack that was last read of a branch is not in the memory of its factors."""
+    made = selection.made.get(branch)
+    if made is None or not made.held:
+        return False
+    return _is_copy([(found[2], found[3]) for found in made.held], made.form)
+
+
 def _make(branch: Any, selection: Selection, form: _Form) -> _Made | None:
     rows = [selection.weights] if selection.rows is None else selection.rows
     held, absent, parts = [], [], []

@@ -9,6 +9,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import lorafx
+from lorafx._model import branches as branches_module
+from lorafx._model.stacks import stack_of
 from tests.support.oracle import randomise
 
 X = torch.randn(4, 5, 8)
@@ -249,6 +251,67 @@ def test_with_the_compiler_itself():
             y = call(X)
             torch.testing.assert_close(y, eager(model, X))
             y.sum().backward()
+
+
+def test_a_branch_is_looked_up_once_a_call(monkeypatch):
+    model, found = made(), []
+
+    def counted(branch, *args, **kwargs):
+        found.append(branch)
+        return stack_of(branch, *args, **kwargs)
+
+    call = torch.compile(model, backend="eager", fullgraph=True)
+    call(X)
+    monkeypatch.setattr(branches_module, "stack_of", counted)
+    for context in (contextlib.nullcontext(), lorafx.using(model, "b"), lorafx.disabled(model)):
+        with context:
+            call(X)
+        assert len(found) == len({*found}) == 2
+        found.clear()
+
+
+def test_no_guard_compares_two_ways_to_an_object():
+    """Each is evaluated in Python at each call; those of modules' globals do not grow in number."""
+    model, kinds = made(), []
+
+    def note(guards):
+        kinds.extend([guard.guard_type for guard in guards if not guard.is_global])
+        return [True] * len(guards)
+
+    torch.compiler.reset()
+    torch.compile(model, backend="eager", fullgraph=True, options={"guard_filter_fn": note})(X)
+    assert "TENSOR_MATCH" in kinds and "DUPLICATE_INPUT" not in kinds
+
+
+@pytest.mark.parametrize("active", ["a", ["a", "b"]])
+def test_what_is_written_within_a_call_is_seen(active):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.between = nn.Linear(8, 8), nn.Identity()
+
+        def forward(self, x):
+            return self.layer(self.between(self.layer(x)))
+
+    model = lorafx.inject(Twice(), rank=2, adapter="a")
+    lorafx.add(model, "b", rank=2)
+    lorafx.activate(randomise(model), active)
+    model.layer.compile(backend="eager", fullgraph=True)
+
+    @torch.no_grad()
+    def write(*_):
+        for parameter in lorafx.parameters(model, "a"):
+            parameter.mul_(2)
+
+    A, B = [parameter.clone() for parameter in lorafx.parameters(model, "a")]
+    first = model.layer(X)
+    write()
+    wanted = model.layer(first)
+    with torch.no_grad():
+        for parameter, before in zip(lorafx.parameters(model, "a"), (A, B)):
+            parameter.copy_(before)
+    model.between.register_forward_hook(write)
+    torch.testing.assert_close(model(X), wanted)
 
 
 def test_what_trains_without_being_active():
