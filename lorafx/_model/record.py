@@ -21,7 +21,7 @@ from .fsdp import notice_what_trains, settle
 from .trained import Trained
 
 
-class Known(NamedTuple):
+class KnownSite(NamedTuple):
     """A site, and the shape and class of the weight of which it is all or some rows."""
 
     site: Site
@@ -49,7 +49,7 @@ class Injection:
     active: dict[str, float] = dataclasses.field(default_factory=dict)
     roles: dict[str, str] = dataclasses.field(default_factory=dict)  # of sites, where looked for
     without_role: dict[str, str] = dataclasses.field(default_factory=dict)  # sites, and why
-    known: list[Known] = dataclasses.field(default_factory=list)  # its sites, as they were then
+    known: list[KnownSite] = dataclasses.field(default_factory=list)  # its sites, as they were then
     disabled: int = 0
     choice: Choice = dataclasses.field(default_factory=Choice)
 
