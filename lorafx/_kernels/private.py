@@ -291,10 +291,5 @@ def compiler_pass() -> tuple[Any, Callable[..., bytes]]:
     return CustomGraphPass, get_hash_for_files
 
 
-# What a compiler leaves alone, with all that it calls. Without it: the public one, slow to import.
-untraced: Callable[[Any], Any] = _optional(
-    "torch:_disable_dynamo",
-    lambda function: torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-
 # What tells a compiler where not to start. Without it: it starts at any function.
 compiler_frames: Any = _optional("torch._C._dynamo:eval_frame", None)
