@@ -250,9 +250,8 @@ class Choice:
 
     @property
     def now(self) -> Selection:
-        """The same, for what a compiler or exporter may trace."""
-        traced = torch.compiler.is_dynamo_compiling()
-        return self._anew if traced else self.read()
+        """The selection that holds here, for what a compiler or exporter may trace."""
+        return self._anew if torch.compiler.is_dynamo_compiling() else self.read()
 
 
 # (an injected model of which a call is under way here, its choice): the innermost
