@@ -14,7 +14,7 @@ from .._adapter.names import dotted, have_rows_in_common
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.modules import named_modules, outermost, unwrapped, users_modules
 from .._graph.sites import Site
-from .._kernels.compiling import end_program
+from .._kernels.compiling import end_program, not_compiled
 from .branches import Branch
 from .choice import Choice, check_parts
 from .fsdp import notice_what_trains, settle
@@ -148,6 +148,7 @@ def refresh(model: nn.Module) -> None:
     record.choice.choose(record.live)
 
 
+@not_compiled
 def set_trainable(model: nn.Module) -> None:
     """Let exactly the active adapters' tensors require grad, and forward use these.
 
