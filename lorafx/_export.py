@@ -60,8 +60,7 @@ def export(
             JSON. Missing folders are made.
         args, kwargs: an example of what forward takes.
         dynamic_shapes: {argument: what may vary, as for `torch.export.export`}, or what may for
-            each argument in turn; by default each size of each tensor may that the model lets vary
-            and that is above 1 in the example.
+            each argument in turn; by default each size above 1 that the model lets vary.
 
     Raises:
         FormatError: no such kind, or a package that writes it is not installed.

@@ -61,7 +61,8 @@ def inject(
         init: how A is drawn: "gaussian", or "kaiming" (uniform, a = sqrt(5), as in PEFT).
         dtype: of A, B and what else trains; by default the weight's own, at least float32.
         rounding: let Python read narrow weights as W + s B A rounded, instead of raising an error.
-        share_dropout: let branches computed together drop out the same elements, which is faster.
+        share_dropout: let branches computed together drop out the same elements, which is faster;
+            compiled programs do not.
         adapter: the name of this adapter.
         group: compute linear calls that share an input (query, key, value) together, for speed.
         recompute: for memory, compute inputs again in the backward pass instead of keeping them.

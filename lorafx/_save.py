@@ -82,7 +82,7 @@ def load(
     record = find_injection(model)
     put = _way_in(model, record is None, found.name, replace)
     found = adapter_of_today(found, model)
-    twin, source = model if record else share(model), f"'{os.fspath(path)}'"
+    twin, source = share(model) if record is None else model, f"'{os.fspath(path)}'"
     untied = untie_in(twin, found, source) if untie else False
     program, fitted = read_and_fit(twin, found, source, made_for)
     if record is None:

@@ -3,13 +3,13 @@
 import dataclasses
 import html
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from ._adapter.letters import padded, width
+from ._adapter.letters import counted, padded, width
 from ._adapter.names import split_block
 from ._graph.modules import submodule
 from ._model.branches import Branch, branches, factors_at
@@ -143,9 +143,9 @@ class Summary:
     def headline(self) -> str:
         """Return one line of totals."""
         active = ", ".join(f"{name} x {weight:g}" for name, weight in self.active.items())
-        count = f"{_count(self.sites, 'site')} adapted, "
+        count = f"{counted(len(self.sites), 'site')} adapted, "
         if self.trained:
-            count += f"{_count(self.trained, 'tensor')} trained whole, "
+            count += f"{counted(len(self.trained), 'tensor')} trained whole, "
         share = 100 * self.trainable / max(self.total, 1)
         return (f"{count}active: {active or 'none'}; {self.trainable:,} of {self.total:,} "
                 f"parameters train ({share:.2f} %)")
@@ -177,10 +177,6 @@ class Summary:
         for heading, what, rows in self._lists():
             parts.append(_html_table((heading, what), rows))
         return "".join(parts)
-
-
-def _count(counted: Collection[Any], noun: str) -> str:
-    return f"{len(counted):,} {noun}" + "s" * (len(counted) != 1)
 
 
 def _html_table(

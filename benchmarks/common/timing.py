@@ -48,10 +48,7 @@ def seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> floa
         last.synchronize()
         return first.elapsed_time(last) / 1000 / repeats
     clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
-    began = clock()
-    for _ in range(repeats):
-        call()
-    return (clock() - began) / repeats
+    return _mean(clock, call, repeats)
 
 
 @contextlib.contextmanager
@@ -68,10 +65,14 @@ def threads(count: int) -> Iterator[None]:
 def thread_seconds(call: Callable[[], Any], repeats: int) -> float:
     """This thread's processor time of one call, the mean of some that follow each other."""
     call()  # what the others used is in the caches
-    began = time.thread_time()
+    return _mean(time.thread_time, call, repeats)
+
+
+def _mean(clock: Callable[[], float], call: Callable[[], Any], repeats: int) -> float:
+    began = clock()
     for _ in range(repeats):
         call()
-    return (time.thread_time() - began) / repeats
+    return (clock() - began) / repeats
 
 
 def bootstrap(statistic: Callable[..., Any], *samples: Sequence[float],

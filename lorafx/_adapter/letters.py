@@ -1,6 +1,11 @@
-"""How wide text is where each letter has its place, as in a terminal, and how it is cut there."""
+"""How text is written where each letter has its place, as in a terminal: how wide, and cut."""
 
 import unicodedata
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 site" or "2,000 sites"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def width(text: str) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from .._adapter.adapter import Adapter
 from .._adapter.compare import adapters_equal, describe, difference
-from .._adapter.letters import padded, width
+from .._adapter.letters import counted, padded, width
 from .._adapter.losses import worst_first
 from .._checkpoint.layout import WeightedAdapter
 from .._checkpoint.merge import merge_checkpoint
@@ -59,7 +59,7 @@ def merge(options: argparse.Namespace) -> tuple[int, str]:
         raise
     speed = _size(done.bytes / max(done.seconds, 1e-9))
     lines = [f"{options.output}: {done.changed} of {done.tensors} tensors changed; "
-             f"{_count(done.files, 'file')}, {_size(done.bytes)}, in {done.seconds:.1f} s "
+             f"{counted(done.files, 'file')}, {_size(done.bytes)}, in {done.seconds:.1f} s "
              f"({speed}/s)"]
     for site, error in worst_first(done.errors)[:1]:
         lines.append(f"rounding lost at most {error:.3g} of s B A, at {_site(site)}")
@@ -85,9 +85,9 @@ def show(options: argparse.Namespace) -> tuple[int, str]:
         return 0, _json({"file": str(options.file), "format": format_name, **description})
     sites, trained = description["sites"], description["trained"]
     base = description["base"]
-    parts = [f"adapter '{description['name']}' ({format_name})", _count(len(sites), "site")]
+    parts = [f"adapter '{description['name']}' ({format_name})", counted(len(sites), "site")]
     if trained:
-        parts[-1] += f" and {_count(len(trained), 'tensor')} trained whole"
+        parts[-1] += f" and {counted(len(trained), 'tensor')} trained whole"
     parts += [f"{description['parameters']:,} parameters", _size(description["bytes"])]
     lines = [f"{options.file}: {', '.join(parts)}",
              f"made for a base with the fingerprint {base}" if base else "made for an unnamed base",
@@ -125,7 +125,7 @@ def convert(options: argparse.Namespace) -> tuple[int, str]:
                 "none")
     write_adapter(adapter, options.output, model, base, options.format,
                   options.part if row.has_parts else None)
-    count = _count(len(adapter.pairs), "site")
+    count = counted(len(adapter.pairs), "site")
     return 0, f"{options.output}: adapter '{adapter.name}' ({row.name}), {count}{note}"
 
 
@@ -167,7 +167,7 @@ def diff(options: argparse.Namespace) -> tuple[int, str]:
         lines += _table(["site", "||D_a - D_b|| / ||D_a||"], rows)
     equal = len(distances) - len(rows)
     within = f" to a relative {options.tolerance:g}" if options.tolerance else ""
-    lines.append(f"{equal} of {_count(len(distances), 'common weight')} equal{within}")
+    lines.append(f"{equal} of {counted(len(distances), 'common weight')} equal{within}")
     return code, "\n".join(lines)
 
 
@@ -200,10 +200,6 @@ def _shape(shape: Sequence[int]) -> str:
 
 def _site(name: str) -> str:
     return name or "(the model)"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def _size(count: float) -> str:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .._adapter.adapter import Adapter
-from .._adapter.letters import elided
 from .._adapter.compare import describe
+from .._adapter.letters import elided
 from .._adapter.spectrum import cosine, effective_rank, over, spectrum
 from .drawing import drawing_tool
 from .grid import Grid, grid_of

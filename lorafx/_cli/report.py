@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from .._adapter.adapter import Adapter
+from .._adapter.letters import counted
 from .._checkpoint.norms import weight_norms
 from .._errors import MismatchError
 from .._formats.table import read_adapter
@@ -71,7 +72,7 @@ def plot(options: argparse.Namespace) -> str:
 def _in_words(facts: Sequence[SiteFacts], adapter: Adapter, other: Adapter | None) -> str:
     """What the pictures say on the whole, in a line."""
     used = [site.effective / site.rank for site in facts]
-    parts = [f"{len(facts):,} site" + "s" * (len(facts) != 1),
+    parts = [counted(len(facts), "site"),
              f"{100 * sum(used) / len(used):.0f} % of the rank used"]
     relative = [site.relative for site in facts
                 if site.relative is not None and math.isfinite(site.relative)]
@@ -86,8 +87,7 @@ def _in_words(facts: Sequence[SiteFacts], adapter: Adapter, other: Adapter | Non
         if only:
             parts.append(f"{only} in one adapter only")
     if adapter.trained:
-        count = f"{len(adapter.trained):,} tensor" + "s" * (len(adapter.trained) != 1)
-        parts.append(f"{count} trained whole, not shown")
+        parts.append(f"{counted(len(adapter.trained), 'tensor')} trained whole, not shown")
     return ", ".join(parts)
 
 

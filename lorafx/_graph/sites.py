@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import fx
 
+from .._adapter.letters import counted
 from .._adapter.names import closest_names, name_matches, split_block
 from .._errors import ConfigError, NoSiteError
 from .rules import linear_call
@@ -207,9 +208,9 @@ def _hint(
     if not sites:
         return "This model makes no linear call on a weight of its own."
     names = closest_names(pattern, [name for site in sites for name in site.names])
-    count = f"{len(sites)} site" + "s" * (len(sites) > 1)
     selectors: list[str] = []
     if isinstance(pattern, str):
         selectors = difflib.get_close_matches(pattern, SELECTORS.keys() - {pattern}, 1)
     meant = f"Did you mean {selectors[0]!r}? " if selectors else ""
-    return f"{meant}This model has {count}, such as {names}. lorafx.sites(model) lists them."
+    return (f"{meant}This model has {counted(len(sites), 'site')}, such as {names}. "
+            "lorafx.sites(model) lists them.")

@@ -38,7 +38,7 @@ class Addend(NamedTuple):
     shared: bool = False  # calls that share x may drop out the same elements for all addends
     rounding: bool = False  # the sum may be rounded to a narrow dtype
     proven: Proven | None = None  # what may be computed again at its site; None: all is kept
-    # of dropout for K equal shares of the ranks, (K), in the place of the one above
+    # probabilities of dropout of K equal shares of the ranks, (K), in the place of `dropout`
     rates: Tensor | None = None
     # x R^T is multiplied by these, (rank), or of the rows of a batch each by its own, (N, rank)
     gates: Tensor | Gates | None = None
@@ -62,6 +62,12 @@ class Addend(NamedTuple):
     def requires_grad(self) -> bool:
         """True if a factor requires grad."""
         return self.left.requires_grad or self.right.requires_grad
+
+    @property
+    def is_apart(self) -> bool:
+        """True if it drops out, or rows of a batch go through it by themselves."""
+        drops = self.dropout > 0 or self.rates is not None
+        return drops or isinstance(self.gates, Gates)
 
     def of_stack(self, index: Any) -> "Addend":
         """The addend of some matrices of a stack, (..., m, n)."""

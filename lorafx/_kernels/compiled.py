@@ -49,7 +49,7 @@ def halves_apart(x: Tensor, right: Tensor, rates: Tensor, recompute: bool) -> Te
         return first_half(dropped[0], right, recompute)
     halves = first_half(
         dropped.reshape(count, -1, width), right.view(count, -1, width), recompute)
-    return halves.transpose(0, 1).reshape(*x.shape[:-1], len(right))  # (..., K rank / K)
+    return halves.transpose(0, 1).reshape(*x.shape[:-1], len(right))  # (..., rank)
 
 
 def recomputed(x: Tensor, gradient: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def is_compiling() -> bool:
 def end_program() -> None:
     """Let a program that a compiler traces end here; an error where it is to be whole.
 
-    What is done then is done by Python: a program reads what is active when it begins.
+    A program reads what is active when it begins. Who calls this is `not_compiled`, so that Python
+    does the rest.
     """
     if torch.compiler.is_dynamo_compiling():
         from torch._dynamo import graph_break  # takes a second

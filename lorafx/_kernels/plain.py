@@ -6,17 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .addend import Addend
 from .again import Again
 from .calls import AdaptedCall, addends_of, split_by_rank
 from .compiled import first_half
-from .mixed import Gates
 from .private import unsafe_view
 
 
 def by_operators(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
     """Return the results of calls on one x; the R's that share an undropped x are joined."""
-    joined = [addend for addend in addends_of(calls) if _may_join(addend)]
+    joined = [addend for addend in addends_of(calls) if not addend.is_apart]
     halves: list[Tensor] = []
     if len(joined) > 1:
         right = torch.cat([addend.right.to(x.dtype) for addend in joined])  # (ranks, in)
@@ -26,17 +24,12 @@ def by_operators(x: Tensor, calls: Sequence[AdaptedCall]) -> list[Tensor]:
     for weight, bias, addends in calls:
         y = F.linear(x, weight, bias)
         for addend in addends:
-            if len(joined) < 2 or not _may_join(addend):
+            if len(joined) < 2 or addend.is_apart:
                 y = addend.add_to_output(y, x, fresh=True)
             else:
                 y = addend.add_half(y, halves.pop(0))
         outputs.append(y)
     return outputs
-
-
-def _may_join(addend: Addend) -> bool:
-    apart = addend.dropout or addend.rates is not None
-    return not apart and not isinstance(addend.gates, Gates)
 
 
 def in_place(x: Tensor, call: AdaptedCall, instead: Again | None = None) -> Tensor:

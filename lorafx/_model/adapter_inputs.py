@@ -25,7 +25,7 @@ from .program_writer import ProgramWriter
 from .record import injection, trained_modules
 
 ADAPTER = "inputs"  # the name of the only adapter in such a program
-VALUES = (Tensor, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+_VALUES = (Tensor, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 RANK = 2  # of the example: torch.export takes sizes of 0 and 1 for constants
 
 
@@ -73,11 +73,10 @@ def with_adapter_inputs(
     dtypes, shapes = input_dtypes(model), input_shapes(model, RANK)
     program = read_program(base)
     pairs: dict[str, Pair] = {}
-    for name, (in_shape, out_shape) in shapes.items():
+    for name, both in shapes.items():
         site = program.site(name)  # if it is none any more, `attach` says so
         device = None if site is None else program.home(site, has_values=True)
-        A, B = (torch.zeros(shape, dtype=dtypes[name], device=device)
-                for shape in (in_shape, out_shape))
+        A, B = (torch.zeros(shape, dtype=dtypes[name], device=device) for shape in both)
         pairs[name] = Pair(A, B, 1.0)
     begin_injection(program, group=False, recompute=False)
     attach(program, Adapter(ADAPTER, LoRAConfig(RANK, targets=[*pairs]), pairs))
@@ -150,7 +149,7 @@ def plain(output: Any) -> Any:
     if isinstance(output, (tuple, list)):
         kind = list if isinstance(output, list) else tuple
         return kind(map(plain, output))
-    if output is None or isinstance(output, VALUES):
+    if output is None or isinstance(output, _VALUES):
         return output
     raise UnsupportedModelError(
         f"The model returns a {type(output).__name__}, and an exported program returns tensors and "

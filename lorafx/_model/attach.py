@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._adapter.adapter import Adapter, Pair
 from .._adapter.config import LoRAConfig, pattern_matches, trained_dtype
+from .._adapter.letters import counted
 from .._adapter.names import (
     branch_name, check_name, closest_names, dotted, ranges_of, split_block
 )
@@ -168,11 +169,10 @@ def _warn_of_compiling(program: Program, sites: Sequence[Site], adapter: Adapter
         if "trained" not in owner._modules or attribute not in adapted_names(owner):
             new.append(name)
     if new:
-        places = "1 place" if len(new) == 1 else f"{len(new)} places"
         warn(
             "This model was compiled, and will be again at its next call: an adapter comes to "
-            f"{places} where none could be, such as '{new[0]}': to make "
-            "room for later adapters, name their sites in lorafx.inject(..., capacity=...).")
+            f"{counted(len(new), 'place')} where none could be, such as '{new[0]}': to make room "
+            "for later adapters, name their sites in lorafx.inject(..., capacity=...).")
 
 
 class _Needed(NamedTuple):

@@ -19,14 +19,11 @@ from .record import injection
 from .regions import adapt_attribute, is_plain_graph
 
 
-def put_branches(
-    program: Program, sites: Sequence[Site], config: LoRAConfig
-) -> list[Branch]:
-    """The branches at these sites; those that are new are put into the graphs too."""
+def put_branches(program: Program, sites: Sequence[Site], config: LoRAConfig) -> None:
+    """Put branches at these sites; those that are new are put into the graphs too."""
     model, record = program.model, injection(program.model)
     insertions: dict[str, list[Insertion]] = defaultdict(list)
     guesses = _small_numbers(model) if record.recompute else None
-    found: list[Branch] = []
     for site in sites:
         if not has_branch(program, site):
             block = split_block(site.name)[1]
@@ -38,10 +35,8 @@ def put_branches(
         if branch.like is None:
             dtype = factor_dtype(config, program.weight(site))
             branch.like = zeros(site, 0, dtype, program.home(site, has_values=False))
-        found.append(branch)
     for region, inserted in insertions.items():
         insert_branches(submodule(model, region), program.graphs[region], inserted, record.group)
-    return found
 
 
 def has_branch(program: Program, site: Site) -> bool:

@@ -44,10 +44,10 @@ class Branch(LorafxModule):
 
     def _changed(self) -> None:
         super()._changed()
-        self.__dict__.pop("found", None)
+        self.__dict__.pop("products", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "found"}
+        return {name: value for name, value in self.__dict__.items() if name != "products"}
 
     def forward(self, x: Tensor, y: Tensor, reverse: bool = False) -> Tensor:
         """x (..., in), y (..., out) -> (..., out); in and out the other way round for `reverse`."""

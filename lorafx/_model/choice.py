@@ -13,7 +13,7 @@ from torch import nn
 from .._errors import AdapterError
 from .._graph.modules import LorafxModule, named_modules, outermost
 from .._kernels.checkpoints import checkpointed_function
-from .._kernels.compiling import Anew, end_program
+from .._kernels.compiling import Anew, end_program, not_compiled
 from .._kernels.private import is_in_backward
 
 
@@ -138,6 +138,7 @@ class Choice:
         with self.lock:
             self.default = self.selection(weights)
 
+    @not_compiled
     def selection(
         self, weights: Mapping[str, float], rows: Sequence[Mapping[str, float]] | None = None
     ) -> Selection:
@@ -250,9 +251,8 @@ class Choice:
 
     @property
     def now(self) -> Selection:
-        """The same, for what a compiler or exporter may trace."""
-        traced = torch.compiler.is_dynamo_compiling()
-        return self._anew if traced else self.read()
+        """The selection that holds here, for what a compiler or exporter may trace."""
+        return self._anew if torch.compiler.is_dynamo_compiling() else self.read()
 
 
 # (an injected model of which a call is under way here, its choice): the innermost

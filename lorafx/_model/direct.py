@@ -39,7 +39,7 @@ class LinearForward(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Found:
+class Products:
     """What a branch does for a selection, if that is to add products and no more.
 
     It holds until another change, and while the tables of hooks are empty.
@@ -104,13 +104,13 @@ def directly(x: Any, members: Sequence[Any], within: LinearForward | None = None
             if type(branch) is not Branch:  # something stands around it
                 return results
             state = branch.__dict__
-            found, selection = state.get("found"), state["choice"].read()
-            if (found is None or found.change is not LAST_CHANGE[0]
-                    or found.weights is not selection.weights):
-                found = _find_out(branch, selection)
-            if found is None or any(found.hooks):
+            products, selection = state.get("products"), state["choice"].read()
+            if (products is None or products.change is not LAST_CHANGE[0]
+                    or products.weights is not selection.weights):
+                products = _products_of(branch, selection)
+            if products is None or any(products.hooks):
                 return results
-            for tensors, scale in found.factors:
+            for tensors, scale in products.factors:
                 A, B = tensors.get("A"), tensors.get("B")
                 if (type(A) not in PLAIN or type(B) not in PLAIN or B.dtype is not A.dtype
                         or A.dtype is not dtype and not (one and wider(A, x))):
@@ -139,7 +139,7 @@ def _called(module: Any) -> LinearForward | None:
     return None if state.get("_compiled_call_impl") is not None else linear
 
 
-def _find_out(branch: Branch, selection: Selection) -> Found | None:
+def _products_of(branch: Branch, selection: Selection) -> Products | None:
     """Ask all that is told of when it changes; None if a branch does more than to add products."""
     change, hooks, factors = LAST_CHANGE[0], [], []
     modules: list[Any] = [branch]
@@ -158,7 +158,7 @@ def _find_out(branch: Branch, selection: Selection) -> Found | None:
         hooks += [state["_forward_hooks"], state["_forward_pre_hooks"]]
     if branch.rows is not None or selection.rows is not None:
         return None
-    made = Found(change, selection.weights, tuple(hooks), tuple(factors))
+    products = Products(change, selection.weights, tuple(hooks), tuple(factors))
     if not selection.retired:  # what has gone is not kept
-        branch.__dict__["found"] = made
-    return made
+        branch.__dict__["products"] = products
+    return products

@@ -13,16 +13,17 @@ from .fit import fit
 from .fsdp import settle
 from .places import tensor_at
 from .program import Program, read_program
-from .record import Known, find_injection
+from .record import KnownSite, find_injection
 from .regions import is_plain_graph
 
 
-def known_sites(program: Program) -> list[Known]:
+def known_sites(program: Program) -> list[KnownSite]:
     """The sites of a program, without the graphs in which they are called."""
-    found: list[Known] = []
+    found: list[KnownSite] = []
     for site in program.sites:
         weight = program.weight(site)
-        found.append(Known(dataclasses.replace(site, calls=()), weight.shape, type(weight)))
+        bare = dataclasses.replace(site, calls=())
+        found.append(KnownSite(bare, weight.shape, type(weight)))
     return found
 
 
@@ -46,7 +47,7 @@ def read_and_fit(
     return program, fit(program, adapter, source, made_for)
 
 
-def _known_program(model: nn.Module, known: list[Known]) -> Program:
+def _known_program(model: nn.Module, known: list[KnownSite]) -> Program:
     """The sites that a model had and has, by the same names, of the same shape and class."""
     program = Program(model, {}, [], {}, {})
     for site, shape, kind in known:

@@ -119,7 +119,7 @@ class Program:
             for name in site.tied_to:
                 reasons[name] = ("it makes no linear call and shares its weight with "
                                  f"'{site.name}', which can be adapted")
-        for path, module in users_modules(self.model).items():
+        for path, module in self.modules.items():
             layer = unsupported_layer(module)
             if layer is not None and path not in sites:
                 reasons.setdefault(path, layer)
@@ -135,7 +135,7 @@ class Program:
         for site in self.sites:
             sites.update(split_block(name)[0] for name in site.names)
         reasons, found = self.left_alone, dict[str, str]()
-        for module, paths in paths_of(users_modules(self.model)).items():
+        for module, paths in paths_of(self.modules).items():
             declared = {"in_features", "out_features"} <= vars(module).keys()
             if declared and sites.isdisjoint(paths):
                 found[paths[0]] = reasons.get(paths[0], "no linear call of it was found")

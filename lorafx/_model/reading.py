@@ -14,7 +14,6 @@ from .._errors import UnsupportedModelError
 from .._graph.dispatched import value_of
 from .._kernels.addend import Addend
 from .._kernels.compiling import Anew, is_compiling
-from .._kernels.mixed import Gates
 from .._kernels.private import is_transforming
 from .._kernels.weights import whole, with_rows
 from .adapted_weight import NARROW, AdaptedWeight
@@ -152,7 +151,7 @@ def adapted(owner: nn.Module, attribute: str) -> Tensor:
     narrow = beside and matrix.dtype in NARROW
     for branch in () if traced and narrow else beside:
         addends += branch.addends(matrix, stored=True)
-    if traced and (narrow or any([_is_apart(addend) for addend in addends])):
+    if traced and (narrow or any([addend.is_apart for addend in addends])):
         # the compiler cannot make the tensor: its graph ends here
         return _OUTSIDE.adapted(owner, attribute)  # type: ignore[no-any-return]
     if not addends:
@@ -183,11 +182,6 @@ _WHY_OUTSIDE = (
     "Python reads an adapted weight of a narrow dtype, for lorafx.rows, or with dropout, where a "
     "program cannot go on: compile without fullgraph=True, export with strict=False, or exclude "
     "this site.")
-
-
-def _is_apart(addend: Addend) -> bool:
-    """True if rows of a batch, or shares of ranks, go through an addend by themselves."""
-    return isinstance(addend.gates, Gates) or addend.rates is not None or addend.dropout > 0
 
 
 def _unwritable(owner: nn.Module, attribute: str, tensor: Any) -> Any:

@@ -14,14 +14,14 @@ from .._adapter.names import dotted, have_rows_in_common
 from .._errors import AdapterError, NotInjectedError, UnsupportedModelError
 from .._graph.modules import named_modules, outermost, unwrapped, users_modules
 from .._graph.sites import Site
-from .._kernels.compiling import end_program
+from .._kernels.compiling import end_program, not_compiled
 from .branches import Branch
 from .choice import Choice, check_parts
 from .fsdp import notice_what_trains, settle
 from .trained import Trained
 
 
-class Known(NamedTuple):
+class KnownSite(NamedTuple):
     """A site, and the shape and class of the weight of which it is all or some rows."""
 
     site: Site
@@ -49,7 +49,7 @@ class Injection:
     active: dict[str, float] = dataclasses.field(default_factory=dict)
     roles: dict[str, str] = dataclasses.field(default_factory=dict)  # of sites, where looked for
     without_role: dict[str, str] = dataclasses.field(default_factory=dict)  # sites, and why
-    known: list[Known] = dataclasses.field(default_factory=list)  # its sites, as they were then
+    known: list[KnownSite] = dataclasses.field(default_factory=list)  # its sites, as they were then
     disabled: int = 0
     choice: Choice = dataclasses.field(default_factory=Choice)
 
@@ -148,6 +148,7 @@ def refresh(model: nn.Module) -> None:
     record.choice.choose(record.live)
 
 
+@not_compiled
 def set_trainable(model: nn.Module) -> None:
     """Let exactly the active adapters' tensors require grad, and forward use these.
 

@@ -115,7 +115,7 @@ def is_copied(branch: Any, selection: Selection) -> bool:
 
 def _make(branch: Any, selection: Selection, form: _Form) -> _Made | None:
     rows = [selection.weights] if selection.rows is None else selection.rows
-    held, absent, parts = [], [], []
+    held, absent, parts, pairs, rates = [], [], [], [], []
     for name in selection.weights:
         factors = selection.held(branch, name)
         if factors is None:
@@ -124,13 +124,13 @@ def _make(branch: Any, selection: Selection, form: _Form) -> _Made | None:
         pair = factors.plain()
         if pair is None or form.rows and pair[0].ndim > 2:
             return None
-        held.append((name, factors, pair[0], pair[1], factors.scale, factors.dropping))
+        held.append((name, factors, *pair, factors.scale, factors.dropping))
+        pairs.append(pair)
+        rates.append(factors.dropping)
         shares = tuple([row.get(name, 0.0) * factors.scale for row in rows])
         parts.append(_Part(pair[0], pair[1], shares))
-    rates = [found[-1] for found in held]
     if any(rates) and not form.drops:
         return None  # each drops out elements of its own
-    pairs = [(found[2], found[3]) for found in held]
     memory = [tensor.detach() for pair in pairs for tensor in pair]
     if not parts:
         nothing = branch.nothing() if form.compiled else None

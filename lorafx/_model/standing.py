@@ -68,7 +68,7 @@ def standing(owner: nn.Module, attribute: str) -> tuple[()] | Standing | None:
     wide = [held for _, held in whole if held.dtype != base.dtype and held.device == base.device]
     needs = _needs(trained, whole) or base.requires_grad, _needs(trained, of_rows)
     sources = [now, *rows.values(), *wide[:1]]
-    copied = of_rows and _is_copy(now, rows, of_rows[0][1].dtype)
+    copied = of_rows and _is_copy(rows, of_rows[0][1].dtype)
     state = [needs, [_state(source) for source in sources],
              copied and [source._version for source in sources]]
     kept = selection.kept.setdefault(trained, {})
@@ -101,16 +101,14 @@ def _rows(
     """
     numbers = [number for ranges in rows for several in ranges for number in several]
     pieces = [*rows.values()]
+    if not _is_copy(rows, dtype):
+        return numbers, pieces[0]
     others = [number for number in range(2) if number not in numbers][:max(2 - len(numbers), 0)]
     pieces += [now[number:number + 1] for number in others]
-    if not _is_copy(now, rows, dtype):
-        return numbers, pieces[0]
     return numbers + others, torch.cat([piece.to(dtype) for piece in pieces])
 
 
-def _is_copy(
-    now: Tensor, rows: Mapping[tuple[range, ...], Tensor], dtype: torch.dtype
-) -> bool:
+def _is_copy(rows: Mapping[tuple[range, ...], Tensor], dtype: torch.dtype) -> bool:
     """True where what stands for rows is not one tensor of one adapter."""
     return len(rows) != 1 or any(len(held) < 2 or held.dtype != dtype for held in rows.values())
 

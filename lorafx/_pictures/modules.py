@@ -3,7 +3,7 @@
 from torch import fx, nn
 
 from .._adapter.names import dotted, split_block
-from .._graph.modules import named_modules, users_modules
+from .._graph.modules import named_modules
 from .._model.branches import Branch, branches
 from .._model.lower import linear_forward
 from .._model.program import Program
@@ -16,7 +16,7 @@ class Modules:
 
     def __init__(self, program: Program, summary: Summary) -> None:
         self.program, self.summary = program, summary
-        self.users = users_modules(program.model)
+        self.users = program.modules
         self.rows = {row.name: row for row in summary.sites}
         self.names: dict[nn.Module | None, str] = {}
         for name, branch in branches(program.model).items():

@@ -5,6 +5,7 @@ import html
 
 from torch import fx
 
+from .._adapter.letters import counted
 from .._adapter.names import split_block
 from .._model.overview import relative_name
 from .._summary import SiteRow
@@ -77,7 +78,7 @@ def _module(modules: Modules, path: str, name: str, opened: set[str]) -> list[st
         return [f'<div class="frozen" data-path="{html.escape(path)}">{named}{trained}</div>']
     words, kind = modules.kind_in_words(path), modules.kind(path)
     badge = f' <span class="badge">{words}</span>' if words else ""
-    count = f"{len(sites)} site" + "s" * (len(sites) != 1)
+    count = counted(len(sites), "site")
     state = " open" if path in opened else ""
     found = [f'<details class="{kind}" data-path="{html.escape(path)}"{state}><summary>{named}'
              f'{badge} <span class="count">{count}</span>'

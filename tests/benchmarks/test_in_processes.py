@@ -7,7 +7,7 @@ import finetune
 import pytest
 import sharded
 
-from finetune_parts.ranks import threads
+from common.timing import threads
 from tests.benchmarks.in_processes import TINY
 from tests.support.torchrun import torchrun
 

@@ -32,14 +32,14 @@ class TestNarrow:
             lorafx.inject(base, rounding="yes")
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-    def test_programs_end_where_python_reads_the_weight(self):
+    def test_compiled_programs_leave_to_python_what_reads_the_weight(self):
         model = randomise(lorafx.inject(attention().bfloat16(), targets="linear"))
         x = X.bfloat16()
         counter = torch._dynamo.testing.CompileCounter()
         torch.testing.assert_close(
             torch.compile(model, backend=counter)(x, x, x)[0], model(x, x, x)[0]
         )
-        assert counter.frame_count == 0  # products are not compiled by themselves, for each rank
+        assert not counter.frame_count  # torch gives the whole call to what it reads
         with pytest.raises(Exception, match="disable"):
             torch.compile(model, backend="eager", fullgraph=True)(x, x, x)
 
