@@ -296,5 +296,5 @@ untraced: Callable[[Any], Any] = _optional(
     "torch:_disable_dynamo",
     lambda function: torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
-# What tells a compiler where not to start. Without it: it starts at any function.
+# Where a compiler shall not start, and in which order it looks for programs. Without: as it does.
 compiler_frames: Any = _optional("torch._C._dynamo:eval_frame", None)
