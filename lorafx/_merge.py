@@ -27,7 +27,9 @@ from ._model.flat import check_can_be_copied
 from ._model.folding import ToFold, fold, losses, tensors
 from ._model.places import base_parameters, places_of
 from ._model.reading import original_name
-from ._model.record import RECORD, injection, trained_modules, used_here, weights_of
+from ._model.record import (
+    RECORD, injection, of_one_moment, trained_modules, used_here, weights_of
+)
 from ._model.regions import is_plain_graph
 from ._model.shards import gathered_beside
 from ._model.unpack import Unpacking, declare_plain, is_quantised
@@ -136,8 +138,7 @@ def merge(
     twin, to_fold = _prepared(model, adapters, untie)
     if max_error is not None:
         check_errors(losses(twin, to_fold, None, requantize), max_error)
-    merged: M = _fold_all(twin, to_fold, requantize)
-    return merged
+    return _fold_all(twin, to_fold, requantize)  # type: ignore[no-any-return]
 
 
 @takes_exported
@@ -185,6 +186,7 @@ def merge_error(
     return losses(twin, to_fold, dtype, requantize)
 
 
+@of_one_moment
 def _prepared(
     model: nn.Module, adapters: str | Iterable[str] | Mapping[str, float] | None, untie: bool
 ) -> tuple[nn.Module, ToFold]:

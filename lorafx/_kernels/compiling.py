@@ -1,6 +1,7 @@
 """What compilers read of lorafx's Python: they trace it, or take tensors of any size from it."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -26,7 +27,19 @@ class Anew(dict[Any, Any]):
         self._read = read
 
     def __missing__(self, key: Any) -> Any:
+        _keep_order()
         return self._read(key)
+
+
+@functools.cache
+def _keep_order() -> None:
+    """Let torch look for programs in one order, in this process, from now on.
+
+    Else it moves what a thread found to the front, past others that wait in `Anew` on their way to
+    it: they would not find it, and compile it again. Where torch has no such name, they do.
+    """
+    with contextlib.suppress(AttributeError):
+        frames._set_lru_cache(False)
 
 
 def is_compiling() -> bool:

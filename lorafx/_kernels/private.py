@@ -291,5 +291,5 @@ def compiler_pass() -> tuple[Any, Callable[..., bytes]]:
     return CustomGraphPass, get_hash_for_files
 
 
-# What tells a compiler where not to start. Without it: it starts at any function.
+# Where a compiler shall not start, and in which order it looks for programs. Without: as it does.
 compiler_frames: Any = _optional("torch._C._dynamo:eval_frame", None)

@@ -16,7 +16,7 @@ from .fsdp import settle
 from .guard import check_each_in_its_place
 from .places import places_of, tensor_at
 from .reading import adapted_names, base_tensor
-from .record import check_adapter, injection, is_cut, trained_modules
+from .record import check_adapter, injection, is_cut, of_one_moment, trained_modules
 from .shards import gathered
 from .together import from_all, on_cpu
 from .trained import Copies
@@ -41,6 +41,7 @@ def extract(model: nn.Module, adapter: str) -> Adapter:
     return found
 
 
+@of_one_moment
 def extract_here(model: nn.Module, adapter: str) -> Adapter:
     """`extract`, but of a stage of a pipeline only what is in this process."""
     check_adapter(model, adapter)

@@ -1,9 +1,10 @@
 """What an injected model remembers of its injection, and the adapters that it holds."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from .branches import Branch
 from .choice import Choice, check_parts
 from .fsdp import notice_what_trains, settle
 from .trained import Trained
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class KnownSite(NamedTuple):
@@ -87,6 +91,16 @@ def injection(model: nn.Module) -> Injection:
                 break
         raise NotInjectedError(f"This {type(model).__name__} is not an injected model{hint}.")
     return found
+
+
+def of_one_moment(function: Function) -> Function:
+    """function(model, ...), which reads adapters, while none goes or is replaced elsewhere."""
+    @functools.wraps(function)
+    def read(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with injection(model).choice.lock:
+            return function(model, *args, **kwargs)
+
+    return read  # type: ignore[return-value]
 
 
 def find_injection(model: nn.Module) -> Injection | None:

@@ -145,7 +145,8 @@ def _make(branch: Any, selection: Selection, form: _Form) -> _Made | None:
     apart = None
     if form.drops:
         rates += [0.0] * (len(parts) - len(rates))
-        apart = mark_dynamic(torch.tensor(rates, device=B.device), 0)
+        rate = torch.tensor(rates, dtype=torch.float32, device=B.device)  # 0 may be an integer
+        apart = mark_dynamic(rate, 0)
     rounding = held[0][1].rounding if held else False
     stack = Stack(A, B, _gate(parts, form, selection), apart, rounding)
     return _Made(form, held, absent, _state(pairs, form), memory, stack)

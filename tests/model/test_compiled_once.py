@@ -1,8 +1,10 @@
 """A compiled model takes any adapters without being compiled again."""
 
+import collections
 import contextlib
 import copy
 import sys
+import threading
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 import lorafx
 from lorafx._model import branches as branches_module
 from lorafx._model import record
+from lorafx._model.choice import Choice
 from lorafx._model.stacks import stack_of
 from tests.support.oracle import randomise
 
@@ -95,6 +98,46 @@ def test_rows_change():
     assert counter.frame_count == 1
 
 
+def test_threads_that_look_for_one_program(monkeypatch):
+    """One looks at the first of two programs, which its first read of a stack tells it not to run,
+    while another, at its second read, finds the second program.
+    """
+    model, counter, read = made(), CompileCounter(), Choice.read
+    call = torch.compile(model, backend=counter, fullgraph=True)
+    reads = collections.Counter()
+    waits = {"first": (1, threading.Event(), threading.Event()),
+             "second": (2, threading.Event(), threading.Event())}
+
+    def waiting(choice):
+        name = threading.current_thread().name
+        reads[name] += 1
+        if name in waits and reads[name] == waits[name][0]:
+            waits[name][1].set()
+            assert waits[name][2].wait(60)
+        return read(choice)
+
+    def plain():
+        with lorafx.using(model, "a"), torch.no_grad():
+            call(X)
+
+    def by_rows():
+        with lorafx.rows(model, ROWS), torch.no_grad():
+            call(X)
+
+    plain()
+    by_rows()
+    plain()
+    monkeypatch.setattr(Choice, "read", waiting)
+    threads = {name: threading.Thread(target=by_rows, name=name) for name in waits}
+    for name in ("second", "first"):
+        threads[name].start()
+        assert waits[name][1].wait(60)
+    for name in ("second", "first"):
+        waits[name][2].set()
+        threads[name].join()
+    assert counter.frame_count == 2
+
+
 class Reads(nn.Module):
     """Python reads its weight, since the loop is none of a graph's."""
 
@@ -151,7 +194,7 @@ def test_dropout_is_of_training():
         model.train()
 
 
-RATES = {"a": 0.5, "b": 0.2, "c": 0.0}
+RATES = {"a": 0.5, "b": 0.2, "c": 0}
 RANKS = {"a": 64, "b": 48, "c": 1}
 SIZES = {"a": 1.0, "b": 16.0, "c": 256.0}  # of what each adds, so that a sum tells of each
 
@@ -182,7 +225,10 @@ def check_masks(model, added, used):
 
 
 def test_each_drops_out_for_itself():
-    """One program for single adapters, one for several at once, one for rows, one in eval."""
+    """One program for single adapters, one for several at once, one for rows, one in eval.
+
+    A probability may be an integer, 0, as that of the adapter c is.
+    """
     model, x = of_known_masks(), torch.ones(90, 64)
     counter = CompileCounter()
     call = torch.compile(model, backend=counter, fullgraph=True)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import lorafx
 from lorafx._model import known, replacing
 from lorafx._model.branches import branches
+from lorafx._model.factors import Factors
 from lorafx._model.record import injection, trained_modules
 from tests.support.oracle import randomise
 
@@ -330,6 +331,38 @@ def test_an_interruption_while_it_is_looked_up():
 
     selection.retired, old = Interrupted(), branch._modules["a"]
     assert selection.held(branch, "a") is old is not branch._modules["a"]
+
+
+@pytest.mark.parametrize("verb", [lorafx.save, lorafx.compose, lorafx.merge])
+def test_what_reads_an_adapter_finds_one(file_of, tmp_path, monkeypatch, verb):
+    """Another thread replaces it between two sites of it, unless that waits."""
+    old, new, path = file_of["as it was"], file_of["another rank"], tmp_path / "a.safetensors"
+    model, tensors, calls = using(old), Factors.tensors, []
+    lock, here = injection(model).choice.lock, threading.current_thread()
+
+    def swap():
+        if lock.acquire(blocking=False):
+            lock.release()
+            load(model, new)
+
+    def interrupted(factors):
+        if threading.current_thread() is here:
+            calls.append(factors)
+            if len(calls) == 3:
+                elsewhere(swap)
+        return tensors(factors)
+
+    monkeypatch.setattr(Factors, "tensors", interrupted)
+    if verb is lorafx.save:
+        lorafx.save(model, path, adapter="a")
+        model = lorafx.load(lorafx.eject(model), path)
+    elif verb is lorafx.compose:
+        lorafx.compose(model, {"a": 1.0}, "c")
+        lorafx.activate(model, "c")
+    else:
+        model = lorafx.merge(model, "a")
+    assert len(calls) > 3
+    torch.testing.assert_close(model(X), of(old))
 
 
 def test_files_are_loaded_under_load(file_of):
