@@ -1,5 +1,6 @@
 """Trees of modules: what the user wrote, apart from what lorafx added, and where tensors are."""
 
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -173,7 +174,10 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 def is_bare(module: nn.Module) -> bool:
     """True if calling a module does what its class's forward does and nothing more."""
     # not asked of the class: compilers compare the classes of all modules of which it is
-    if any_global_hook() or getattr(module.__call__, "__func__", None) is not nn.Module.__call__:
+    call = module.__call__
+    if any_global_hook() or not isinstance(call, types.MethodType):
+        return False
+    if call.__func__ is not nn.Module.__call__:  # `getattr` with a default gives that to a compiler
         return False
     return not _hooked(module) and runs_class_forward(module) and compiled_call(module) is None
 

@@ -106,29 +106,34 @@ def is_offloaded(model):
     return any(parameter.is_meta for parameter in model.parameters())
 
 
+def same(found, wanted):
+    """W may lie elsewhere in a line of a cache, for which some processors add up otherwise."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
 def check_everything(model, base, alone, tmp_path):
     """A dispatched model does what the undispatched one does, but for training."""
     want = logits(alone)
-    assert torch.equal(logits(model), want)
+    same(logits(model), want)
     with lorafx.disabled(model):
-        assert torch.equal(logits(model), logits(frozen(base)))
+        same(logits(model), logits(frozen(base)))
     lorafx.save(model, tmp_path / "saved.safetensors", adapter="default")
-    assert torch.equal(logits(lorafx.load(base, tmp_path / "saved.safetensors")), want)
+    same(logits(lorafx.load(base, tmp_path / "saved.safetensors")), want)
     merged, ejected = lorafx.merge(model), lorafx.eject(model)
     assert type(merged) is type(ejected) is type(base)
-    assert torch.equal(logits(merged), logits(lorafx.merge(alone)))
-    assert torch.equal(logits(ejected), logits(base))
-    assert torch.equal(logits(copy.deepcopy(model)), want)
+    same(logits(merged), logits(lorafx.merge(alone)))
+    same(logits(ejected), logits(base))
+    same(logits(copy.deepcopy(model)), want)
     assert lorafx.summary(model).sites and lorafx.sites(model)
     lorafx.add(model, "other")
     lorafx.activate(model, ["default", "other"])
-    assert torch.equal(logits(model), want)
+    same(logits(model), want)
     lorafx.activate(model, "other")
     lorafx.load(model, tmp_path / "saved.safetensors", adapter="again")
     lorafx.activate(model, "again")
-    assert torch.equal(logits(model), want)
+    same(logits(model), want)
     lorafx.rename(model, "again", "renamed")
-    assert torch.equal(logits(model), want)
+    same(logits(model), want)
     lorafx.remove(model, "renamed")
     lorafx.activate(model, "default")
 
@@ -207,7 +212,7 @@ def test_from_pretrained(where, tmp_path):
     model = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path / "base", device_map=where, offload_folder=tmp_path / "offloaded")
     assert is_offloaded(model) == ("disk" in where.values() if isinstance(where, dict) else False)
-    assert torch.equal(logits(lorafx.load(model, tmp_path / "saved.safetensors")), logits(alone))
+    same(logits(lorafx.load(model, tmp_path / "saved.safetensors")), logits(alone))
     injected = adapted(model)
     check_everything(injected, base, alone, tmp_path)
     assert losses(injected) == pytest.approx(losses(alone), abs=1e-6)
