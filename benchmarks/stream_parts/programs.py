@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 PeftModel.from_pretrained(base, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])
 """ + PEAK
-IMPORT = "import lorafx" + PEAK
+IMPORT = "import lorafx; lorafx.merge" + PEAK  # a name is imported when it is first used
 
 
 def run(code: str, *arguments: str | Path) -> dict[str, Any]:
