@@ -128,9 +128,7 @@ def attach(program: Program, adapter: Adapter) -> None:
     if record.choice.compiled:
         _warn_of_compiling(program, sites, adapter)
     mesh = only_mesh(program.base_parameters.values())
-    new = [site for site in sites if not has_branch(program, site)]
-    if new:
-        put_branches(program, new, adapter.config)
+    any_new = put_branches(program, sites, adapter.config)
     for site in sites:
         branch = branch_at(program, site)
         factors = Factors(*adapter.pairs[site.name], adapter.config).train(branch.training)
@@ -143,7 +141,7 @@ def attach(program: Program, adapter: Adapter) -> None:
             if mesh is not None:
                 factors.agree(mesh)
     _register_trained(program, adapter)
-    if new and record.group:
+    if any_new and record.group:
         _join_calls(program)
     record.configs[adapter.name] = dataclasses.replace(
         adapter.config, targets=list(adapter.pairs), exclude=[])
@@ -154,8 +152,7 @@ def make_room(program: Program, sites: Sequence[Site], config: LoRAConfig) -> No
     """Put branches where later adapters may be, like those that a config makes."""
     record = injection(program.model)
     _check_names_are_free(program, sites, ())
-    put_branches(program, sites, config)
-    if record.group:
+    if put_branches(program, sites, config) and record.group:
         _join_calls(program)
     record.choice.trains = True
 

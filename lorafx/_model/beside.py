@@ -19,24 +19,27 @@ from .record import injection
 from .regions import adapt_attribute, is_plain_graph
 
 
-def put_branches(program: Program, sites: Sequence[Site], config: LoRAConfig) -> None:
-    """Put branches at these sites; those that are new are put into the graphs too."""
+def put_branches(program: Program, sites: Sequence[Site], config: LoRAConfig) -> bool:
+    """Put branches at those of these sites that have none, and into the graphs; True if any is new.
+    """
+    new = [site for site in sites if not has_branch(program, site)]
+    if not new:
+        return False
     model, record = program.model, injection(program.model)
     insertions: dict[str, list[Insertion]] = defaultdict(list)
     guesses = _small_numbers(model) if record.recompute else None
-    for site in sites:
-        if not has_branch(program, site):
-            block = split_block(site.name)[1]
-            for call in site.calls:
-                path = dotted(call.owner, branch_name(call.attribute, block))
-                reverse = call.transposed != site.transposed
-                insertions[call.region].append(Insertion(call, path, reverse))
-        branch = _branch(program.places, site, guesses, record.choice)
-        if branch.like is None:
-            dtype = factor_dtype(config, program.weight(site))
-            branch.like = zeros(site, 0, dtype, program.home(site, has_values=False))
+    for site in new:
+        block = split_block(site.name)[1]
+        for call in site.calls:
+            path = dotted(call.owner, branch_name(call.attribute, block))
+            reverse = call.transposed != site.transposed
+            insertions[call.region].append(Insertion(call, path, reverse))
+        branch = _new_branch(program.places, site, guesses, record.choice)
+        dtype = factor_dtype(config, program.weight(site))
+        branch.like = zeros(site, 0, dtype, program.home(site, has_values=False))
     for region, inserted in insertions.items():
         insert_branches(submodule(model, region), program.graphs[region], inserted, record.group)
+    return True
 
 
 def has_branch(program: Program, site: Site) -> bool:
@@ -55,15 +58,13 @@ def branch_at(program: Program, site: Site) -> Branch:
     return branch
 
 
-def _branch(
+def _new_branch(
     places: Mapping[str, Place], site: Site, guesses: set[float] | None, choice: Choice
 ) -> Branch:
-    """The branch at a site, registered under all of its names with the owners of its weight."""
+    """A branch at a site, registered under all of its names with the owners of its weight."""
     name, block = split_block(site.name)
-    first, attribute = places[name]
-    branch = first._modules.get(branch_name(attribute, block))
-    if not isinstance(branch, Branch):
-        branch = Branch(choice, site.transposed, site.rows, guesses).train(first.training)
+    first = places[name].module
+    branch = Branch(choice, site.transposed, site.rows, guesses).train(first.training)
     in_graph_module = any(call.node.op == "call_module" for call in site.calls)
     for name in site.names:
         owner, attribute = places[split_block(name)[0]]
