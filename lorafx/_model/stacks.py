@@ -45,11 +45,21 @@ class _Form(NamedTuple):
     needs: tuple[bool, bool]  # of a gradient, in compiled programs
 
 
+class _Held(NamedTuple):
+    """An adapter's factors at a branch, and what was read of them."""
+
+    name: str
+    factors: Any
+    pair: tuple[Tensor, Tensor]  # A and B
+    scale: float
+    dropout: float
+
+
 class _Made(NamedTuple):
     """A stack, and what it is good for: the form, the factors, and as they were then."""
 
     form: _Form
-    held: Sequence[tuple[str, Any, Tensor, Tensor, float, float]]  # with scale and dropout
+    held: Sequence[_Held]
     absent: Sequence[str]  # adapters that have no factors there
     state: Sequence[Any]
     memory: Sequence[Tensor]  # theirs, held so that no other tensor comes to the same address
@@ -68,7 +78,7 @@ class _Made(NamedTuple):
         """
         if form != self.form or not form.compiled and self.trains:
             return False
-        for name, factors, A, B, scale, dropout in self.held:
+        for name, factors, (A, B), scale, dropout in self.held:
             if selection.held(branch, name) is not factors or factors.scale != scale:
                 return False
             tensors = factors._parameters
@@ -79,7 +89,7 @@ class _Made(NamedTuple):
         for name in self.absent:
             if selection.held(branch, name) is not None:
                 return False
-        return self.state == _state([(held[2], held[3]) for held in self.held], form)
+        return self.state == _state([held.pair for held in self.held], form)
 
 
 def stack_of(branch: Any, selection: Selection, compiled: bool) -> Stack | None:
@@ -110,12 +120,12 @@ def is_copied(branch: Any, selection: Selection) -> bool:
     made = selection.made.get(branch)
     if made is None or not made.held:
         return False
-    return _is_copy([(found[2], found[3]) for found in made.held], made.form)
+    return _is_copy([held.pair for held in made.held], made.form)
 
 
 def _make(branch: Any, selection: Selection, form: _Form) -> _Made | None:
     rows = [selection.weights] if selection.rows is None else selection.rows
-    held, absent, parts, pairs, rates = [], [], [], [], []
+    held, absent, parts = [], [], []
     for name in selection.weights:
         factors = selection.held(branch, name)
         if factors is None:
@@ -124,11 +134,10 @@ def _make(branch: Any, selection: Selection, form: _Form) -> _Made | None:
         pair = factors.plain()
         if pair is None or form.rows and pair[0].ndim > 2:
             return None
-        held.append((name, factors, *pair, factors.scale, factors.dropping))
-        pairs.append(pair)
-        rates.append(factors.dropping)
+        held.append(_Held(name, factors, pair, factors.scale, factors.dropping))
         shares = tuple([row.get(name, 0.0) * factors.scale for row in rows])
         parts.append(_Part(pair[0], pair[1], shares))
+    pairs, rates = [each.pair for each in held], [each.dropout for each in held]
     if any(rates) and not form.drops:
         return None  # each drops out elements of its own
     memory = [tensor.detach() for pair in pairs for tensor in pair]
@@ -141,13 +150,13 @@ def _make(branch: Any, selection: Selection, form: _Form) -> _Made | None:
         # compilers take 1 for a constant: others of these adapters are at other branches
         parts.append(parts[0]._replace(shares=(0.0,) * len(rows)))
     kept = selection.kept.setdefault(branch, {})
-    A, B = _kept(kept, tuple([found[0] for found in held]), parts, form, memory)
+    A, B = _kept(kept, tuple([each.name for each in held]), parts, form, memory)
     apart = None
     if form.drops:
         rates += [0.0] * (len(parts) - len(rates))
         rate = torch.tensor(rates, dtype=torch.float32, device=B.device)  # 0 may be an integer
         apart = mark_dynamic(rate, 0)
-    rounding = held[0][1].rounding if held else False
+    rounding = held[0].factors.rounding if held else False
     stack = Stack(A, B, _gate(parts, form, selection), apart, rounding)
     return _Made(form, held, absent, _state(pairs, form), memory, stack)
 
